@@ -1,0 +1,37 @@
+# Thin targets: every one installs what it needs into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+# A folder of local wheels, where pip is configured with one (uv does not read pip's configuration).
+export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo "$$PIP_FIND_LINKS")
+
+.PHONY: demo test lint style bench assets clean
+
+demo: .venv/installed
+	$(BIN)/apm demo --output_dir apm
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/run.py
+
+assets: .venv/installed
+	$(BIN)/python scripts/make_demo_assets.py
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv apm apm_report runs
