@@ -1,0 +1,78 @@
+"""The Asynchronous Perception Machine (arXiv:2410.20535) for Hugging Face.
+
+Importing this package registers `apm` with transformers' Auto classes; that is its one side effect.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    AutoModelForZeroShotImageClassification,
+)
+
+from .configuration_apm import APMConfig
+from .image_processing_apm import APMImageProcessor
+from .image_processing_pil_apm import APMImageProcessorPil
+from .modeling_apm import APMModel, APMModelOutput, APMPreTrainedModel
+from .modeling_apm_heads import (
+    APMForImageClassification,
+    APMForSemanticSegmentation,
+    APMForZeroShotImageClassification,
+)
+
+__version__ = "0.1.0"
+
+# Loaded on first use: none of them is needed to load and run a model.
+_LAZY = {
+    "Adapted": "ttt",
+    "TTTConfig": "ttt",
+    "Teacher": "teachers",
+    "TeacherOutput": "teachers",
+    "adapt": "ttt",
+    "load_teacher": "teachers",
+}
+
+AutoConfig.register("apm", APMConfig, exist_ok=True)
+AutoModel.register(APMConfig, APMModel, exist_ok=True)
+AutoModelForImageClassification.register(APMConfig, APMForImageClassification, exist_ok=True)
+AutoModelForSemanticSegmentation.register(APMConfig, APMForSemanticSegmentation, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(APMConfig, APMForZeroShotImageClassification, exist_ok=True)
+AutoImageProcessor.register(
+    APMConfig,
+    image_processor_classes={"torchvision": APMImageProcessor, "pil": APMImageProcessorPil},
+    exist_ok=True,
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))
+
+
+__all__ = [
+    "APMConfig",
+    "APMForImageClassification",
+    "APMForSemanticSegmentation",
+    "APMForZeroShotImageClassification",
+    "APMImageProcessor",
+    "APMImageProcessorPil",
+    "APMModel",
+    "APMModelOutput",
+    "APMPreTrainedModel",
+    "Adapted",
+    "TTTConfig",
+    "Teacher",
+    "TeacherOutput",
+    "adapt",
+    "load_teacher",
+]

@@ -1,0 +1,226 @@
+"""Configuration of the Asynchronous Perception Machine (APM).
+
+Architecture only: no learning rates, paths or teachers. Source: Modi & Rawat, NeurIPS 2024, arXiv:2410.20535, Fig. 1.
+
+Legend: D trigger width, Q local-patch width, P position width, F feature width, (rows, cols) the grid of locations.
+"""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The release's COCO model: 54.3 M parameters, student of DINOv2 ViT-L/14 with registers.
+    "dinov2-large": {"hidden_sizes": [4096, 4096, 4096, 2048, 1024], "feature_size": 1024, "pooling": "mean"},
+    # The release's test-time-training model: 22.8 M parameters, student of CLIP ViT-L/14.
+    "clip-ttt": {"hidden_sizes": [4096, 2048, 1024], "feature_size": 768, "pooling": "attention"},
+    # For tests and the embedded demo. Its layers are so narrow that the usual 0.02 would make every feature vanish;
+    # 0.1 is He's sqrt(2 / fan_in) for a fan-in of 200.
+    "tiny": {
+        "image_size": 96,
+        "patch_size": 8,
+        "position_size": 64,
+        "hidden_sizes": [256, 256, 128],
+        "feature_size": 144,
+        "rgb_hidden_sizes": [64, 64],
+        "pooling": "mean",
+        "initializer_range": 0.1,
+    },
+}
+
+# Keyword arguments that transformers itself gives to a config beside the declared fields.
+_TRANSFORMERS_KWARGS = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+}
+
+
+@strict
+class APMConfig(PreTrainedConfig):
+    r"""
+    Architecture of an [`APMModel`].
+
+    Args:
+        image_size (`int`, defaults to 448): side of the square input, in pixels; a multiple of `patch_size`.
+        patch_size (`int`, defaults to 14): side of a grid cell, in pixels.
+        num_channels (`int`, defaults to 3): channels of the input image.
+        trigger_channels (`int`, defaults to 1): channels of the folding convolution; D is
+            trigger_channels * rows * cols.
+        trigger_source (`str`, defaults to `"conv"`): `"conv"` folds the pixels (the paper's T_c); `"embedding"` takes
+            the trigger column from the caller, as a rule the teacher's own embedding (the paper's T_vit).
+        trigger_size (`int`, *optional*): D, for `trigger_source="embedding"`, where it defaults to `feature_size`.
+        local_patch (`bool`, defaults to `False`): put the image patch around each location into its query (I_xy).
+        position_size (`int`, defaults to 1024): P, width of the 2-D sin-cos position code; a multiple of 4.
+        hidden_sizes (`list[int]`): widths of the MLP's layers, each Linear + activation.
+        hidden_act (`str`, defaults to `"relu"`): activation of the MLP.
+        feature_size (`int`, defaults to 1024): F, width of the teacher's features.
+        use_rgb_head (`bool`, defaults to `True`): also decode the colour of each location.
+        rgb_hidden_sizes (`list[int]`): widths of the RGB head's hidden layers.
+        pooling (`str`, defaults to `"mean"`): `"mean"` (paper) or `"attention"`.
+        pooling_num_heads (`int`, defaults to 8): heads of the attention pooling; divides `feature_size`.
+        initializer_range (`float`, defaults to 0.02): standard deviation of freshly drawn weights.
+        text_config (`dict` or `PreTrainedConfig`, *optional*): text tower of [`APMForZeroShotImageClassification`].
+        text_projection (`bool`, defaults to `True`): whether a linear map follows the text tower (CLIP's: yes,
+            SigLIP's: no).
+        logit_scale_init_value (`float`, defaults to 4.6052): log of the temperature; log(100), as in the paper's
+            `cosine * 100`.
+
+    Raises:
+        ValueError: for a value that fits no architecture or a field that does not exist; says what was expected.
+
+    Example:
+
+    ```python
+    >>> from apm_hf import APMConfig, APMModel
+
+    >>> model = APMModel(APMConfig.preset("clip-ttt", feature_size=512))
+    ```"""
+
+    model_type = "apm"
+    sub_configs = {"text_config": AutoConfig}
+
+    image_size: int = 448
+    patch_size: int = 14
+    num_channels: int = 3
+    trigger_channels: int = 1
+    trigger_source: str = "conv"
+    trigger_size: int | None = None
+    local_patch: bool = False
+    position_size: int = 1024
+    hidden_sizes: list[int] | tuple[int, ...] = (4096, 4096, 4096, 2048, 1024)
+    hidden_act: str = "relu"
+    feature_size: int = 1024
+    use_rgb_head: bool = True
+    rgb_hidden_sizes: list[int] | tuple[int, ...] = (256, 256)
+    pooling: str = "mean"
+    pooling_num_heads: int = 8
+    initializer_range: float | int = 0.02
+    text_config: dict | PreTrainedConfig | None = None
+    text_projection: bool = True
+    logit_scale_init_value: float | int = 4.6052
+
+    def __post_init__(self, **kwargs):
+        self._reject_unknown_fields(kwargs)
+        self.hidden_sizes = list(self.hidden_sizes)
+        self.rgb_hidden_sizes = list(self.rgb_hidden_sizes)
+        if isinstance(self.text_config, dict):
+            if "model_type" not in self.text_config:
+                raise ValueError(f"text_config: expected a key 'model_type', got {sorted(self.text_config)}")
+            text_config = dict(self.text_config)
+            self.text_config = AutoConfig.for_model(text_config.pop("model_type"), **text_config)
+        # Checked here as well as by @strict: the error that reaches the user is then a plain ValueError.
+        self.validate_architecture()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def _reject_unknown_fields(cls, kwargs: dict[str, Any]) -> None:
+        known = {field.name for field in fields(cls)}
+        for name in kwargs:
+            if name.startswith("_") or name in _TRANSFORMERS_KWARGS:
+                continue
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; its fields are {sorted(known)}"
+            raise ValueError(f"APMConfig has no field {name!r}{hint}")
+
+    def validate_architecture(self) -> None:
+        """Raise a `ValueError` for a combination of fields that describes no model."""
+        for name in ("image_size", "patch_size", "num_channels", "trigger_channels", "feature_size", "position_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size: expected a multiple of patch_size={self.patch_size}, got image_size={self.image_size}"
+            )
+        if self.position_size % 4:
+            raise ValueError(
+                "position_size: expected a multiple of 4 (sine and cosine of rows and of columns), "
+                f"got {self.position_size}"
+            )
+        self._expect_one_of("trigger_source", ("conv", "embedding"))
+        self._expect_one_of("pooling", ("mean", "attention"))
+        if self.trigger_size is not None and self.trigger_source == "conv" and self.trigger_size != self.trigger_width:
+            raise ValueError(
+                "trigger_size: expected trigger_channels * rows * cols with trigger_source='conv', "
+                f"that is {self.trigger_width}, got {self.trigger_size}"
+            )
+        if self.trigger_size is not None and self.trigger_size < 1:
+            raise ValueError(f"trigger_size: expected a positive integer, got {self.trigger_size}")
+        if not self.hidden_sizes or min(self.hidden_sizes) < 1:
+            raise ValueError(f"hidden_sizes: expected at least one positive width, got {list(self.hidden_sizes)}")
+        if any(size < 1 for size in self.rgb_hidden_sizes):
+            raise ValueError(f"rgb_hidden_sizes: expected positive widths, got {list(self.rgb_hidden_sizes)}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act: expected one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
+        if not self.initializer_range > 0:
+            raise ValueError(f"initializer_range: expected a positive number, got {self.initializer_range}")
+        if self.pooling == "attention":
+            if self.pooling_num_heads < 1 or self.feature_size % self.pooling_num_heads:
+                raise ValueError(
+                    f"pooling_num_heads: expected a divisor of feature_size={self.feature_size}, "
+                    f"got {self.pooling_num_heads}"
+                )
+            if self.feature_size % 4:
+                raise ValueError(
+                    f"feature_size: expected a multiple of 4 with pooling='attention', got {self.feature_size}"
+                )
+
+    def _expect_one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name}: expected one of {list(choices)}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "APMConfig":
+        """The published architectures `"dinov2-large"` and `"clip-ttt"`, and `"tiny"` for tests and the demo.
+
+        Args:
+            name: one of `PRESETS`.
+            **overrides: fields that replace those of the preset, e.g. `feature_size=512`.
+
+        Raises:
+            ValueError: for an unknown preset or field.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def grid_size(self) -> int:
+        """Rows, and columns, of the grid of locations."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_locations(self) -> int:
+        """L of the full grid: rows * cols."""
+        return self.grid_size**2
+
+    @property
+    def trigger_width(self) -> int:
+        """D, the width of the trigger column."""
+        if self.trigger_source == "conv":
+            return self.trigger_channels * self.num_locations
+        return self.trigger_size if self.trigger_size is not None else self.feature_size
+
+    @property
+    def local_patch_width(self) -> int:
+        """Q, the width of the local patch in the query; 0 without it."""
+        return self.num_channels * self.patch_size**2 if self.local_patch else 0
+
+    @property
+    def query_width(self) -> int:
+        """D + Q + P."""
+        return self.trigger_width + self.local_patch_width + self.position_size
+
+
+__all__ = ["APMConfig", "PRESETS"]

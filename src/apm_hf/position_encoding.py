@@ -1,0 +1,62 @@
+"""Where the machine looks: coordinates, cell indices and the fixed 2-D sin-cos position code. Pure functions.
+
+Source: arXiv:2410.20535, section 3 (the code is the fixed one of MAE, arXiv:2111.06377, with the column first).
+Coordinates are (y, x) in [-1, 1] and mean what `torch.nn.functional.grid_sample(align_corners=False)` means by them,
+except that it takes (x, y).
+
+Legend: L locations, P width of the code, (rows, cols) the grid; locations are row-major.
+"""
+
+import torch
+from torch import Tensor
+
+MAX_PERIOD = 10000.0  # arXiv:1706.03762, section 3.5
+
+
+def cell_centres(size: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Centres of `size` equal cells of [-1, 1]: `(size,)`, float32."""
+    return (2 * torch.arange(size, dtype=torch.float32, device=device) + 1) / size - 1
+
+
+def grid_coordinates(rows: int, cols: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Cell centres of the grid: `(rows * cols, 2)`, (y, x), row-major, float32."""
+    y, x = torch.meshgrid(cell_centres(rows, device=device), cell_centres(cols, device=device), indexing="ij")
+    return torch.stack([y, x], dim=-1).flatten(0, 1)  # (rows, cols, 2) -> (L, 2)
+
+
+def coordinates_to_indices(coordinates: Tensor, rows: int, cols: int) -> Tensor:
+    """Real-valued cell indices `(..., 2)`, (row, column), of coordinates `(..., 2)`: 0 is the first cell's centre."""
+    sizes = coordinates.new_tensor([rows, cols])
+    return ((coordinates + 1) * sizes - 1) / 2
+
+
+def sincos_code(indices: Tensor, size: int) -> Tensor:
+    """1-D code of real-valued cell indices.
+
+    Args:
+        indices: `(...)`, in cells.
+        size: width of the code, even.
+
+    Returns:
+        `(..., size)`: sin and cos interleaved, frequency k is 10000^(-2k/size); float32 or the dtype of the indices
+        if wider.
+    """
+    indices = indices.to(torch.promote_types(indices.dtype, torch.float32))
+    k = torch.arange(size // 2, dtype=indices.dtype, device=indices.device)
+    angles = indices[..., None] * MAX_PERIOD ** (-2 * k / size)  # (...) -> (..., size / 2)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # (..., size / 2, 2) -> (..., size)
+
+
+def position_code(coordinates: Tensor, rows: int, cols: int, size: int) -> Tensor:
+    """2-D code of any coordinates.
+
+    Args:
+        coordinates: `(..., 2)`, (y, x) in [-1, 1]; outside of it the code simply continues.
+        rows, cols: the grid that defines the unit of length.
+        size: P, a multiple of 4.
+
+    Returns:
+        `(..., P)`, values in [-1, 1]: the column index in the first half, the row index in the second.
+    """
+    row, column = coordinates_to_indices(coordinates, rows, cols).unbind(-1)
+    return torch.cat([sincos_code(column, size // 2), sincos_code(row, size // 2)], dim=-1)
