@@ -1,0 +1,109 @@
+"""Distil a teacher into an APM.
+
+    python examples/train.py --teacher TEACHER --dataset FOLDER --output_dir runs/tiny --max_steps 20
+    accelerate launch examples/train.py --teacher facebook/dinov2-with-registers-large --preset dinov2-large \
+        --dataset detection-datasets/coco --image_processor '{"do_min_max": true}' --cls_weight 0 --max_steps 20000 \
+        --output_dir runs/coco
+
+The second is the paper's recipe (arXiv:2410.20535). The result loads with `AutoModel.from_pretrained(output_dir)`.
+"""
+
+import json
+import logging
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import HfArgumentParser, set_seed
+
+from apm_hf import APMConfig, APMModel, load_teacher
+from apm_hf.data.loading import ImageCollator, train_and_validation
+from apm_hf.distillation import DistillationConfig, DistillationResult, distill, matching_image_processor
+from apm_hf.hub import CardFacts, publish, write_card
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptConfig:
+    """What is distilled, into what, on which images."""
+
+    teacher: str = field(metadata={"help": "name or folder of the teacher, e.g. openai/clip-vit-large-patch14"})
+    dataset: str = field(metadata={"help": "a Hub dataset, org/name or org/name:config, a folder or a parquet file"})
+    preset: str = field(default="tiny", metadata={"help": "architecture: dinov2-large, clip-ttt or tiny"})
+    config_overrides: str = field(
+        default="{}", metadata={"help": "JSON: fields of APMConfig, e.g. '{\"local_patch\": true}'"}
+    )
+    image_processor: str = field(
+        default="{}", metadata={"help": "JSON: options of APMImageProcessor, e.g. '{\"do_min_max\": true}'"}
+    )
+    split: str | None = field(default=None, metadata={"help": "training split"})
+    validation_split: str | None = field(default=None, metadata={"help": "by default found, or held out"})
+    image_column: str | None = field(default=None, metadata={"help": "by default found"})
+    label_column: str | None = field(default=None, metadata={"help": "by default found; not used in training"})
+    streaming: bool = field(default=False, metadata={"help": "read the dataset while training"})
+    max_images: int | None = field(default=None, metadata={"help": "train on so many images"})
+    max_validation_images: int = field(default=256, metadata={"help": "validate on so many images"})
+    push_to_hub: bool = field(default=False, metadata={"help": "publish the result, with its card"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "repository, user/name"})
+
+
+def run(script: ScriptConfig, config: DistillationConfig) -> DistillationResult:
+    if script.push_to_hub and script.hub_model_id is None:
+        raise ValueError("--push_to_hub: expected --hub_model_id user/name, got none")
+    set_seed(config.seed)
+    teacher = load_teacher(script.teacher)
+    overrides = {"feature_size": teacher.feature_size, **json.loads(script.config_overrides)}
+    student = APMModel(APMConfig.preset(script.preset, **overrides))
+    image_processor = matching_image_processor(
+        teacher, student.config.image_size, **json.loads(script.image_processor)
+    )
+    train, validation = train_and_validation(
+        script.dataset,
+        split=script.split,
+        validation_split=script.validation_split,
+        image_column=script.image_column,
+        label_column=script.label_column,
+        streaming=script.streaming,
+        max_images=script.max_images,
+        max_validation_images=script.max_validation_images,
+        seed=config.seed,
+    )
+    collator = ImageCollator(image_processor, train.image_column, teacher_image_processor=teacher.image_processor)
+    result = distill(
+        student,
+        train.dataset,
+        config=config,
+        image_processor=image_processor,
+        teacher=teacher,
+        validation_data=validation.dataset,
+        collate_fn=collator,
+    )
+    if PartialState().is_main_process:
+        last = {name: value for name, value in result.metrics[-1].items() if name != "step"} if result.metrics else {}
+        facts = CardFacts(
+            repo_id=script.hub_model_id or config.output_dir,
+            teacher=script.teacher,
+            dataset=script.dataset,
+            command="examples/train.py "
+            + shlex.join(Path(arg).name if os.path.isabs(arg) else arg for arg in sys.argv[1:]),
+            steps=config.max_steps,
+            num_parameters=result.student.num_parameters(),
+            metrics=last,
+        )
+        write_card(result.output_dir, facts)
+        if script.push_to_hub:
+            logging.getLogger("apm_hf").info(publish(result.output_dir, script.hub_model_id))
+    return result
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("apm_hf").setLevel(logging.INFO)
+    script, config = HfArgumentParser((ScriptConfig, DistillationConfig)).parse_args_into_dataclasses()
+    run(script, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""Distillation: many images, one student, through Accelerate. The same loop runs on one CPU and on many GPUs.
+
+Source: arXiv:2410.20535, section 3, the grid recipe: mean squared errors to the teacher's patch features and to the
+image's own colours, Adam 1e-4, batch 64. The student is asked at the centres of the teacher's patches, wherever its
+own grid lies, so targets are never interpolated.
+
+Legend: B images in a process's batch, L locations, F feature width, (rows, cols) the teacher's grid.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+from transformers.utils import logging
+
+from .image_processing_apm import APMImageProcessor
+from .losses import DistillationTargets, LossWeights, distillation_losses, rgb_targets
+from .modeling_apm import APMModel, APMModelOutput
+from .position_encoding import grid_coordinates
+from .teachers import Teacher
+from .validation import ValidationMetrics, validation_picture
+
+logger = logging.get_logger(__name__)
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Settings of a distillation run; the names are also the flags of `examples/train.py`.
+
+    Raises:
+        ValueError: for a value outside its range; says what was expected.
+    """
+
+    output_dir: str = field(metadata={"help": "folder of the final model, its checkpoints, logs and pictures"})
+    max_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
+    batch_size: int = field(default=64, metadata={"help": "images per process and forward pass"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimiser step"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of Adam"})
+    warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up, before the cosine decay"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 never"})
+    num_locations: int | None = field(
+        default=None, metadata={"help": "random teacher patches asked about at each step; all of them by default"}
+    )
+    grid_weight: float = field(default=1.0, metadata={"help": "weight of L_grid, the teacher's patch features"})
+    cls_weight: float = field(default=1.0, metadata={"help": "weight of L_cls, the teacher's image embedding"})
+    rgb_weight: float = field(default=1.0, metadata={"help": "weight of L_rgb, the image's own colours"})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16; by default bf16 where a GPU supports it, else no"}
+    )
+    validation_steps: int = field(default=200, metadata={"help": "steps between validations; also one at each end"})
+    checkpoint_steps: int = field(default=500, metadata={"help": "steps between checkpoints; 0 never"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many checkpoints stay on the disk"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    num_workers: int = field(default=0, metadata={"help": "processes that load images, per training process"})
+    num_pictures: int = field(default=4, metadata={"help": "validation images drawn at each validation"})
+    report_to: str = field(default="tensorboard", metadata={"help": "an Accelerate tracker, or none"})
+    seed: int = field(default=0, metadata={"help": "of the order of images and of the locations"})
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "validation_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("warmup_steps", "checkpoint_steps", "max_grad_norm", "num_workers", "num_pictures"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        if self.num_locations is not None and self.num_locations < 1:
+            raise ValueError(f"num_locations: expected a positive number or None, got {self.num_locations}")
+        if self.mixed_precision not in (None, "no", "bf16", "fp16"):
+            raise ValueError(f"mixed_precision: expected no, bf16 or fp16, got {self.mixed_precision!r}")
+        self.loss_weights  # noqa: B018 - validates them
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        return LossWeights(self.grid_weight, self.cls_weight, self.rgb_weight)
+
+
+@dataclass(frozen=True)
+class DistillationResult:
+    """What a run leaves behind.
+
+    Args:
+        student: the trained student, on the CPU.
+        metrics: of every validation, in order: `step`, `feature_cosine`, `feature_r2`, `embed_cosine`, `rgb_mse`.
+        output_dir: where the model was saved.
+    """
+
+    student: APMModel
+    metrics: list[dict[str, float]]
+    output_dir: Path
+
+
+class TargetMaker:
+    """A batch of the data loader -> what the student should answer.
+
+    Args:
+        teacher: asked for every batch that does not carry its targets already, as `image_embeds` `(B, F)` and
+            `features` `(B, rows, cols, F)`.
+        image_processor: the student's; its normalisation is undone for the colours.
+    """
+
+    def __init__(self, teacher: Teacher | None, image_processor: Any):
+        self.teacher = teacher
+        normalised = image_processor.do_normalize and not getattr(image_processor, "do_min_max", False)
+        mean = image_processor.image_mean if normalised else (0.0, 0.0, 0.0)
+        std = image_processor.image_std if normalised else (1.0, 1.0, 1.0)
+        order = (2, 1, 0) if getattr(image_processor, "do_flip_channel_order", False) else (0, 1, 2)
+        self.mean = torch.tensor([mean[i] for i in order])
+        self.std = torch.tensor([std[i] for i in order])
+
+    def __call__(self, batch: dict[str, Tensor]) -> tuple[DistillationTargets, tuple[int, int]]:
+        """The targets at every patch of the teacher, row-major, and the teacher's grid."""
+        if "features" in batch:
+            image_embeds, features = batch["image_embeds"], batch["features"]
+        elif self.teacher is not None:
+            answer = self.teacher.encode_images(pixel_values=batch["teacher_pixel_values"])
+            image_embeds, features = answer.image_embeds, answer.features
+        else:
+            raise ValueError(f"expected a teacher, or batches with image_embeds and features, got {sorted(batch)}")
+        rows, cols = features.shape[1:3]
+        pixels = batch["pixel_values"]
+        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        rgb = rgb_targets(pixels, rows, cols, mean=mean, std=std)
+        features = features.flatten(1, 2).to(pixels.device)  # (B, rows, cols, F) -> (B, L, F)
+        return DistillationTargets(image_embeds.to(pixels.device), features, rgb), (rows, cols)
+
+
+def distill(
+    student: APMModel,
+    train_data: Dataset,
+    *,
+    config: DistillationConfig,
+    image_processor: Any,
+    teacher: Teacher | None = None,
+    validation_data: Dataset | None = None,
+    collate_fn: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+) -> DistillationResult:
+    """Fit a student to a teacher and save it, with its image processor, to `config.output_dir`.
+
+    Args:
+        student: trained in place.
+        train_data: rows that `collate_fn` turns into `pixel_values` and, unless they hold the targets themselves (see
+            [`TargetMaker`]), `teacher_pixel_values`.
+        config: see [`DistillationConfig`].
+        image_processor: the student's; saved beside it.
+        teacher: frozen; asked for the targets.
+        validation_data: rows like those of `train_data`.
+        collate_fn: e.g. [`apm_hf.data.loading.ImageCollator`].
+
+    Raises:
+        ValueError: for a student whose features are not as wide as the teacher's, or a loss that is not finite.
+        FileNotFoundError: with `config.resume`, where there is no checkpoint.
+    """
+    if teacher is not None and teacher.feature_size != student.config.feature_size:
+        raise ValueError(
+            f"feature_size: expected the teacher's {teacher.feature_size}, got {student.config.feature_size}"
+        )
+    run = _Run(student, train_data, config, image_processor, teacher, validation_data, collate_fn)
+    return run()
+
+
+class _Run:
+    def __init__(self, student, train_data, config, image_processor, teacher, validation_data, collate_fn):
+        # Accelerate is an extra: models load and run without it.
+        try:
+            from accelerate import Accelerator, DistributedDataParallelKwargs
+            from accelerate.utils import ProjectConfiguration
+        except ImportError as error:
+            raise ImportError('distillation needs the package `accelerate`: pip install "apm_hf[train]"') from error
+        self.config, self.image_processor = config, image_processor
+        self.output_dir = Path(config.output_dir)
+        # A loss of weight 0 leaves its head without gradient, which DDP must be told.
+        unused = not all((config.grid_weight, config.cls_weight, config.rgb_weight)) or not student.config.use_rgb_head
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision or _default_precision(),
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        )
+        self.targets = TargetMaker(teacher, image_processor)
+        optimizer = torch.optim.Adam(student.parameters(), lr=config.learning_rate)
+        # Accelerate steps the schedule once per process.
+        processes = self.accelerator.num_processes
+        scheduler = get_cosine_schedule_with_warmup(
+            optimizer, config.warmup_steps * processes, config.max_steps * processes
+        )
+        streaming = isinstance(train_data, IterableDataset)
+        train_loader = DataLoader(
+            train_data,
+            batch_size=config.batch_size,
+            shuffle=not streaming,
+            collate_fn=collate_fn,
+            num_workers=config.num_workers,
+            drop_last=not streaming and len(train_data) >= config.batch_size * processes,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+        self.student, self.optimizer, self.scheduler, self.train_loader = self.accelerator.prepare(
+            student, optimizer, scheduler, train_loader
+        )
+        self.validation_loader = None
+        if validation_data is not None:
+            loader = DataLoader(validation_data, batch_size=config.batch_size, collate_fn=collate_fn)
+            self.validation_loader = self.accelerator.prepare(loader)
+        self.metrics: list[dict[str, float]] = []
+
+    def __call__(self) -> DistillationResult:
+        config, accelerator = self.config, self.accelerator
+        logger.info(f"processes: {accelerator.num_processes}, device: {accelerator.device.type}")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if config.report_to != "none":
+            tracked = {name: value for name, value in vars(config).items() if value is not None}
+            accelerator.init_trackers("distillation", config=tracked)
+        step = self._resume() if config.resume else 0
+        if step == 0:
+            self._validate(step)
+        progress = tqdm(
+            total=config.max_steps, initial=step, desc="distil", disable=not accelerator.is_local_main_process
+        )
+        started, images = time.perf_counter(), 0
+        self.student.train()
+        for batch in self._batches(step):
+            with accelerator.accumulate(self.student):
+                losses = self._step(batch, step)
+            images += len(batch["pixel_values"]) * accelerator.num_processes
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            progress.update()
+            if step % 10 == 0 or step == config.max_steps:
+                self._report(step, losses, progress, images / (time.perf_counter() - started))
+            if step % config.validation_steps == 0 or step == config.max_steps:
+                self._validate(step)
+            if config.checkpoint_steps and (step % config.checkpoint_steps == 0) and step < config.max_steps:
+                self._save_checkpoint(step)
+            if step == config.max_steps:
+                break
+        progress.close()
+        accelerator.end_training()
+        return self._finish()
+
+    def _step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        config, accelerator = self.config, self.accelerator
+        targets, grid = self.targets(batch)
+        locations = None
+        if config.num_locations is not None and config.num_locations < grid[0] * grid[1]:
+            # One subset for the whole step, the same in every process, drawn afresh from (seed, step): a resumed run
+            # draws what the uninterrupted one would have drawn.
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            locations = torch.randperm(grid[0] * grid[1], generator=generator)[: config.num_locations]
+            locations = locations.to(accelerator.device)
+        outputs = ask(self.student, batch["pixel_values"], targets, grid, locations=locations)
+        losses = distillation_losses(outputs, targets.at(locations), config.loss_weights)
+        if not torch.isfinite(losses["loss"]):
+            raise ValueError(f"step {step}: the loss is {losses['loss'].item()}; lower --learning_rate")
+        accelerator.backward(losses["loss"])
+        if accelerator.sync_gradients and config.max_grad_norm:
+            accelerator.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return losses
+
+    def _batches(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """Batches for ever, from the one that follows `step` optimiser steps."""
+        done = step * self.config.gradient_accumulation_steps
+        epoch = 0
+        if not isinstance(self.train_loader.dataset, IterableDataset):
+            epoch, done = divmod(done, len(self.train_loader))
+        while True:
+            self.train_loader.set_epoch(epoch)
+            loader = self.accelerator.skip_first_batches(self.train_loader, done) if done else self.train_loader
+            empty = True
+            for batch in loader:
+                empty = False
+                yield batch
+            if empty and not done:
+                raise ValueError("train_data: expected at least one image, got none")
+            epoch, done = epoch + 1, 0
+
+    def _report(self, step: int, losses: dict[str, Tensor], progress: tqdm, images_per_second: float) -> None:
+        values = {name: self.accelerator.reduce(loss.detach(), "mean").item() for name, loss in losses.items()}
+        values["learning_rate"] = self.scheduler.get_last_lr()[0]
+        values["images_per_second"] = images_per_second
+        self.accelerator.log(values, step=step)
+        progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{images_per_second:.0f}")
+
+    @torch.no_grad()
+    def _validate(self, step: int) -> None:
+        if self.validation_loader is None:
+            return
+        self.student.eval()
+        metrics = ValidationMetrics()
+        for index, batch in enumerate(self.validation_loader):
+            targets, grid = self.targets(batch)
+            outputs = ask(self.student, batch["pixel_values"], targets, grid)
+            gathered = self.accelerator.gather_for_metrics(metrics.statistics(outputs, targets))
+            metrics.add(gathered)
+            if index == 0 and self.config.num_pictures and self.accelerator.is_main_process:
+                picture = validation_picture(outputs, targets, grid, num_images=self.config.num_pictures)
+                path = self.output_dir / "pictures" / f"step_{step:06d}.png"
+                path.parent.mkdir(exist_ok=True)
+                picture.save(path)
+        values = metrics.compute()
+        self.metrics.append({"step": step, **values})
+        self.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=step)
+        logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.student.train()
+
+    def _save_checkpoint(self, step: int) -> None:
+        """Written to the side and renamed: a checkpoint under its final name is whole."""
+        final = self.output_dir / CHECKPOINTS / f"step_{step:08d}"
+        partial = final.with_name(final.name + ".partial")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (partial / "progress.json").write_text(json.dumps({"step": step, "metrics": self.metrics}))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in _checkpoints(self.output_dir)[: -self.config.keep_checkpoints]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        found = _checkpoints(self.output_dir)
+        if not found:
+            raise FileNotFoundError(f"resume: found no checkpoint in {self.output_dir / CHECKPOINTS}")
+        self.accelerator.load_state(str(found[-1]))
+        progress = json.loads((found[-1] / "progress.json").read_text())
+        self.metrics = progress["metrics"]
+        logger.info(f"resumed from {found[-1].name}")
+        return progress["step"]
+
+    def _finish(self) -> DistillationResult:
+        student = self.accelerator.unwrap_model(self.student).cpu()
+        if self.accelerator.is_main_process:
+            student.save_pretrained(self.output_dir)
+            self.image_processor.save_pretrained(self.output_dir)
+            (self.output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+        return DistillationResult(student.eval(), self.metrics, self.output_dir)
+
+
+def ask(
+    student: Any,
+    pixel_values: Tensor,
+    targets: DistillationTargets,
+    grid: tuple[int, int],
+    *,
+    locations: Tensor | None = None,
+) -> APMModelOutput:
+    """Ask the student at the centres of the teacher's patches: `(B, L, ...)`, or those with indices `locations`."""
+    config = getattr(student, "module", student).config
+    trigger_column = targets.image_embeds if config.trigger_source == "embedding" else None
+    coordinates: Tensor | None = None  # the student's own grid, which costs less
+    if locations is not None or grid != (config.grid_size, config.grid_size):
+        every = grid_coordinates(*grid, device=pixel_values.device)
+        coordinates = every if locations is None else every[locations]
+    return student(pixel_values, coordinates, trigger_column=trigger_column)
+
+
+def matching_image_processor(teacher: Teacher, image_size: int, **options: Any) -> Any:
+    """A student's image processor that shows it just the part of the picture that its teacher sees.
+
+    Many teachers resize the short side and crop the centre. A student that saw the whole picture would be asked about
+    places that its teacher means otherwise.
+
+    Args:
+        image_size: side of the student's input, in pixels.
+        **options: of [`APMImageProcessor`], e.g. `do_min_max=True`.
+    """
+    theirs = teacher.image_processor
+    scale = image_size / teacher.image_size
+    crop = bool(getattr(theirs, "do_center_crop", False))
+    size: dict[str, int] = {"height": image_size, "width": image_size}
+    if crop:
+        size = {name: round(side * scale) for name, side in dict(theirs.size).items() if side}
+        options = {"do_center_crop": True, "crop_size": {"height": image_size, "width": image_size}, **options}
+    return APMImageProcessor(size=size, **options)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    return sorted(path for path in (output_dir / CHECKPOINTS).glob("step_*") if path.suffix != ".partial")
+
+
+def _default_precision() -> str:
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

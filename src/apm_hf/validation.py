@@ -1,0 +1,82 @@
+"""How well a student answers: figures over a validation set, and a picture to look at.
+
+Legend: B images, L locations, F feature width, (rows, cols) the teacher's grid.
+"""
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .islands import PCAColours
+from .losses import DistillationTargets
+from .modeling_apm import APMModelOutput
+
+TILE = 112  # side of one panel of a validation picture, in pixels
+
+
+class ValidationMetrics:
+    """Sums over images, in float64; every image counts once, whatever the batches and processes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.num_images = 0
+
+    @staticmethod
+    def statistics(outputs: APMModelOutput, targets: DistillationTargets) -> dict[str, Tensor]:
+        """What is summed, one row per image: `(B, ...)`, ready to be gathered from all processes."""
+        assert outputs.last_hidden_state is not None and outputs.pooler_output is not None
+        answer, target = outputs.last_hidden_state.float(), targets.features.float()
+        statistics = {
+            "feature_cosine": F.cosine_similarity(answer, target, dim=-1).mean(dim=1),
+            "embed_cosine": F.cosine_similarity(outputs.pooler_output.float(), targets.image_embeds.float()),
+            "error": (answer - target).square().sum(dim=(1, 2)),
+            "total": target.sum(dim=1),  # (B, F)
+            "square": target.square().sum(dim=(1, 2)),
+            "count": torch.full((len(target),), target.shape[1], device=target.device),
+        }
+        if outputs.rgb is not None:
+            statistics["rgb_mse"] = (outputs.rgb.float() - targets.rgb.float()).square().mean(dim=(1, 2))
+        return statistics
+
+    def add(self, statistics: dict[str, Tensor]) -> None:
+        """Add the images of one (gathered) batch."""
+        self.num_images += len(statistics["count"])
+        for name, values in statistics.items():
+            self.sums[name] = self.sums.get(name, 0) + values.cpu().double().sum(dim=0)
+
+    def compute(self) -> dict[str, float]:
+        """Means over images, and R² of the features: 1 - error / variance about their mean over all locations.
+
+        Raises:
+            ValueError: where no image was added.
+        """
+        if not self.num_images:
+            raise ValueError("validation: expected at least one image, got none")
+        variance = self.sums["square"] - self.sums["total"].square().sum() / self.sums["count"]
+        values = {"feature_r2": (1 - self.sums["error"] / variance).item()}
+        for name in ("feature_cosine", "embed_cosine", "rgb_mse"):
+            if name in self.sums:
+                values[name] = (self.sums[name] / self.num_images).item()
+        return values
+
+
+def validation_picture(
+    outputs: APMModelOutput, targets: DistillationTargets, grid: tuple[int, int], *, num_images: int
+) -> PIL.Image.Image:
+    """One row per image: its colours, the teacher's features, the student's features in the same colours, its RGB."""
+    assert outputs.last_hidden_state is not None
+    num_images = min(num_images, len(targets.features))
+    teacher, student = targets.features[:num_images], outputs.last_hidden_state[:num_images]
+    colours = PCAColours.fit(teacher)
+    columns = [targets.rgb[:num_images].float().cpu().numpy(), colours(teacher), colours(student)]
+    if outputs.rgb is not None:
+        columns.append(outputs.rgb[:num_images].float().cpu().clamp(0, 1).numpy())
+    rows = [np.concatenate([_tile(column[i], grid) for column in columns], axis=1) for i in range(num_images)]
+    return PIL.Image.fromarray(np.concatenate(rows))
+
+
+def _tile(colours: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    image = PIL.Image.fromarray((colours.reshape(*grid, 3) * 255).round().astype(np.uint8))
+    return np.asarray(image.resize((TILE, TILE), PIL.Image.Resampling.NEAREST))
