@@ -25,7 +25,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
 
 assets: .venv/installed
-	$(BIN)/python scripts/make_demo_assets.py
+	$(BIN)/python scripts/make_demo_teacher.py
+	$(BIN)/python scripts/make_demo_model.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -8,12 +8,14 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
     AutoModelForZeroShotImageClassification,
 )
+
+# At its top level transformers 5.17 refuses this class without torchvision, though the PIL backend works.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_apm import APMConfig
 from .image_processing_apm import APMImageProcessor

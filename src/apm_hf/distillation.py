@@ -126,6 +126,7 @@ class TargetMaker:
             image_embeds, features = batch["image_embeds"], batch["features"]
         elif self.teacher is not None:
             answer = self.teacher.encode_images(pixel_values=batch["teacher_pixel_values"])
+            assert answer.image_embeds is not None and answer.features is not None
             image_embeds, features = answer.image_embeds, answer.features
         else:
             raise ValueError(f"expected a teacher, or batches with image_embeds and features, got {sorted(batch)}")

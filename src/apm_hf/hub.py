@@ -87,7 +87,7 @@ def publish(
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.upload_folder(
-        folder_path=folder, repo_id=repo_id, commit_message="Upload APM", ignore_patterns=_NOT_PUBLISHED
+        folder_path=os.fspath(folder), repo_id=repo_id, commit_message="Upload APM", ignore_patterns=_NOT_PUBLISHED
     )
     return commit.commit_url
 

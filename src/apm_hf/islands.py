@@ -18,7 +18,7 @@ CLIPPED = 0.02
 
 @dataclass(frozen=True)
 class PCAColours:
-    """Features -> colours, by three principal directions and one stretch that are fitted once, so that colours compare.
+    """Features -> colours: three principal directions and one stretch, fitted once, so that colours compare.
 
     Args:
         mean: `(F,)`.

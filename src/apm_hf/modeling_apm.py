@@ -294,7 +294,7 @@ class APMModel(APMPreTrainedModel):
         if self.config.trigger_source != "conv":
             raise ValueError("fold: trigger_source='embedding' has nothing to fold; pass trigger_column instead")
         self._check_pixels(pixel_values)
-        return self.trigger(pixel_values).flatten(1)  # (B, T, rows, cols) -> (B, D)
+        return self.trigger(pixel_values.to(self.trigger.weight.dtype)).flatten(1)  # (B, T, rows, cols) -> (B, D)
 
     @can_return_tuple
     def forward(
@@ -372,6 +372,9 @@ class APMModel(APMPreTrainedModel):
     def _unfold(
         self, trigger_column: Tensor | None, coordinates: Tensor | None, pixel_values: Tensor | None
     ) -> APMQuery:
+        dtype = self.decoder.feature_head.weight.dtype  # inputs may stay float32 beside bfloat16 weights
+        pixel_values = None if pixel_values is None else pixel_values.to(dtype)
+        trigger_column = None if trigger_column is None else trigger_column.to(dtype)
         if trigger_column is None:
             if pixel_values is None or self.config.trigger_source == "embedding":
                 needed = "pixel_values or trigger_column" if self.config.trigger_source == "conv" else "trigger_column"

@@ -1,0 +1,100 @@
+"""Photos in, the teacher's and the adapted machines' predictions out, side by side.
+
+Source: arXiv:2410.20535, section 4: the teacher's embedding of an image is taken once, a machine is fitted to it, and
+the machine's pooled feature is classified zero-shot. A machine fitted to the end repeats its teacher, so the teacher's
+own answer always stands beside it.
+
+Legend: B images, K classes, F feature width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .configuration_apm import APMConfig
+from .distillation import matching_image_processor
+from .modeling_apm import APMModel
+from .teachers import DEFAULT_TEMPLATES, Teacher
+from .ttt import Adapted, TTTConfig, adapt
+from .zero_shot import classify
+
+
+@dataclass(frozen=True)
+class TTTClassification:
+    """Predictions for B images, on the CPU.
+
+    Args:
+        teacher_logits, logits: `(B, K)`, of the teacher and of the adapted machines, for the same class embeddings.
+        target_cosine: `(B,)`, cosine between the adapted machines' pooled features and the teacher's embeddings.
+        adapted: the machines themselves, to be queried.
+    """
+
+    teacher_logits: Tensor
+    logits: Tensor
+    target_cosine: Tensor
+    adapted: Adapted
+
+    @property
+    def agreement(self) -> Tensor:
+        """`(B,)`, whether both predict the same class."""
+        return self.logits.argmax(dim=-1) == self.teacher_logits.argmax(dim=-1)
+
+
+class TTTClassifier:
+    """Adapts to every image and classifies it. Texts are encoded once.
+
+    Args:
+        teacher: gives the targets and the class embeddings.
+        class_names: the K classes.
+        model: the machine to adapt; None is a fresh `clip-ttt` as wide as the teacher.
+        image_processor: the machine's; by default it shows what the teacher sees.
+        config: how to adapt.
+        templates: prompts, averaged per class.
+
+    Raises:
+        ValueError: for a machine of another width than the teacher.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        class_names: Sequence[str],
+        *,
+        config: TTTConfig,
+        model: PreTrainedModel | None = None,
+        image_processor: Any = None,
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+    ):
+        if model is None:
+            model = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size)).to(teacher.device)
+        if model.config.feature_size != teacher.feature_size:
+            raise ValueError(
+                f"model: expected features as wide as the teacher's, {teacher.feature_size}, "
+                f"got {model.config.feature_size}"
+            )
+        self.teacher, self.model, self.config = teacher, model, config
+        self.image_processor = image_processor or matching_image_processor(teacher, model.config.image_size)
+        self.class_names = list(class_names)
+        self.text_embeds = teacher.encode_text(self.class_names, templates)  # (K, F)
+
+    def __call__(self, images: Sequence[Any], *, seeds: Sequence[int] | None = None) -> TTTClassification:
+        """Predictions for B images, PIL or anything else the image processors take."""
+        targets = self.teacher.encode_images(list(images)).image_embeds
+        assert targets is not None
+        inputs = self.image_processor(list(images), return_tensors="pt")
+        trigger = targets if self.model.config.trigger_source == "embedding" else None
+        adapted = adapt(
+            self.model, inputs["pixel_values"], targets, config=self.config, seeds=seeds, trigger_column=trigger
+        )
+        embeds, targets = adapted.image_embeds.cpu(), targets.cpu()
+        scale, texts = self.teacher.logit_scale, self.text_embeds.cpu()
+        return TTTClassification(
+            teacher_logits=classify(targets, texts, logit_scale=scale),
+            logits=classify(embeds, texts, logit_scale=scale),
+            target_cosine=F.cosine_similarity(embeds, targets),
+            adapted=adapted,
+        )
