@@ -1,0 +1,1 @@
+"""Datasets, collators, corruptions and procedural scenes; import from the modules inside."""

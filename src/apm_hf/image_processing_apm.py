@@ -1,0 +1,111 @@
+"""APM's image processor on torchvision, for tensors, batches and GPUs; the PIL one where torchvision is missing.
+
+Options, defaults, reading and errors are those of `image_processing_pil_apm`, and so are the results, up to the
+resampling of the two libraries (about one 8-bit level). Built on
+https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/image_processing_backends.py
+
+Legend: B images, (H, W) the input's and (S_h, S_w) the output's height and width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_base import BatchFeature
+from transformers.image_transforms import group_images_by_shape, reorder_images
+from transformers.image_utils import ChannelDimension, SizeDict
+from transformers.processing_utils import Unpack
+from transformers.utils import is_torchvision_available
+
+from .image_processing_pil_apm import APMImageProcessorBase, APMImageProcessorKwargs, APMImageProcessorPil, read_image
+
+
+class APMImageProcessor(APMImageProcessorBase, TorchvisionBackend):
+    """Turn images into APM's `pixel_values` `(B, 3, S_h, S_w)`, float32, with torchvision.
+
+    Takes and refuses what [`APMImageProcessorPil`] does, with the same options. Tensors stay on their device unless
+    `device` is given; images of one size are processed together there (`disable_grouping=False` does so on the CPU).
+    """
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        do_rescale: bool | None = True,
+        device: torch.device | str | None = None,
+        **kwargs: Unpack[APMImageProcessorKwargs],
+    ) -> Tensor:
+        """One image as `(3, H, W)`, `uint8` or `float32`; see [`read_image`]."""
+        pixels = read_image(
+            image,
+            input_data_format=input_data_format,
+            do_convert_rgb=bool(do_convert_rgb),
+            do_rescale=bool(do_rescale),
+        )
+        return pixels.contiguous() if device is None else pixels.contiguous().to(device)
+
+    def resize(self, image: Tensor, size: SizeDict, resample: Any = None, **kwargs: Any) -> Tensor:
+        """Resize `(N, 3, H, W)`; deeper images are clamped as 8-bit ones are, for bicubic overshoots at edges."""
+        resized = super().resize(image, size, resample=resample, **kwargs)
+        if not resized.is_floating_point():
+            return resized
+        white = torch.where(image.amax(dim=(1, 2, 3), keepdim=True) <= 1, 1.0, 255.0)  # (N, 1, 1, 1)
+        return resized.clamp(min=0).minimum(white)
+
+    def min_max(self, images: Tensor) -> Tensor:
+        """Scale every image of `(N, 3, H, W)` to [0, 1] by its own minimum and maximum; zeros if they are equal."""
+        images = images.to(torch.float32)
+        low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
+        return (images - low) / torch.where(high > low, high - low, 1)
+
+    def _preprocess(
+        self,
+        images: list[Tensor],
+        *,
+        do_resize: bool,
+        size: SizeDict,
+        resample: Any,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
+        do_min_max: bool,
+        do_flip_channel_order: bool,
+        do_pad: bool | None = None,
+        pad_size: SizeDict | None = None,
+        disable_grouping: bool | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        if len({image.dtype for image in images}) > 1:
+            disable_grouping = True  # stacking would promote 8-bit images, and they resize differently as floats
+        groups, places = group_images_by_shape(images, disable_grouping=disable_grouping)
+        if do_resize:
+            groups = {key: self.resize(stack, size, resample=resample) for key, stack in groups.items()}
+        for key, stack in groups.items():  # (N, 3, H, W)
+            if do_center_crop:
+                stack = self.center_crop(stack, crop_size)
+            if do_min_max:
+                stack = self.min_max(stack)
+            else:
+                stack = self.rescale_and_normalize(
+                    stack, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+                )
+            if do_flip_channel_order:
+                stack = stack.flip(1)  # RGB -> BGR
+            groups[key] = stack.to(torch.float32)
+        pixel_values = reorder_images(groups, places)
+        if do_pad:
+            pixel_values = self.pad(pixel_values, pad_size=pad_size, disable_grouping=disable_grouping)
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+if not is_torchvision_available():
+    APMImageProcessor = APMImageProcessorPil  # type: ignore[misc]
+
+__all__ = ["APMImageProcessor"]

@@ -1,0 +1,356 @@
+"""APM's image processor on PIL and NumPy, and the reading of any image that both backends share.
+
+The recipe (arXiv:2410.20535): RGB, 448 x 448 bicubic, then either ImageNet mean and std (test-time training) or each
+image scaled to [0, 1] by its own minimum and maximum (`do_min_max`, grid distillation on COCO), channels optionally in
+BGR order. Built on https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/image_processing_backends.py
+
+How pixels are read, whatever they come in (`read_image`). The type decides the scale wherever it can:
+
+* 8-bit PIL modes, `uint8`, `bool` (False 0, True 255), other integers within [0, 255]: 8-bit values, kept as `uint8`.
+* 16-bit: PIL modes `I;16*` and `I` (what PIL opens 16-bit files as) and `uint16`: divided by 257, never clipped.
+* Floating point and PIL mode `F`: fractions of full scale if the maximum is at most 1 (multiplied by 255), 8-bit
+  values if it lies in [2, 255]. Rounding errors of 0.1 % beyond a range are clamped; anything else is a ValueError.
+  With `do_rescale=False` fractions stay fractions, as elsewhere in transformers.
+* Transparency is composited on white, EXIF orientation applied, one channel repeated; 4 array channels are RGBA.
+
+Legend: B images, C channels (1, 3 or 4), (H, W) the input's and (S_h, S_w) the output's height and width.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+    load_image,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+CHANNEL_COUNTS = (1, 3, 4)
+MODES_WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa")
+FLOAT_SLACK = 1e-3  # of full scale: what interpolation and half precision add to a correct image
+
+
+class APMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """Options of APM's image processors: those of every image processor in transformers and two more.
+
+    Attributes:
+        do_min_max (`bool`, defaults to `False`):
+            Scale every image to [0, 1] by its own minimum and maximum over all pixels and channels, taken after
+            resizing and cropping: `(x - min) / (max - min)`; a constant image becomes zeros. It takes the place of
+            `do_rescale` and `do_normalize`, which have no effect while it is on.
+        do_flip_channel_order (`bool`, defaults to `False`):
+            Return the channels as blue, green, red. This is the last step, so `image_mean` and `image_std` are in RGB
+            order whether it is on or off.
+    """
+
+    do_min_max: bool | None
+    do_flip_channel_order: bool | None
+
+
+def read_image(
+    image: Any,
+    *,
+    input_data_format: str | ChannelDimension | None = None,
+    do_convert_rgb: bool = True,
+    do_rescale: bool = True,
+) -> Tensor:
+    """Read one PIL image, array or tensor by the rules at the top of this file.
+
+    Args:
+        image: a PIL image of any mode, or a NumPy array or torch tensor `(H, W)`, `(H, W, C)` or `(C, H, W)`.
+        input_data_format: `"channels_first"` or `"channels_last"`. Without it the channels are the axis that has 1, 3
+            or 4 entries; where both ends do, as in `(3, 40, 4)`, the first axis is taken and a warning logged.
+        do_convert_rgb: convert to RGB; otherwise the image must already have three channels, taken as they are.
+        do_rescale: whether a rescaling by 1/255 follows; otherwise floating-point fractions stay in [0, 1].
+
+    Returns:
+        `(3, H, W)` on the image's device: `uint8`, or `float32` in [0, 255] for deeper images ([0, 1] for fractions
+        with `do_rescale=False`).
+
+    Raises:
+        ValueError: what was expected and what came instead.
+    """
+    if isinstance(image, PIL.Image.Image):
+        image, input_data_format = _pil_to_array(image, do_convert_rgb), ChannelDimension.LAST
+    if isinstance(image, np.ndarray):
+        image = _array_to_tensor(image)
+    if not isinstance(image, Tensor):
+        raise ValueError(f"expected a PIL image, NumPy array or torch tensor, got {type(image).__name__}.")
+    pixels, white = _scale_pixels(_channels_first(image.detach(), input_data_format), do_rescale)
+    if len(pixels) != 3 and not do_convert_rgb:
+        raise ValueError(f"expected 3 channels with `do_convert_rgb=False`, got {len(pixels)}.")
+    if len(pixels) == 4:
+        colours, alpha = pixels[:3].float(), pixels[3:].float() / white
+        on_white = white - alpha * (white - colours)
+        return on_white if pixels.is_floating_point() else on_white.round().to(torch.uint8)
+    return pixels.expand(3, -1, -1)  # (1, H, W) or (3, H, W) -> (3, H, W)
+
+
+def _pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
+    """Upright pixels `(H, W)` or `(H, W, C)`, RGBA if anything may be transparent, at their own depth."""
+    if 0 in image.size:
+        raise ValueError(f"expected at least one pixel, got a PIL image of size {image.size}.")
+    try:
+        image = PIL.ImageOps.exif_transpose(image)
+        image.load()
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise ValueError(f"expected a readable image, got one that PIL cannot decode: {error}") from error
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # PIL's own conversion to 8 bits would clip at 255.
+        array = np.array(image)
+        if array.min() < 0 or array.max() > 65535:
+            raise ValueError(
+                f"expected 16-bit values in [0, 65535] in a PIL image of mode {image.mode}, "
+                f"got [{array.min()}, {array.max()}]."
+            )
+        array = array.astype(np.uint16)
+        if do_convert_rgb and isinstance(image.info.get("transparency"), int):
+            array[array == image.info["transparency"]] = 65535
+        return array
+    if do_convert_rgb and image.mode != "F":
+        if image.mode == "La":
+            image = image.convert("LA")
+        has_alpha = image.mode in MODES_WITH_ALPHA or image.info.get("transparency") is not None
+        image = image.convert("RGBA" if has_alpha else "RGB")
+    return np.array(image)
+
+
+def _array_to_tensor(array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"expected boolean, integer or floating-point pixels, got a NumPy array of {array.dtype}.")
+    # torch takes neither negative strides nor foreign byte orders nor long doubles, and warns about read-only memory.
+    dtype = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    array = np.ascontiguousarray(array, dtype=dtype)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _channels_first(image: Tensor, input_data_format: str | ChannelDimension | None) -> Tensor:
+    """`(H, W)`, `(H, W, C)` or `(C, H, W)` -> `(C, H, W)`."""
+    shape = tuple(image.shape)
+    if image.ndim not in (2, 3):
+        raise ValueError(f"expected shape (H, W), (H, W, C) or (C, H, W), or a batch with one axis more, got {shape}.")
+    if 0 in shape:
+        raise ValueError(f"expected at least one pixel, got shape {shape}.")
+    if image.ndim == 2:
+        return image[None]
+    if input_data_format is not None:
+        layout = ChannelDimension(input_data_format)
+    elif shape[0] in CHANNEL_COUNTS or shape[2] in CHANNEL_COUNTS:
+        layout = infer_channel_dimension_format(image, num_channels=CHANNEL_COUNTS)
+    else:
+        raise ValueError(f"expected 1, 3 or 4 channels on the first or last axis, got shape {shape}.")
+    pixels = image if layout == ChannelDimension.FIRST else image.permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    if len(pixels) not in CHANNEL_COUNTS:
+        raise ValueError(f"expected 1, 3 or 4 channels, got {len(pixels)} in shape {shape} read as {layout.value}.")
+    return pixels
+
+
+def _scale_pixels(pixels: Tensor, do_rescale: bool) -> tuple[Tensor, float]:
+    """Pixels as `uint8`, or as `float32` in [0, white]; and white, 255 or 1."""
+    if pixels.dtype == torch.bool:
+        return pixels.to(torch.uint8) * 255, 255.0
+    if pixels.dtype == torch.uint8:
+        return pixels, 255.0
+    if pixels.dtype == torch.uint16:
+        return pixels.to(torch.float32) / 257, 255.0
+    if pixels.is_complex():
+        raise ValueError(f"expected boolean, integer or floating-point pixels, got a tensor of {pixels.dtype}.")
+    if not pixels.is_floating_point():
+        low, high = (bound.item() for bound in pixels.to(torch.int64).aminmax())
+        if low < 0 or high > 255:
+            raise ValueError(
+                f"expected integers in [0, 255], or 16-bit pixels as uint16, got {pixels.dtype} in [{low}, {high}]."
+            )
+        return pixels.to(torch.uint8), 255.0
+    pixels = pixels.to(torch.float32)
+    finite = pixels.isfinite()
+    if not finite.all():
+        raise ValueError(f"expected finite pixels, got {(~finite).sum().item()} NaN or infinite values.")
+    low, high = (bound.item() for bound in pixels.aminmax())
+    white = 1.0 if high < 2 else 255.0
+    if low < -FLOAT_SLACK * white or high > (1 + FLOAT_SLACK) * white:
+        raise ValueError(
+            "expected floating-point pixels in [0, 1] or in [0, 255] with a maximum of at least 2, "
+            f"got [{low:.4g}, {high:.4g}]."
+        )
+    pixels = pixels.clamp(0, white)
+    return (pixels * 255, 255.0) if white == 1 and do_rescale else (pixels, white)
+
+
+def _flatten(images: Any, label: str = "images") -> Iterator[tuple[str, Any]]:
+    """Walk lists and 4-D batches, naming every image by its place: `("images[3]", image)`."""
+    is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 4)
+    if not is_batch:
+        yield label, images
+        return
+    if len(images) == 0:
+        raise ValueError(f"{label}: expected at least one image, got none.")
+    for index, image in enumerate(images):
+        yield from _flatten(image, f"{label}[{index}]")
+
+
+class APMImageProcessorBase(BaseImageProcessor):
+    """Defaults, input checks and errors of both backends; a backend brings `process_image` and `_preprocess`."""
+
+    valid_kwargs = APMImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+    do_resize = True
+    size = {"height": 448, "width": 448}
+    resample = PILImageResampling.BICUBIC
+    do_rescale = True
+    do_normalize = True
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    do_convert_rgb = True
+    do_min_max = False
+    do_flip_channel_order = False
+
+    def fetch_images(self, image: Any) -> Any:
+        """Open a path with PIL, so that its mode is kept; transformers fetches URLs and base64 text (as RGB)."""
+        if isinstance(image, str | os.PathLike):
+            try:
+                if not os.path.isfile(image):
+                    return load_image(os.fspath(image))
+                with open(image, "rb") as file:  # PIL would keep files of many frames open
+                    return PIL.Image.open(io.BytesIO(file.read()))
+            except OSError as error:
+                raise ValueError(f"expected a readable image, got {image!r}: {error}") from error
+        return image
+
+    def _prepare_image_like_inputs(
+        self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Unpack[APMImageProcessorKwargs]
+    ) -> list[Any]:
+        """Flatten the input into images `(3, H, W)`; an error names the image it comes from."""
+        prepared = []
+        for label, image in _flatten(images):
+            try:
+                prepared.append(self.process_image(self.fetch_images(image), *args, **kwargs))
+            except ValueError as error:
+                raise ValueError(f"{label}: {error}") from error
+        return prepared
+
+    def _validate_preprocess_kwargs(self, **kwargs: Unpack[APMImageProcessorKwargs]) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        if kwargs.get("data_format") not in (None, "channels_first", ChannelDimension.FIRST):
+            raise ValueError(f"`data_format` must be 'channels_first', got {kwargs['data_format']!r}.")
+        if kwargs.get("do_normalize"):
+            mean, std = np.atleast_1d(kwargs["image_mean"]), np.atleast_1d(kwargs["image_std"])
+            if len(mean) not in (1, 3) or len(std) not in (1, 3) or not (std > 0).all():
+                raise ValueError(
+                    "`image_mean` and `image_std` must be one number or three, the std positive, "
+                    f"got {kwargs['image_mean']} and {kwargs['image_std']}."
+                )
+
+
+class APMImageProcessorPil(APMImageProcessorBase, PilBackend):
+    """Turn images into APM's `pixel_values` `(B, 3, S_h, S_w)`, float32, with PIL and NumPy.
+
+    Takes a PIL image of any mode, a path or URL, a NumPy array or torch tensor `(H, W)`, `(H, W, C)` or `(C, H, W)`, a
+    4-D batch of those, or lists of any of these; see the top of this file for how pixels are read and
+    [`APMImageProcessorKwargs`] for the options. Steps: RGB, resize, centre crop, rescale and normalize (or min-max
+    instead of both), channel order, padding. Every option may also be given per call.
+
+    Raises:
+        ValueError: an unreadable or empty image, not an image at all, a channel count other than 1, 3 or 4, NaN or
+            infinite pixels, or values outside their range; the message names the image's place in the batch.
+    """
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        do_rescale: bool | None = True,
+        **kwargs: Unpack[APMImageProcessorKwargs],
+    ) -> np.ndarray:
+        """One image as `(3, H, W)`, `uint8` or `float32`; see [`read_image`]."""
+        pixels = read_image(
+            image,
+            input_data_format=input_data_format,
+            do_convert_rgb=bool(do_convert_rgb),
+            do_rescale=bool(do_rescale),
+        )
+        return pixels.cpu().numpy()
+
+    def resize(
+        self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        """Resize `(3, H, W)` with PIL at the image's own depth; transformers' resizing has 8 bits only."""
+        if image.dtype == np.uint8:
+            return super().resize(image, size, resample=resample, **kwargs)
+        plane = np.zeros((1, *image.shape[1:]), dtype=np.uint8)  # transformers turns `size` into a height and width
+        height, width = super().resize(plane, size, resample=PILImageResampling.NEAREST).shape[1:]
+        white = 1.0 if image.max() <= 1 else 255.0
+        planes = [PIL.Image.fromarray(channel).resize((width, height), resample=resample) for channel in image]
+        return np.stack([np.asarray(channel) for channel in planes]).clip(0, white)  # bicubic overshoots at edges
+
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
+        """Crop `(3, H, W)`, zeros around a smaller image: an odd row or column of them last, as torchvision has it."""
+        rows, cols = max(0, (size.height or 0) - image.shape[1]), max(0, (size.width or 0) - image.shape[2])
+        image = np.pad(image, ((0, 0), (rows // 2, rows - rows // 2), (cols // 2, cols - cols // 2)))
+        return super().center_crop(image, size, **kwargs)
+
+    def min_max(self, image: np.ndarray) -> np.ndarray:
+        """Scale `(3, H, W)` to [0, 1] by its minimum and maximum; zeros if they are equal."""
+        image = image.astype(np.float32)
+        low, high = image.min(), image.max()
+        return (image - low) / (high - low if high > low else np.float32(1))
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        *,
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling | int | None,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
+        do_min_max: bool,
+        do_flip_channel_order: bool,
+        do_pad: bool | None = None,
+        pad_size: SizeDict | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        pixel_values = []
+        for image in images:
+            if do_resize:
+                image = self.resize(image, size, resample=resample)
+            if do_center_crop:
+                image = self.center_crop(image, crop_size)
+            if do_min_max:
+                image = self.min_max(image)
+            else:
+                if do_rescale:
+                    image = self.rescale(image, rescale_factor)
+                if do_normalize:
+                    image = self.normalize(image, image_mean, image_std)
+            if do_flip_channel_order:
+                image = image[::-1]  # (3, S_h, S_w), RGB -> BGR
+            pixel_values.append(np.ascontiguousarray(image, dtype=np.float32))
+        if do_pad:
+            pixel_values = self.pad(pixel_values, pad_size=pad_size)
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+__all__ = ["APMImageProcessorKwargs", "APMImageProcessorPil", "read_image"]
