@@ -16,7 +16,8 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, HfArgumentParser
 
 from apm_hf import TTTConfig, load_teacher
-from apm_hf.data.loading import decode_image, load_images
+from apm_hf.data.images import decode_image
+from apm_hf.data.loading import load_images
 from apm_hf.ttt_classification import TTTClassifier
 
 

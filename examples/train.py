@@ -20,7 +20,8 @@ from accelerate import PartialState
 from transformers import HfArgumentParser, set_seed
 
 from apm_hf import APMConfig, APMModel, load_teacher
-from apm_hf.data.loading import ImageCollator, train_and_validation
+from apm_hf.data.images import ImageCollator
+from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DistillationConfig, DistillationResult, distill, matching_image_processor
 from apm_hf.hub import CardFacts, publish, write_card
 

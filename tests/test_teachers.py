@@ -43,7 +43,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from apm_hf import teachers
-from apm_hf.teachers import DualEncoder, VisionTower, load_teacher
+from apm_hf.teacher_families import DualEncoder, VisionTower
+from apm_hf.teachers import load_teacher
 from apm_hf.zero_shot import ENSEMBLE_TEMPLATES, classify
 
 SIZE, PATCH, WIDTH, PROJECTION, NUM_REGISTERS, NUM_LAYERS = 32, 8, 32, 24, 3, 3
@@ -333,7 +334,7 @@ def test_transparent_pixels_are_white_whatever_colour_they_hide(teacher_of, mode
 
 def test_16_bit_grey_is_scaled_not_clipped(teacher_of):
     values = np.asarray(photo("L")).astype(np.uint16) * 200
-    grey, deep = Image.fromarray((values // 257).astype(np.uint8)), Image.fromarray(values)
+    grey, deep = Image.fromarray(np.rint(values / 257).astype(np.uint8)), Image.fromarray(values)
     assert deep.mode == "I;16"
     expected = teacher_of("vit").encode_images(grey).image_embeds
     torch.testing.assert_close(teacher_of("vit").encode_images(deep).image_embeds, expected)
@@ -368,15 +369,15 @@ def test_arrays_and_tensors_are_read_like_images(teacher_of, kind, mode):
     [
         ([], "at least one image"),
         (np.zeros((0, 3, 8, 8), np.uint8), "at least one image"),
-        ("photo.jpg", "image 0 to be a PIL image, array or tensor, got str"),
-        ([photo(), None], "image 1 .* got NoneType"),
-        ([photo(), np.zeros((8, 8, 3), np.float32)], "image 1 to be uint8.*float32.*`pixel_values`"),
-        (torch.zeros(3, 8, 8), r"image 0 to be uint8.*torch.float32"),
-        (np.zeros((8, 8, 2), np.uint8), r"image 0 to have 1, 3 or 4 channels, got shape \(8, 8, 2\)"),
-        (np.zeros((8, 0, 3), np.uint8), "image 0 to have .* got shape"),
-        (np.zeros(8, np.uint8), r"image 0 to have .* got shape \(8,\)"),
-        (Image.new("F", (8, 8)), "image 0 to have 8 or 16 bits, got mode F"),
-        ([photo(), Image.new("RGB", (0, 8))], r"image 1 to have pixels, got size \(0, 8\)"),
+        ("photo.jpg", "Image 0: expected a PIL image, NumPy array or torch tensor, got str"),
+        ([photo(), None], "Image 1: .* got NoneType"),
+        ([photo(), np.zeros((8, 8, 3), np.float32)], "Image 1: expected an array of uint8.*float32.*`pixel_values`"),
+        (torch.zeros(3, 8, 8), r"Image 0: expected an array of uint8.*torch.float32"),
+        (np.zeros((8, 8, 2), np.uint8), r"Image 0: expected .*channel.* got .*\(8, 8, 2\)"),
+        (np.zeros((8, 0, 3), np.uint8), "Image 0: expected .* got .*"),
+        (np.zeros(8, np.uint8), r"Image 0: expected .* got .*\(8,\)"),
+        (Image.new("F", (8, 8), 1000.0), "Image 0: expected .*1000"),
+        ([photo(), Image.new("RGB", (0, 8))], r"Image 1: expected at least one pixel.*\(0, 8\)"),
     ],
 )
 def test_what_is_no_image_is_refused_by_index(teacher_of, images, message):
@@ -388,7 +389,7 @@ def test_a_truncated_file_is_refused_by_index(teacher_of, tmp_path):
     path = tmp_path / "half.png"
     photo().save(path)
     path.write_bytes(path.read_bytes()[:1500])
-    with Image.open(path) as image, pytest.raises(ValueError, match="image 1 to become RGB.*truncated"):
+    with Image.open(path) as image, pytest.raises(ValueError, match="Image 1: expected a readable image.*truncated"):
         teacher_of("vit").encode_images([photo(), image])
 
 

@@ -82,7 +82,7 @@ def _add_classify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _classify(options: argparse.Namespace) -> int:
-    from .data.loading import decode_image
+    from .data.images import decode_image
 
     classifier = _classifier(options)
     status, readable = 0, []

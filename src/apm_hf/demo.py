@@ -181,7 +181,8 @@ def _load(config: DemoConfig) -> tuple[list[Any], list[Any], Tensor, list[str]]:
             labels,
             [*CLASS_NAMES],
         )
-    from .data.loading import decode_image, train_and_validation
+    from .data.images import decode_image
+    from .data.loading import train_and_validation
 
     train_data, test_data = train_and_validation(
         config.dataset,

@@ -158,7 +158,7 @@ def distill(
         image_processor: the student's; saved beside it.
         teacher: frozen; asked for the targets.
         validation_data: rows like those of `train_data`.
-        collate_fn: e.g. [`apm_hf.data.loading.ImageCollator`].
+        collate_fn: e.g. [`apm_hf.data.images.ImageCollator`].
 
     Raises:
         ValueError: for a student whose features are not as wide as the teacher's, or a loss that is not finite.

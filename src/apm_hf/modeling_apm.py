@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_apm import APMConfig
-from .position_encoding import coordinates_to_indices, grid_coordinates, position_code, sincos_code
+from .position_encoding import grid_coordinates, position_code, sample_patches, sincos_code
 
 # Without gradients, locations are answered in chunks whose widest activation stays below this many elements.
 CHUNK_ELEMENTS = 2**24
@@ -136,27 +136,6 @@ class APMQueryLinear(nn.Linear):
         return hidden[:, query.start - first * size : query.stop - first * size]
 
 
-def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int) -> Tensor:
-    """The window around each location, sampled bilinearly, zero outside the image.
-
-    Args:
-        pixel_values: `(B, C, S, S)`.
-        coordinates: `(1 or B, L, 2)`, (y, x) in [-1, 1].
-
-    Returns:
-        `(B, L, C * patch_size**2)`, channels first; at a cell's centre it is the cell's own patch.
-    """
-    batch_size, _, height, width = pixel_values.shape
-    offsets = torch.arange(patch_size, dtype=coordinates.dtype, device=coordinates.device) - (patch_size - 1) / 2
-    y = coordinates[..., 0, None] + offsets * (2 / height)  # (1 or B, L, patch)
-    x = coordinates[..., 1, None] + offsets * (2 / width)
-    y, x = torch.broadcast_tensors(y[..., :, None], x[..., None, :])  # (1 or B, L, patch, patch)
-    window = torch.stack([x, y], dim=-1).flatten(2, 3).expand(batch_size, -1, -1, -1)  # grid_sample takes (x, y)
-    # Coordinates keep their precision: in bfloat16 a location would move by whole pixels.
-    patches = F.grid_sample(pixel_values.to(window.dtype), window, align_corners=False)
-    return patches.transpose(1, 2).flatten(2).to(pixel_values.dtype)  # (B, C, L, patch**2) -> (B, L, C * patch**2)
-
-
 class APMDecoder(GradientCheckpointingLayer):
     """The shared MLP and its heads. One call answers one chunk of locations, so checkpointing it bounds memory."""
 
@@ -240,6 +219,10 @@ class APMPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["APMDecoder"]
+
+    def __init__(self, config: APMConfig, *args, **kwargs):
+        config.validate_architecture()  # fields may have been set since the configuration was made
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -407,6 +390,9 @@ class APMModel(APMPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         chunk_size = self._chunk_size(query, chunk_size)
+        checkpointing = getattr(self.decoder, "_gradient_checkpointing_func", None)
+        if self.training and self.decoder.gradient_checkpointing and checkpointing.keywords.get("use_reentrant"):
+            raise ValueError("gradient checkpointing: expected use_reentrant=False, got True, which loses gradients")
         chunks = [
             self.decoder(query.chunk(start, min(start + chunk_size, query.num_locations)), output_hidden_states)
             for start in range(0, query.num_locations, chunk_size)
@@ -427,7 +413,7 @@ class APMModel(APMPreTrainedModel):
         if torch.is_grad_enabled():
             return query.num_locations
         widest = max(*self.config.hidden_sizes, self.config.feature_size, self.config.local_patch_width)
-        return max(1, CHUNK_ELEMENTS // (len(query.trigger_column) * widest))
+        return max(1, CHUNK_ELEMENTS // (max(1, len(query.trigger_column)) * widest))
 
     def _pool(self, features: Tensor, query: APMQuery) -> Tensor:
         return features.mean(dim=1) if self.pooler is None else self.pooler(features, query.locations())
@@ -456,4 +442,4 @@ class APMModel(APMPreTrainedModel):
         return coordinates if coordinates.ndim == 3 else coordinates[None]  # (L, 2) -> (1, L, 2)
 
 
-__all__ = ["APMModel", "APMModelOutput", "APMPreTrainedModel", "coordinates_to_indices", "grid_coordinates"]
+__all__ = ["APMModel", "APMModelOutput", "APMPreTrainedModel"]

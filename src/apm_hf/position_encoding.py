@@ -1,14 +1,15 @@
-"""Where the machine looks: coordinates, cell indices and the fixed 2-D sin-cos position code. Pure functions.
+"""Where the machine looks: coordinates, cell indices, the fixed 2-D sin-cos code, and the patch around a place.
 
 Source: arXiv:2410.20535, section 3 (the code is the fixed one of MAE, arXiv:2111.06377, with the column first).
 Coordinates are (y, x) in [-1, 1] and mean what `torch.nn.functional.grid_sample(align_corners=False)` means by them,
 except that it takes (x, y).
 
-Legend: L locations, P width of the code, (rows, cols) the grid; locations are row-major.
+Pure functions. Legend: B images, L locations, P width of the code, (rows, cols) the grid; locations are row-major.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MAX_PERIOD = 10000.0  # arXiv:1706.03762, section 3.5
 
@@ -60,3 +61,24 @@ def position_code(coordinates: Tensor, rows: int, cols: int, size: int) -> Tenso
     """
     row, column = coordinates_to_indices(coordinates, rows, cols).unbind(-1)
     return torch.cat([sincos_code(column, size // 2), sincos_code(row, size // 2)], dim=-1)
+
+
+def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int) -> Tensor:
+    """The window around each location, sampled bilinearly, zero outside the image.
+
+    Args:
+        pixel_values: `(B, C, S, S)`.
+        coordinates: `(1 or B, L, 2)`, (y, x) in [-1, 1].
+
+    Returns:
+        `(B, L, C * patch_size**2)`, channels first; at a cell's centre it is the cell's own patch.
+    """
+    batch_size, _, height, width = pixel_values.shape
+    offsets = torch.arange(patch_size, dtype=coordinates.dtype, device=coordinates.device) - (patch_size - 1) / 2
+    y = coordinates[..., 0, None] + offsets * (2 / height)  # (1 or B, L, patch)
+    x = coordinates[..., 1, None] + offsets * (2 / width)
+    y, x = torch.broadcast_tensors(y[..., :, None], x[..., None, :])  # (1 or B, L, patch, patch)
+    window = torch.stack([x, y], dim=-1).flatten(2, 3).expand(batch_size, -1, -1, -1)  # grid_sample takes (x, y)
+    # Coordinates keep their precision: in bfloat16 a location would move by whole pixels.
+    patches = F.grid_sample(pixel_values.to(window.dtype), window, align_corners=False)
+    return patches.transpose(1, 2).flatten(2).to(pixel_values.dtype)  # (B, C, L, patch**2) -> (B, L, C * patch**2)

@@ -5,7 +5,7 @@ patch, optionally the patches of intermediate layers, and the embeddings of clas
 distils DINOv2 grids and adapts to CLIP image embeddings (arXiv:2410.20535, Sec. 3); prompts are averaged as in CLIP
 (arXiv:2103.00020, Sec. 3.1.4) and patch tokens go through CLIP's image head as in MaskCLIP (arXiv:2112.01071).
 
-A new family is one entry in `VISION_TOWERS` and, where it reads text too, one in `DUAL_ENCODERS`.
+A new family is one entry in `apm_hf.teacher_families`.
 
 Shapes: B images, T tokens (prefix tokens, then rows * cols patches, row-major), N levels, K classes, C width of the
 vision tower, F width of the teacher's embeddings. Pixels are `(B, 3, H, W)`; H = rows * patch_size.
@@ -14,14 +14,14 @@ vision tower, F width of the teacher's embeddings. Pixels are `(B, 3, H, W)`; H 
 import os
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoTokenizer
 
@@ -29,72 +29,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import ModelOutput, logging
 
+from .data.images import eight_bit_rgb
+from .teacher_families import DUAL_ENCODERS, VISION_TOWERS, DualEncoder
+
 logger = logging.get_logger(__name__)
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 DEFAULT_LOGIT_SCALE = 100.0  # the bound that CLIP's training keeps to (arXiv:2103.00020, Sec. 2.5)
 TEXT_BATCH_SIZE = 256
 
-
-@dataclass(frozen=True)
-class VisionTower:
-    """What must be known about one family of vision transformers; keyed by its `config.model_type`.
-
-    Args:
-        num_prefix_tokens: From the vision config: tokens in front of the first patch (class, registers, distillation).
-        pool: `(tower, tokens (..., C)) -> (..., C)`: what makes `pooler_output` of the class token, for any token of
-            `last_hidden_state`. Used where the tower is part of a dual encoder.
-        forward_options: Keyword arguments of every forward pass.
-        bare_options: Keyword arguments of `from_pretrained` for a checkpoint without a head.
-        standalone: Whether the tower can be a teacher on its own.
-    """
-
-    num_prefix_tokens: Callable[[Any], int]
-    pool: Callable[[Any, Tensor], Tensor] = lambda tower, tokens: tokens
-    forward_options: Mapping[str, Any] = field(default_factory=dict)
-    bare_options: Mapping[str, Any] = field(default_factory=dict)
-    standalone: bool = True
-
-
-@dataclass(frozen=True)
-class DualEncoder:
-    """What must be known about one family of image-text models; keyed by its `config.model_type`.
-
-    Args:
-        project: `(model, pooled tokens (..., C)) -> (..., F)`: the map into the space shared with the text.
-        feature_size: From the config: F.
-        tokenizer_options: How the prompts of a batch are brought to one length.
-    """
-
-    project: Callable[[Any, Tensor], Tensor] = lambda model, pooled: model.visual_projection(pooled)
-    feature_size: Callable[[Any], int] = lambda config: config.projection_dim
-    tokenizer_options: Mapping[str, Any] = field(default_factory=lambda: {"padding": True})
-
-
-def _pool_as_first_token(tower: Any, tokens: Tensor) -> Tensor:
-    # The pooler reads token 0 of each sequence: give it every token as a sequence of its own.
-    return tower.pooler(tokens.reshape(-1, 1, tokens.shape[-1])).unflatten(0, tokens.shape[:-1])
-
-
-_INTERPOLATE = {"interpolate_pos_encoding": True}  # DINOv2 does so unasked
-_VIT: dict[str, Any] = {
-    "pool": _pool_as_first_token,
-    "forward_options": _INTERPOLATE,
-    "bare_options": {"add_pooling_layer": False},  # many checkpoints have none, and only dual encoders use it
-}
-VISION_TOWERS: dict[str, VisionTower] = {
-    "clip_vision_model": VisionTower(
-        lambda config: 1,
-        pool=lambda tower, tokens: tower.post_layernorm(tokens),
-        forward_options=_INTERPOLATE,
-        standalone=False,  # AutoModel would drop its projection: ask for the whole CLIPModel
-    ),
-    "deit": VisionTower(lambda config: 2, **_VIT),  # class and distillation token
-    "dinov2": VisionTower(lambda config: 1),
-    "dinov2_with_registers": VisionTower(lambda config: 1 + config.num_register_tokens),
-    "vit": VisionTower(lambda config: 1, **_VIT),
-}
-DUAL_ENCODERS: dict[str, DualEncoder] = {"clip": DualEncoder(), "vision-text-dual-encoder": DualEncoder()}
 
 # Names of linear heads over the class token. DeiT has a second one, over the distillation token, which is not used.
 _HEADS = ("classifier", "cls_classifier")
@@ -458,38 +401,12 @@ def _as_list(images: Any) -> list[Any]:
 
 
 def _to_rgb(image: Any, index: int) -> Image.Image:
-    """Upright 8-bit RGB; transparency on white, 16-bit grey divided by 257, as APM's own image processors do."""
-    if isinstance(image, np.ndarray | Tensor):
-        image = _array_to_pil(image, index)
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"Expected image {index} to be a PIL image, array or tensor, got {type(image).__name__}.")
-    if 0 in image.size:
-        raise ValueError(f"Expected image {index} to have pixels, got size {image.size}.")
-    if image.mode == "F":
-        raise ValueError(f"Expected image {index} to have 8 or 16 bits, got mode F, which has no agreed range.")
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            # PIL itself would clip at 255
-            return Image.fromarray((np.array(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-        if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-            image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"Expected image {index} to become RGB, got mode {image.mode}: {error}") from error
-
-
-def _array_to_pil(image: np.ndarray | Tensor, index: int) -> Image.Image:
-    if image.dtype not in (np.uint8, torch.uint8):
+    if isinstance(image, np.ndarray | Tensor) and image.dtype not in (np.uint8, torch.uint8):
         raise ValueError(
-            f"Expected image {index} to be uint8 from 0 to 255, got {image.dtype}; "
+            f"Image {index}: expected an array of uint8, 0 to 255, got {image.dtype}; "
             "what an image processor has made goes to `pixel_values`."
         )
-    array = np.asarray(image.cpu() if isinstance(image, Tensor) else image)
-    array = array[None] if array.ndim == 2 else array
-    channels_last = array.ndim == 3 and array.shape[0] not in (1, 3, 4)
-    array = np.moveaxis(array, 2, 0) if channels_last else array
-    if array.ndim != 3 or array.size == 0 or len(array) not in (1, 3, 4):
-        raise ValueError(f"Expected image {index} to have 1, 3 or 4 channels, got shape {tuple(image.shape)}.")
-    return Image.merge(("L", "RGB", "RGBA")[len(array) // 2], [Image.fromarray(channel) for channel in array])
+    try:
+        return eight_bit_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"Image {index}: {error}") from error
