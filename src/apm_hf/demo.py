@@ -37,6 +37,7 @@ logger = logging.get_logger(__name__)
 
 CONDITIONS = ("clean", "gaussian_noise", "contrast", "jpeg", "defocus")
 SEVERITY = 3
+TTT_STEPS = 20
 TEST_SEED = 1  # scenes 0, 1, ... of another seed than those distilled from
 
 TEACHER, DISTILLED = "teacher", "APM, distilled"
@@ -63,9 +64,9 @@ class DemoConfig:
     dataset: str | None = None
     output_dir: str = "apm"
     report_dir: str | None = None
-    max_steps: int = 600
-    num_images: int = 3072
-    num_test_images: int = 240
+    max_steps: int = 640
+    num_images: int = 4096
+    num_test_images: int = 96
     seed: int = 0
 
 
@@ -94,7 +95,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     """
     teacher = load_teacher(config.teacher)
     train_images, test_images, labels, class_names = _load(config)
-    architecture = APMConfig.preset("tiny", feature_size=teacher.feature_size, local_patch=True)
+    architecture = demo_architecture(teacher.feature_size)
     image_processor = matching_image_processor(teacher, architecture.image_size)
 
     cache = TargetCache.build(train_images, teacher, image_processor, description="teacher")
@@ -116,6 +117,17 @@ def run_demo(config: DemoConfig) -> DemoResult:
     report_dir = Path(config.report_dir or f"{config.output_dir.rstrip('/')}_report")
     table, files = write_report(report_dir, test.rows, test.sights, test.losses, facts)
     return DemoResult(test.rows, table, files, output_dir)
+
+
+def demo_architecture(feature_size: int) -> APMConfig:
+    """The `tiny` preset with more to tell images and places apart.
+
+    Attention pools, since the mean of the features cannot be the teacher's image embedding while the features
+    themselves are the teacher's patches; with mean pooling, L_grid and L_cls pull against each other.
+    """
+    return APMConfig.preset(
+        "tiny", feature_size=feature_size, trigger_channels=4, local_patch=True, pooling="attention"
+    )
 
 
 class _Test:
@@ -140,7 +152,7 @@ class _Test:
             self._record(name, condition, outputs.pooler_output, outputs.last_hidden_state, features)
         adapted = {}
         for name, start in ((ADAPTED, "model"), (FROM_SCRATCH, "random")):
-            recipe = TTTConfig.preset("fast", start=start, seed=self.seed)
+            recipe = TTTConfig.preset("fast", steps=TTT_STEPS, start=start, seed=self.seed)
             adapted[name] = adapt(machines[DISTILLED], pixel_values, cache.image_embeds, config=recipe)
             answers = adapted[name].query(coordinates).last_hidden_state
             self._record(name, condition, adapted[name].image_embeds, answers, features)
@@ -205,7 +217,7 @@ def _distil(
     settings = DistillationConfig(
         output_dir=str(output_dir),
         max_steps=config.max_steps,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         warmup_steps=config.max_steps // 20,
         num_locations=48,
         checkpoint_steps=0,

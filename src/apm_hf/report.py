@@ -4,6 +4,7 @@ Legend: L locations, F feature width, S image side, (rows, cols) the teacher's g
 """
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ def _draw_sights(path: Path, sights: Sequence[Sight]) -> None:
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(sight.condition.replace("_", " "))
     for axes, name in zip(grid[0], names, strict=True):
-        axes.set_title(name.replace(": ", ":\n").replace(", ", ",\n").replace(" + ", "\n+ "), fontsize=9)
+        axes.set_title("\n".join(textwrap.wrap(name, 14)), fontsize=9)
     figure.savefig(path, metadata={"Software": None})
 
 

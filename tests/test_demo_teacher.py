@@ -1,0 +1,106 @@
+"""The teacher that ships inside the package: small, loadable, good on clean scenes and visibly worse on noisy ones."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
+
+import apm_hf
+from apm_hf.data.corruptions import corrupt
+from apm_hf.data.scenes import CLASS_NAMES, PART_NAMES, SceneDataset
+
+FOLDER = Path(apm_hf.__file__).parent / "assets" / "demo-teacher"
+TEST_SEED = 1  # the teacher was trained on seed 0
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return list(map(SceneDataset(120, seed=TEST_SEED).__getitem__, range(120)))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    model = AutoModel.from_pretrained(FOLDER).eval()
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    return model, tokenizer, CLIPImageProcessorPil.from_pretrained(FOLDER)
+
+
+def embed_text(teacher, names, template="a photo of a {}."):
+    model, tokenizer, _ = teacher
+    tokens = tokenizer([template.format(name) for name in names], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        return torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+
+
+def embed_images(teacher, images):
+    """Image embeddings `(B, F)` and patch embeddings `(B, L, F)`."""
+    model, _, processor = teacher
+    with torch.inference_mode():
+        outputs = model.vision_model(**processor(images, return_tensors="pt"))
+        patches = model.vision_model.post_layernorm(outputs.last_hidden_state[:, 1:])
+        return model.visual_projection(outputs.pooler_output), model.visual_projection(patches)
+
+
+def top1(teacher, images, labels, template="a photo of a {}."):
+    image_embeds, _ = embed_images(teacher, images)
+    predicted = (image_embeds @ embed_text(teacher, CLASS_NAMES, template).T).argmax(dim=-1)
+    return (predicted == torch.tensor(labels)).float().mean().item()
+
+
+def test_the_folder_is_small_and_complete():
+    files = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
+    assert sum(files.values()) < 3_000_000
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= set(
+        files
+    )
+
+
+def test_weights_stored_in_half_precision_load_in_single(teacher):
+    assert {parameter.dtype for parameter in teacher[0].parameters()} == {torch.float32}
+    assert json.loads((FOLDER / "config.json").read_text())["vision_config"]["dtype"] == "float32"
+
+
+def test_the_tokenizer_pools_at_the_end_of_the_sentence(teacher):
+    """Padding, and words after the last, must not change an embedding; the class name must."""
+    model, tokenizer, _ = teacher
+    assert tokenizer("a photo of a cat.")["input_ids"][-1] == model.config.text_config.eos_token_id != 2
+    alone = embed_text(teacher, ["cat"])
+    padded = embed_text(teacher, ["cat", "robot in a very long and quite unusual sentence"])
+    assert torch.allclose(alone[0], padded[0], atol=1e-5)
+    assert (alone[0] @ embed_text(teacher, ["car"])[0]).item() < 0.9
+    assert tokenizer.unk_token_id in tokenizer("a zebra")["input_ids"]
+
+
+def test_every_class_and_part_name_is_one_known_word(teacher):
+    for name in (*CLASS_NAMES, *PART_NAMES):
+        token, *rest = teacher[1](name, add_special_tokens=False)["input_ids"]
+        assert not rest and token != teacher[1].unk_token_id
+
+
+def test_clean_scenes_are_read_well_with_any_prompt(teacher, scenes):
+    images, labels = ([scene[key] for scene in scenes] for key in ("image", "label"))
+    assert top1(teacher, images, labels) >= 0.93
+    for template in ("{}", "art of the {}.", "behold, the one and only {}!"):
+        assert top1(teacher, images, labels, template) >= 0.9
+
+
+def test_heavy_noise_and_low_contrast_hurt(teacher, scenes):
+    labels = [scene["label"] for scene in scenes]
+    for name in ("gaussian_noise", "contrast"):
+        generator = np.random.default_rng(0)
+        images = [corrupt(scene["image"], name, severity=5, generator=generator) for scene in scenes]
+        assert top1(teacher, images, labels) <= 0.8
+
+
+def test_patches_know_their_parts(teacher, scenes):
+    _, patch_embeds = embed_images(teacher, [scene["image"] for scene in scenes])
+    predicted = (patch_embeds @ embed_text(teacher, PART_NAMES).T).argmax(dim=-1)  # (B, L)
+    masks = torch.stack([torch.from_numpy(scene["part_mask"]) for scene in scenes])
+    patches = masks.unfold(1, 8, 8).unfold(2, 8, 8).flatten(3).flatten(1, 2)  # (B, H, W) -> (B, L, p * p)
+    shown, pure = patches.mode(dim=-1).values, (patches == patches[..., :1]).all(dim=-1)
+    on_object = pure & (shown > PART_NAMES.index("occluder"))
+    assert (predicted == shown)[on_object].float().mean() > 0.7
+    assert (predicted == shown)[pure & (shown == 0)].float().mean() > 0.95
