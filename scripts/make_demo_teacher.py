@@ -15,7 +15,6 @@ embeddings, N scenes.
 
 import argparse
 import json
-import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -45,7 +44,7 @@ from apm_hf.data.scenes import CLASS_NAMES, PART_NAMES, make_scene
 from apm_hf.position_encoding import grid_coordinates, position_code
 
 IMAGE_SIZE, PATCH_SIZE = 96, 8
-WHITENING_FLOOR = 0.01
+WHITENING_FLOOR = 0.01  # added to every variance, so that detail which hardly varies is not blown up
 # The first is what zero-shot users write; the others let prompt ensembles work. Worded after CLIP's ImageNet prompts.
 TEMPLATES = (
     "a photo of a {}.",
@@ -142,8 +141,7 @@ def start_well(model: CLIPModel, pixel_values: Tensor) -> None:
 
 
 def make_image_processor() -> CLIPImageProcessorPil:
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+    return CLIPImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_center_crop=False)
 
 
 def render(index: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +167,7 @@ def shuffled_batches(num_scenes: int, batch_size: int, *, generator: torch.Gener
 
 
 def augment(images: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Colour jitter and faint noise, `(B, 3, H, W)` in [0, 1]: about as strong as corruptions of severity 1."""
+    """Light colour jitter and faint noise, `(B, 3, H, W)` in [0, 1]: far milder than the demo's corruptions."""
     batch_size = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -178,8 +176,8 @@ def augment(images: Tensor, *, generator: torch.Generator) -> Tensor:
     channels = torch.rand(batch_size, 3, generator=generator).argsort(dim=1)  # colours carry no class: permute them
     images = images[torch.arange(batch_size)[:, None], channels]
     mean = images.mean(dim=(2, 3), keepdim=True)
-    images = (images - mean) * uniform(0.5, 1.1, 1, 1, 1) + mean * uniform(0.85, 1.15, 3, 1, 1)
-    noise = torch.randn(images.shape, generator=generator) * uniform(0.0, 0.04, 1, 1, 1)
+    images = (images - mean) * uniform(0.75, 1.1, 1, 1, 1) + mean * uniform(0.85, 1.15, 3, 1, 1)
+    noise = torch.randn(images.shape, generator=generator) * uniform(0.0, 0.02, 1, 1, 1)
     return (images + noise).clamp(0, 1)
 
 
@@ -216,9 +214,8 @@ def train(recipe: TeacherRecipe, model: CLIPModel, tokenizer: PreTrainedTokenize
     names = torch.tensor(tokenizer.convert_tokens_to_ids([*CLASS_NAMES, *PART_NAMES]))
     start_well(model, (images[:512] / 255 - mean) / std)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / (0.1 * recipe.steps)) * (1 + math.cos(math.pi * step / recipe.steps)) / 2,
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=recipe.learning_rate, total_steps=recipe.steps, pct_start=max(0.1, 2 / recipe.steps)
     )
     batches = shuffled_batches(recipe.num_scenes, recipe.batch_size, generator=generator)
     num_patches = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -241,14 +238,15 @@ def train(recipe: TeacherRecipe, model: CLIPModel, tokenizer: PreTrainedTokenize
 
         with torch.autocast(device.type, torch.bfloat16):
             text = text_embeds(model, tokens.to(device))
-            image, patches = vision_embeds(model, pixel_values.to(device), keep)
+            image, patches = (
+                F.normalize(embeds, dim=-1) for embeds in vision_embeds(model, pixel_values.to(device), keep)
+            )
         scale = model.logit_scale.exp().clamp(max=100)
         class_text, part_text = text.float().split((len(CLASS_NAMES), len(PART_NAMES)))
-        class_loss = F.cross_entropy(scale * F.normalize(image.float(), dim=-1) @ class_text.T, labels)
-        patches = F.normalize(patches.float(), dim=-1)
-        part_loss = dense_cross_entropy(scale * patches @ part_text.T, shares, weights)
+        class_loss = F.cross_entropy(scale * image.float() @ class_text.T, labels)
+        part_loss = dense_cross_entropy(scale * patches.float() @ part_text.T, shares, weights)
         own_class = F.one_hot(labels, len(CLASS_NAMES))[:, None].expand(-1, num_kept, -1).float()
-        whole_loss = dense_cross_entropy(scale * patches @ class_text.T, own_class, on_object)
+        whole_loss = dense_cross_entropy(scale * patches.float() @ class_text.T, own_class, on_object)
         (class_loss + part_loss + whole_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

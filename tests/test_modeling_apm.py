@@ -126,6 +126,7 @@ def test_other_architectures_equal_the_naive_form(fields):
         outputs = model(pixel_values, coordinates, output_hidden_states=True)
         expected = naive_apm(model.config, weights, pixel_values.double(), coordinates)
         assert_same_answers(outputs, expected)
+        assert outputs.rgb is None or outputs.rgb.shape[-1] == 3  # whatever the image's channels
 
 
 def test_locations_may_be_learned():
@@ -414,6 +415,8 @@ def test_any_real_numbers_are_coordinates():
     places = random_coordinates(5)
     expected = model(small_images(), places)
     assert_same_answers(model(small_images(), places.double()), expected)
+    coarse = places.bfloat16()
+    assert_same_answers(model(small_images(), coarse), model(small_images(), coarse.float()), 1e-6)
     whole = model(small_images(), torch.tensor([[0, 1], [-1, 0]]))
     assert_same_answers(whole, model(small_images(), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])), 1e-6)
 
@@ -590,10 +593,11 @@ def test_model_on_the_meta_device_is_only_shapes(fields):
     config = small_config(**fields)
     with torch.device("meta"):
         model = APMModel(config)
-        inputs = {name: value.to("meta") for name, value in inputs_for(model).items()}
-        outputs = model(**inputs, coordinates=torch.rand(5, 2))
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert outputs.last_hidden_state.is_meta and outputs.last_hidden_state.shape == (2, 5, 16)
+    inputs = {name: value.to("meta") for name, value in inputs_for(model).items()}
+    for coordinates in (None, torch.empty(9, 2, device="meta")):
+        outputs = model(**inputs, coordinates=coordinates)
+        assert outputs.last_hidden_state.is_meta and outputs.last_hidden_state.shape == (2, 9, 16)
     # Nothing but the weights is needed to bring it to life.
     expected = randomise(APMModel(config))
     model.load_state_dict(expected.state_dict(), assign=True)
@@ -695,11 +699,13 @@ def test_gradient_checkpointing_gives_equal_gradients(fields, coordinates):
 
 @uses_checkpointing
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.filterwarnings("ignore:(?s).*use_reentrant parameter should be passed explicitly:UserWarning")
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"preserve_rng_state": False}], ids=str)
 @pytest.mark.parametrize("trigger_source", ["conv", "embedding"])
-def test_reentrant_checkpointing_loses_no_gradient_silently(trigger_source):
+def test_reentrant_checkpointing_loses_no_gradient_silently(trigger_source, options):
     model = small_model(trigger_source=trigger_source, pooling="attention").train()
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.gradient_checkpointing_enable(options)  # torch's default is to be reentrant
         weighted_sum(model(**inputs_for(model))).backward()
     except (ValueError, RuntimeError):
         return  # Refusing is honest.

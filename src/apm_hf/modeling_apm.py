@@ -12,14 +12,16 @@ width, K classes, (rows, cols) the grid; locations are row-major; coordinates ar
 `torch.nn.functional.grid_sample(align_corners=False)`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -136,8 +138,10 @@ class APMQueryLinear(nn.Linear):
         return hidden[:, query.start - first * size : query.stop - first * size]
 
 
-class APMDecoder(GradientCheckpointingLayer):
+class APMDecoder(nn.Module):
     """The shared MLP and its heads. One call answers one chunk of locations, so checkpointing it bounds memory."""
+
+    gradient_checkpointing = False  # set by transformers' `gradient_checkpointing_enable`
 
     def __init__(self, config: APMConfig):
         super().__init__()
@@ -206,7 +210,7 @@ class APMAttentionPooling(nn.Module):
         probe = torch.einsum("hd,hdf->hf", query, self.k_proj.weight.unflatten(0, heads))
         shift = (query * self.k_proj.bias.unflatten(0, heads)).sum(-1)  # the same for all locations: keeps k's bias
         scores = F.linear(inputs, probe, shift).transpose(1, 2)  # (B, L, F) -> (B, heads, L)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(inputs.dtype)
+        weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(inputs.dtype)
         pooled = weights @ inputs  # (B, heads, F)
         values = torch.einsum("bhf,hdf->bhd", pooled, self.v_proj.weight.unflatten(0, heads)).flatten(1)
         return self.out_proj(values + self.v_proj.bias)
@@ -219,6 +223,8 @@ class APMPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["APMDecoder"]
+    # The choice of attention is the text tower's, where a head has one.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: APMConfig, *args, **kwargs):
         config.validate_architecture()  # fields may have been set since the configuration was made
@@ -390,11 +396,12 @@ class APMModel(APMPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         chunk_size = self._chunk_size(query, chunk_size)
-        checkpointing = getattr(self.decoder, "_gradient_checkpointing_func", None)
-        if self.training and self.decoder.gradient_checkpointing and checkpointing.keywords.get("use_reentrant"):
-            raise ValueError("gradient checkpointing: expected use_reentrant=False, got True, which loses gradients")
+        decode: Callable = self.decoder
+        if self.training and self.decoder.gradient_checkpointing:
+            # Always the non-reentrant kind: the other loses the gradients of weights where no input has one.
+            decode = partial(checkpoint, self.decoder, use_reentrant=False)
         chunks = [
-            self.decoder(query.chunk(start, min(start + chunk_size, query.num_locations)), output_hidden_states)
+            decode(query.chunk(start, min(start + chunk_size, query.num_locations)), output_hidden_states)
             for start in range(0, query.num_locations, chunk_size)
         ]
         if len(chunks) == 1:

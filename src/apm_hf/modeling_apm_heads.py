@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig
+from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -162,6 +163,12 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.logit_scale, float(self.config.logit_scale_init_value))
+
     @classmethod
     def from_dual_encoder(cls, apm: APMModel, dual_encoder: PreTrainedModel) -> "APMForZeroShotImageClassification":
         """Join an APM, distilled from `dual_encoder`, with its text tower. Weights are copied.
@@ -177,7 +184,15 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
         if tower is None:
             raise ValueError(f"dual_encoder: expected a model with a text tower, got {type(dual_encoder).__name__}")
         projection = getattr(dual_encoder, "text_projection", None)
-        width = projection.out_features if projection is not None else tower.config.hidden_size
+        width = getattr(tower.config, "projection_size", None) or tower.config.hidden_size  # SigLIP projects inside
+        if projection is not None:
+            plain = isinstance(projection, nn.Linear) and projection.bias is None
+            if not plain or projection.in_features != tower.config.hidden_size:
+                raise ValueError(
+                    "dual_encoder: expected a text projection that is one linear map without bias of the pooled text, "
+                    f"got {projection} in {type(dual_encoder).__name__}"
+                )
+            width = projection.out_features
         if width != apm.config.feature_size:
             raise ValueError(
                 f"dual_encoder: expected embeddings of width feature_size={apm.config.feature_size}, got {width}"

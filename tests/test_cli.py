@@ -1,0 +1,182 @@
+"""`apm classify`, called in this process, with a tiny teacher and a tiny machine from folders."""
+
+import logging
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apm_hf import load_teacher
+from apm_hf.cli import main
+from apm_hf.distillation import matching_image_processor
+from apm_hf.ttt import TTTConfig
+from apm_hf.ttt_classification import TTTClassifier
+from fixtures_tiny import LABELS, photo, save_classifier, save_clip, student
+
+
+def machine():
+    """With the 16 locations that the fast recipe draws."""
+    return student(initializer_range=0.3, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Teachers, a machine, labels and photos."""
+    folder = tmp_path_factory.mktemp("place")
+    save_clip(folder / "clip")
+    save_classifier(folder / "classifier")
+    machine().save_pretrained(folder / "apm")
+    teacher = load_teacher(folder / "clip", device="cpu")
+    matching_image_processor(teacher, machine().config.image_size).save_pretrained(folder / "apm")
+    (folder / "labels.txt").write_text("\n".join(LABELS))
+    for seed in range(3):
+        photo(seed).save(folder / f"{seed}.png")
+    (folder / "broken.jpg").write_bytes(b"no photo at all")
+    # What no teacher takes, though it can be opened: 32-bit floats have no agreed range.
+    Image.fromarray(np.linspace(-3, 7, 48, dtype=np.float32).reshape(6, 8)).save(folder / "float.tiff")
+    return folder
+
+
+@pytest.fixture
+def apm(place, capfd, caplog):
+    """Run the command: status, lines of standard output, logged lines."""
+    caplog.set_level(logging.INFO, logger="apm_hf")
+
+    def run(*arguments, defaults=True):
+        arguments = [str(place / argument) if (place / argument).exists() else argument for argument in arguments]
+        if defaults:
+            arguments += ["--teacher", str(place / "clip"), "--model", str(place / "apm")]
+            arguments += ["--labels", str(place / "labels.txt"), "--steps", "5"]
+        caplog.clear()
+        status = main(["classify", *arguments])
+        return status, capfd.readouterr().out.splitlines(), [record.getMessage() for record in caplog.records]
+
+    return run
+
+
+def predictions(lines, photo_name):
+    """(probability, class) of the teacher and of the APM, as printed under a photo's name."""
+    start = next(i for i, line in enumerate(lines) if line.endswith(photo_name))
+    found = []
+    for line in lines[start + 3 :]:
+        row = re.fullmatch(r"\s+([\d.]+)% (\S.*?)\s{2,}([\d.]+)% (\S.*)", line)
+        if row is None:
+            break
+        found.append(((float(row[1]) / 100, row[2]), (float(row[3]) / 100, row[4])))
+    return found
+
+
+def test_photos_are_classified_by_teacher_and_machine_side_by_side(apm, place):
+    status, lines, logged = apm("0.png", "1.png", "2.png")
+    assert status == 0 and not [line for line in logged if "apm classify" in line]
+    classifier = TTTClassifier(
+        load_teacher(place / "clip", device="cpu"),
+        LABELS,
+        config=TTTConfig.preset("fast", start="model", steps=5),
+        model=machine(),
+    )
+    result = classifier([photo(seed) for seed in range(3)])
+    for seed in range(3):
+        printed = predictions(lines, f"{seed}.png")
+        assert len(printed) == 3
+        for column, logits in enumerate((result.teacher_logits, result.logits)):
+            probabilities = logits[seed].softmax(0)
+            assert [row[column][1] for row in printed] == [LABELS[i] for i in probabilities.argsort(descending=True)]
+            for row in printed:
+                score, label = row[column]
+                assert score == pytest.approx(probabilities[LABELS.index(label)].item(), abs=0.001)
+
+
+def test_the_classes_of_a_classifier_are_its_labels(apm):
+    status, lines, _ = apm("0.png", "--teacher", "classifier", "--model", "apm", "--steps", "1", defaults=False)
+    assert status == 0
+    assert {teacher[1] for teacher, _ in predictions(lines, "0.png")} == set(LABELS)
+
+
+@pytest.mark.parametrize("bad", ["broken.jpg", "nowhere.jpg", "clip", "float.tiff"])
+def test_a_photo_that_cannot_be_read_is_one_line_and_the_others_are_done(apm, bad):
+    status, lines, logged = apm("0.png", bad, "2.png")
+    assert status == 1
+    assert len(predictions(lines, "0.png")) == len(predictions(lines, "2.png")) == 3
+    assert not [line for line in lines if line.endswith(bad)]
+    errors = [line for line in logged if line.startswith("apm classify")]
+    assert len(errors) == 1 and bad in errors[0] and "\n" not in errors[0]
+
+
+def test_only_unreadable_photos_is_status_1(apm):
+    status, lines, logged = apm("broken.jpg")
+    assert (status, lines) == (1, []) and len(logged) == 1
+
+
+def test_photos_are_adapted_to_in_batches_with_equal_results(apm):
+    one, all_at_once = (apm("0.png", "1.png", "2.png", "--batch_size", size)[1] for size in ("1", "3"))
+    assert [predictions(one, f"{i}.png") for i in range(3)] == [predictions(all_at_once, f"{i}.png") for i in range(3)]
+
+
+def test_the_number_of_classes_printed_is_top_k(apm):
+    status, lines, _ = apm("0.png", "--top_k", "2")
+    assert status == 0 and len(predictions(lines, "0.png")) == 2
+
+
+def test_steps_are_those_asked_for(apm):
+    options = ["--teacher", "clip", "--model", "apm", "--labels", "labels.txt", "--steps", "3"]
+    _, lines, _ = apm("0.png", *options, defaults=False)
+    assert [line for line in lines if "3 steps: loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--labels", "nowhere.txt"], "nowhere.txt"),
+        (["--labels", "empty.txt"], "at least one label"),
+        (["--preset", "slow"], "preset: expected one of ['fast', 'paper', 'reference'], got 'slow'"),
+        (["--steps", "0"], "steps: expected a positive number, got 0"),
+        (["--template", "a photo"], "template"),
+        (["--top_k", "0"], "0"),
+        (["--batch_size", "0"], "batch_size"),
+        (["--batch_size", "-1"], "batch_size"),
+        (["--model", "clip"], "model"),
+        (["--teacher", "photo-folder"], "photo-folder"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message_and_status_1(apm, place, options, message):
+    (place / "empty.txt").write_text("\n")
+    (place / "photo-folder").mkdir(exist_ok=True)
+    options = [str(place / option) if (place / option).exists() else option for option in options]
+    given = {"--teacher": "clip", "--model": "apm", "--labels": "labels.txt", "--steps": "1"}
+    given = {name: str(place / value) for name, value in given.items() if value != "1"} | {"--steps": "1"}
+    given |= dict(zip(options[::2], options[1::2], strict=True))
+    status, lines, logged = apm("0.png", *(word for pair in given.items() for word in pair), defaults=False)
+    assert status == 1 and lines == []
+    assert len(logged) == 1 and logged[0].startswith("apm classify: ") and message in logged[0]
+
+
+def test_a_teacher_without_classes_of_its_own_needs_labels(apm, place):
+    status, _, logged = apm("0.png", "--teacher", "clip", "--model", "apm", defaults=False)
+    assert status == 1 and "--labels: expected a file of class names" in logged[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--help"], 0, ["demo", "classify"]),
+        (["classify", "--help"], 0, ["PHOTO", "--teacher", "--labels", "--preset", "reference", "--steps"]),
+        (["demo", "--help"], 0, ["--output_dir", "--max_steps"]),
+        ([], 2, []),
+        (["classify"], 2, []),
+        (["nonsense"], 2, []),
+    ],
+)
+def test_help_and_wrong_usage(capsys, arguments, status, words):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == status
+    printed = capsys.readouterr()
+    assert all(word in printed.out for word in words)
+    assert status == 0 or "usage: apm" in printed.err
+
+
+def test_the_command_of_the_readme_adapts_a_fresh_machine(apm):
+    status, lines, _ = apm("0.png", "--teacher", "clip", "--labels", "labels.txt", "--steps", "1", defaults=False)
+    assert status == 0 and len(predictions(lines, "0.png")) == 3
