@@ -60,7 +60,7 @@ def run(config: ScriptConfig) -> dict[str, float]:
     )
     agreed, cosines, teacher_right, right = [], [], [], []
     started = time.perf_counter()
-    for start in tqdm(range(0, len(data.dataset), config.batch_size), desc="adapt"):
+    for start in (progress := tqdm(range(0, len(data.dataset), config.batch_size), desc="adapt")):
         rows = data.dataset[start : start + config.batch_size]
         labels = torch.tensor(rows[label_column])
         result = classifier([decode_image(image) for image in rows[data.image_column]])
@@ -68,6 +68,7 @@ def run(config: ScriptConfig) -> dict[str, float]:
         cosines.append(result.target_cosine)
         teacher_right.append(result.teacher_logits.argmax(dim=-1) == labels)
         right.append(result.logits.argmax(dim=-1) == labels)
+        progress.set_postfix(agreement=f"{torch.cat(agreed).float().mean():.3f}")
     return {
         "images": len(data.dataset),
         "steps": classifier.config.steps,

@@ -37,7 +37,6 @@ logger = logging.get_logger(__name__)
 
 CONDITIONS = ("clean", "gaussian_noise", "contrast", "jpeg", "defocus")
 SEVERITY = 3
-TTT_STEPS = 20
 TEST_SEED = 1  # scenes 0, 1, ... of another seed than those distilled from
 
 TEACHER, DISTILLED = "teacher", "APM, distilled"
@@ -152,7 +151,7 @@ class _Test:
             self._record(name, condition, outputs.pooler_output, outputs.last_hidden_state, features)
         adapted = {}
         for name, start in ((ADAPTED, "model"), (FROM_SCRATCH, "random")):
-            recipe = TTTConfig.preset("fast", steps=TTT_STEPS, start=start, seed=self.seed)
+            recipe = TTTConfig.preset("fast", start=start, seed=self.seed)
             adapted[name] = adapt(machines[DISTILLED], pixel_values, cache.image_embeds, config=recipe)
             answers = adapted[name].query(coordinates).last_hidden_state
             self._record(name, condition, adapted[name].image_embeds, answers, features)

@@ -98,7 +98,7 @@ PRESETS: dict[str, TTTConfig] = {
         carry_over=True,
         num_copies=8,
     ),
-    "fast": TTTConfig(steps=40, learning_rate=1e-3, num_locations=16),
+    "fast": TTTConfig(steps=20, learning_rate=1e-3, num_locations=16),
 }
 
 

@@ -49,7 +49,7 @@ class TTTClassifier:
 
     Args:
         teacher: gives the targets and the class embeddings.
-        class_names: the K classes.
+        class_names: the K classes; of several with one name the first is predicted.
         model: the machine to adapt; None is a fresh `clip-ttt` as wide as the teacher.
         image_processor: the machine's; by default it shows what the teacher sees.
         config: how to adapt.
@@ -79,7 +79,10 @@ class TTTClassifier:
         self.teacher, self.model, self.config = teacher, model, config
         self.image_processor = image_processor or matching_image_processor(teacher, model.config.image_size)
         self.class_names = list(class_names)
-        self.text_embeds = teacher.encode_text(self.class_names, templates)  # (K, F)
+        # Some data sets have classes of one name, as ImageNet's two cranes: they share an embedding.
+        unique = list(dict.fromkeys(self.class_names))
+        rows = [unique.index(name) for name in self.class_names]
+        self.text_embeds = teacher.encode_text(unique, templates)[rows]  # (K, F)
 
     def __call__(self, images: Sequence[Any], *, seeds: Sequence[int] | None = None) -> TTTClassification:
         """Predictions for B images, PIL or anything else the image processors take."""
