@@ -16,10 +16,6 @@ def digest(scene: Scene) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def occluded_scene() -> Scene:
-    return next(scene for i in range(99) if (OCCLUDER in (scene := make_scene(i, seed=5)).part_mask))
-
-
 def erode(mask: np.ndarray, reach: int) -> np.ndarray:
     padded = np.pad(mask, reach)
     shifts = [(dy, dx) for dy in range(2 * reach + 1) for dx in range(2 * reach + 1)]
@@ -33,7 +29,7 @@ def chromaticity_spread(image: np.ndarray, mask: np.ndarray) -> float:
 
 
 def test_a_scene_is_the_same_every_time_and_everywhere():
-    assert digest(make_scene(7, seed=3)) == digest(make_scene(7, seed=3)) == "SCENE_DIGEST"
+    assert digest(make_scene(7, seed=3)) == digest(make_scene(7, seed=3)) == "bca25f524c1fd0e5"
 
 
 def test_another_index_or_seed_is_another_scene():
@@ -79,11 +75,16 @@ def test_every_class_shows_all_its_parts(label):
 
 
 def test_an_occluder_hides_what_lies_behind_it_in_image_and_mask_alike():
-    scene = occluded_scene()
-    image, mask = np.asarray(scene.image), erode(scene.part_mask == OCCLUDER, 2)
-    assert mask.sum() > 30 and not scene.whole_mask[mask].any()
-    assert chromaticity_spread(image, mask) < 0.02  # one flat colour, and nothing of the object in it
-    assert chromaticity_spread(image, np.roll(mask, 8, axis=1)) > 0.02  # else the line above could not fail
+    inside, beside = [], []
+    for index in range(60):
+        scene = make_scene(index, seed=5)
+        image, mask = np.asarray(scene.image), erode(scene.part_mask == OCCLUDER, 2)
+        assert not scene.whole_mask[mask].any()
+        if mask.sum() > 30:
+            inside.append(chromaticity_spread(image, mask))
+            beside.append(chromaticity_spread(image, np.roll(mask, 8, axis=1)))
+    assert len(inside) > 10 and max(inside) < 0.01  # one flat colour, and nothing of the object in it
+    assert np.mean(beside) > 0.05  # else the line above could not fail
 
 
 def test_some_scenes_are_occluded_but_never_too_much(monkeypatch):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
@@ -116,6 +116,7 @@ class TargetMaker:
         normalised = image_processor.do_normalize and not getattr(image_processor, "do_min_max", False)
         mean = image_processor.image_mean if normalised else (0.0, 0.0, 0.0)
         std = image_processor.image_std if normalised else (1.0, 1.0, 1.0)
+        mean, std = (values if isinstance(values, list | tuple) else (values,) * 3 for values in (mean, std))
         order = (2, 1, 0) if getattr(image_processor, "do_flip_channel_order", False) else (0, 1, 2)
         self.mean = torch.tensor([mean[i] for i in order])
         self.std = torch.tensor([std[i] for i in order])
@@ -172,20 +173,37 @@ def distill(
     return run()
 
 
+class _EpochSampler(Sampler[int]):
+    """A random order for every epoch that depends on the seed and the epoch alone."""
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self.length, generator=generator).tolist()
+
+
 class _Run:
     def __init__(self, student, train_data, config, image_processor, teacher, validation_data, collate_fn):
         # Accelerate is an extra: models load and run without it.
         try:
             from accelerate import Accelerator, DistributedDataParallelKwargs
-            from accelerate.utils import ProjectConfiguration
+            from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
         except ImportError as error:
             raise ImportError('distillation needs the package `accelerate`: pip install "apm_hf[train]"') from error
-        self.config, self.image_processor = config, image_processor
+        self.config, self.image_processor, self.feature_size = config, image_processor, student.config.feature_size
         self.output_dir = Path(config.output_dir)
         # A loss of weight 0 leaves its head without gradient, which DDP must be told.
         unused = not all((config.grid_weight, config.cls_weight, config.rgb_weight)) or not student.config.use_rgb_head
         self.accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            # Passes are counted through the ends of epochs, so that a step is always as many images.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
             mixed_precision=config.mixed_precision or _default_precision(),
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
@@ -199,14 +217,16 @@ class _Run:
             optimizer, config.warmup_steps * processes, config.max_steps * processes
         )
         streaming = isinstance(train_data, IterableDataset)
+        if not streaming and len(train_data) == 0:
+            raise ValueError("train_data: expected at least one image, got none")
+        self.sampler = None if streaming else _EpochSampler(len(train_data), config.seed)
         train_loader = DataLoader(
             train_data,
             batch_size=config.batch_size,
-            shuffle=not streaming,
+            sampler=self.sampler,
             collate_fn=collate_fn,
             num_workers=config.num_workers,
             drop_last=not streaming and len(train_data) >= config.batch_size * processes,
-            generator=torch.Generator().manual_seed(config.seed),
         )
         self.student, self.optimizer, self.scheduler, self.train_loader = self.accelerator.prepare(
             student, optimizer, scheduler, train_loader
@@ -216,6 +236,7 @@ class _Run:
             loader = DataLoader(validation_data, batch_size=config.batch_size, collate_fn=collate_fn)
             self.validation_loader = self.accelerator.prepare(loader)
         self.metrics: list[dict[str, float]] = []
+        self.epoch, self.batch = 0, 0  # where in the data the run is: batches of this epoch that are done
 
     def __call__(self) -> DistillationResult:
         config, accelerator = self.config, self.accelerator
@@ -224,21 +245,24 @@ class _Run:
         if config.report_to != "none":
             tracked = {name: value for name, value in vars(config).items() if value is not None}
             accelerator.init_trackers("distillation", config=tracked)
-        step = self._resume() if config.resume else 0
+        step = self._resume() if config.resume else self._start_anew()
         if step == 0:
             self._validate(step)
         progress = tqdm(
             total=config.max_steps, initial=step, desc="distil", disable=not accelerator.is_local_main_process
         )
         started, images = time.perf_counter(), 0
+        passes: list[dict[str, Tensor]] = []  # of the step under way
         self.student.train()
-        for batch in self._batches(step):
+        for batch in self._batches() if step < config.max_steps else ():
             with accelerator.accumulate(self.student):
-                losses = self._step(batch, step)
+                passes.append(self._step(batch, step))
             images += len(batch["pixel_values"]) * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
             step += 1
+            losses = {name: torch.stack([one[name] for one in passes]).mean() for name in passes[0]}
+            passes = []
             progress.update()
             if step % 10 == 0 or step == config.max_steps:
                 self._report(step, losses, progress, images / (time.perf_counter() - started))
@@ -252,9 +276,17 @@ class _Run:
         accelerator.end_training()
         return self._finish()
 
+    def _targets(self, batch: dict[str, Tensor]) -> tuple[DistillationTargets, tuple[int, int]]:
+        targets, grid = self.targets(batch)
+        if targets.features.shape[-1] != self.feature_size:
+            raise ValueError(
+                f"feature_size: expected the targets' {targets.features.shape[-1]}, got {self.feature_size}"
+            )
+        return targets, grid
+
     def _step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         config, accelerator = self.config, self.accelerator
-        targets, grid = self.targets(batch)
+        targets, grid = self._targets(batch)
         locations = None
         if config.num_locations is not None and config.num_locations < grid[0] * grid[1]:
             # One subset for the whole step, the same in every process, drawn afresh from (seed, step): a resumed run
@@ -272,27 +304,26 @@ class _Run:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return losses
+        return {name: loss.detach() for name, loss in losses.items()}
 
-    def _batches(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """Batches for ever, from the one that follows `step` optimiser steps."""
-        done = step * self.config.gradient_accumulation_steps
-        epoch = 0
-        if not isinstance(self.train_loader.dataset, IterableDataset):
-            epoch, done = divmod(done, len(self.train_loader))
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """Batches for ever, from the one where the run stands."""
         while True:
-            self.train_loader.set_epoch(epoch)
-            loader = self.accelerator.skip_first_batches(self.train_loader, done) if done else self.train_loader
-            empty = True
+            if self.sampler is not None:
+                self.sampler.epoch = self.epoch
+            self.train_loader.set_epoch(self.epoch)
+            loader = self.train_loader
+            if self.batch:
+                loader = self.accelerator.skip_first_batches(loader, self.batch)
             for batch in loader:
-                empty = False
+                self.batch += 1
                 yield batch
-            if empty and not done:
+            if not self.batch:
                 raise ValueError("train_data: expected at least one image, got none")
-            epoch, done = epoch + 1, 0
+            self.epoch, self.batch = self.epoch + 1, 0
 
     def _report(self, step: int, losses: dict[str, Tensor], progress: tqdm, images_per_second: float) -> None:
-        values = {name: self.accelerator.reduce(loss.detach(), "mean").item() for name, loss in losses.items()}
+        values = {name: self.accelerator.reduce(loss, "mean").item() for name, loss in losses.items()}
         values["learning_rate"] = self.scheduler.get_last_lr()[0]
         values["images_per_second"] = images_per_second
         self.accelerator.log(values, step=step)
@@ -305,7 +336,7 @@ class _Run:
         self.student.eval()
         metrics = ValidationMetrics()
         for index, batch in enumerate(self.validation_loader):
-            targets, grid = self.targets(batch)
+            targets, grid = self._targets(batch)
             outputs = ask(self.student, batch["pixel_values"], targets, grid)
             gathered = self.accelerator.gather_for_metrics(metrics.statistics(outputs, targets))
             metrics.add(gathered)
@@ -330,12 +361,22 @@ class _Run:
         self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (partial / "progress.json").write_text(json.dumps({"step": step, "metrics": self.metrics}))
+            progress = {"step": step, "epoch": self.epoch, "batch": self.batch, "metrics": self.metrics}
+            (partial / "progress.json").write_text(json.dumps(progress))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for old in _checkpoints(self.output_dir)[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+    def _start_anew(self) -> int:
+        """Checkpoints of an earlier run in this folder must not be what this one is resumed from."""
+        old = _checkpoints(self.output_dir)
+        if old and self.accelerator.is_main_process:
+            logger.warning(f"{len(old)} checkpoints of an earlier run are removed from {self.output_dir}")
+            shutil.rmtree(self.output_dir / CHECKPOINTS)
+        self.accelerator.wait_for_everyone()
+        return 0
 
     def _resume(self) -> int:
         found = _checkpoints(self.output_dir)
@@ -343,12 +384,12 @@ class _Run:
             raise FileNotFoundError(f"resume: found no checkpoint in {self.output_dir / CHECKPOINTS}")
         self.accelerator.load_state(str(found[-1]))
         progress = json.loads((found[-1] / "progress.json").read_text())
-        self.metrics = progress["metrics"]
+        self.metrics, self.epoch, self.batch = progress["metrics"], progress["epoch"], progress["batch"]
         logger.info(f"resumed from {found[-1].name}")
         return progress["step"]
 
     def _finish(self) -> DistillationResult:
-        student = self.accelerator.unwrap_model(self.student).cpu()
+        student = self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False).cpu()
         if self.accelerator.is_main_process:
             student.save_pretrained(self.output_dir)
             self.image_processor.save_pretrained(self.output_dir)

@@ -70,7 +70,7 @@ class TTTConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
-        for name in ("learning_rate", "initializer_range"):
+        for name in ("learning_rate", "initializer_range", "lr_decay"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}: expected a positive finite number, got {value}")
@@ -131,6 +131,9 @@ class Adapted:
             [`APMModelOutput`], B images.
         """
         model, images, columns = self._model, self._pixel_values, self._trigger_column
+        if coordinates is not None:
+            coordinates = model._check_coordinates(coordinates, len(self.losses))
+            coordinates = coordinates if len(coordinates) == len(self.losses) > 1 else coordinates[0]
         if chunk_size is None:
             widest = max(*model.config.hidden_sizes, model.config.feature_size)
             chunk_size = max(1, CHUNK_ELEMENTS // (len(self.losses) * widest))
@@ -145,6 +148,8 @@ class Adapted:
         return {name: weight[index].clone() for name, weight in self._weights.items()}
 
 
+@torch.inference_mode(False)  # adapting takes gradients, wherever it is called from
+@torch.enable_grad()
 def adapt(
     model: PreTrainedModel,
     pixel_values: Tensor | None,
@@ -183,8 +188,9 @@ def adapt(
     _check(machine, pixel_values, targets, config, trigger_column)
     num_images, device = len(targets), machine.device
     seeds = _seeds(num_images, config, generator, seeds)
-    inputs = [None if x is None else x.to(device, torch.float32) for x in (pixel_values, trigger_column)]
-    targets = targets.to(device, torch.float32)
+    # Copies, since what was made in inference mode cannot be differentiated through.
+    inputs = [None if x is None else x.to(device, torch.float32, copy=True) for x in (pixel_values, trigger_column)]
+    targets = targets.to(device, torch.float32, copy=True)
 
     fit = _Fit(machine, config)
     # The release hands the optimiser's state on from image to image, so it has to take them one by one.
