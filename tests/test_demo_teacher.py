@@ -112,12 +112,12 @@ def test_patches_know_their_part_and_their_whole(teacher, scenes):
 
 
 def test_the_script_writes_what_is_shipped(tmp_path, monkeypatch):
-    """Two steps of training: other weights, but the same configuration, tokenizer and image processor."""
+    """Three steps of training: other weights, but the same configuration, tokenizer and image processor."""
     monkeypatch.syspath_prepend(FOLDER.parents[3] / "scripts")
     script = importlib.import_module("make_demo_teacher")
     monkeypatch.setattr(script, "ProcessPoolExecutor", ThreadPoolExecutor)
     scores = script.run(
-        script.TeacherRecipe(output_dir=str(tmp_path), steps=2, batch_size=4, num_scenes=24, num_test_scenes=12)
+        script.TeacherRecipe(output_dir=str(tmp_path), steps=3, batch_size=4, num_scenes=24, num_test_scenes=12)
     )
     assert scores.keys() >= {"clean", "gaussian_noise-3", "defocus-5", "patches"}
     assert all(0 <= score <= 100 for score in scores.values())

@@ -220,10 +220,10 @@ def test_a_short_run_lowers_the_loss_and_raises_the_validation_cosine(tmp_path, 
         values = [row[figure] for row in result.metrics]
         assert values[2] > values[0] + 0.2 and values[1] > values[0]
         assert logged(tmp_path, f"validation/{figure}")[80] == pytest.approx(values[2], rel=1e-5)
-    assert result.metrics[-1]["rgb_mse"] < 0.5 * result.metrics[0]["rgb_mse"]
+    assert result.metrics[-1]["rgb_mse"] < 0.6 * result.metrics[0]["rgb_mse"]
     assert json.loads((tmp_path / "metrics.json").read_text()) == result.metrics
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
-        "step_000000.png", "step_000020.png", "step_000040.png",
+        "step_000000.png", "step_000040.png", "step_000080.png",
     ]  # fmt: skip
 
 

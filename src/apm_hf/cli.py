@@ -82,15 +82,18 @@ def _add_classify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _classify(options: argparse.Namespace) -> int:
-    from .data.images import decode_image
+    from .data.images import decode_image, eight_bit_rgb
 
+    for name in ("batch_size", "top_k"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected a positive number, got {getattr(options, name)}")
     classifier = _classifier(options)
     status, readable = 0, []
     for name in options.photos:
         try:
-            readable.append((name, decode_image(name)))
+            readable.append((name, eight_bit_rgb(decode_image(name))))
         except ValueError as error:
-            logger.error(f"apm classify: {error}")
+            logger.error(f"apm classify: {name}: {error}")
             status = 1
     for start in range(0, len(readable), options.batch_size):
         batch = readable[start : start + options.batch_size]

@@ -37,7 +37,8 @@ class PCAColours:
         """Fit to features `(..., F)` of any number of images."""
         flat = features.detach().flatten(0, -2).double().cpu()
         mean = flat.mean(dim=0)
-        directions = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:3].T  # (F, 3)
+        directions = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:3].T  # (F, 3), or fewer than 3
+        directions = torch.nn.functional.pad(directions, (0, 3 - directions.shape[1]))
         directions = directions * directions.gather(0, directions.abs().argmax(dim=0, keepdim=True)).sign()
         shares = torch.tensor([CLIPPED, 1 - CLIPPED], dtype=flat.dtype)
         low, high = torch.quantile((flat - mean) @ directions, shares, dim=0)

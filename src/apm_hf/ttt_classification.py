@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .configuration_apm import APMConfig
 from .distillation import matching_image_processor
-from .modeling_apm import APMModel
+from .modeling_apm import APMModel, APMPreTrainedModel
 from .teachers import DEFAULT_TEMPLATES, Teacher
 from .ttt import Adapted, TTTConfig, adapt
 from .zero_shot import classify
@@ -28,7 +29,8 @@ class TTTClassification:
     """Predictions for B images, on the CPU.
 
     Args:
-        teacher_logits, logits: `(B, K)`, of the teacher and of the adapted machines, for the same class embeddings.
+        teacher_logits, logits: `(B, K)`, of the teacher and of the adapted machines, for the same class embeddings;
+            NaN where a fit diverged.
         target_cosine: `(B,)`, cosine between the adapted machines' pooled features and the teacher's embeddings.
         adapted: the machines themselves, to be queried.
     """
@@ -41,7 +43,8 @@ class TTTClassification:
     @property
     def agreement(self) -> Tensor:
         """`(B,)`, whether both predict the same class."""
-        return self.logits.argmax(dim=-1) == self.teacher_logits.argmax(dim=-1)
+        agrees = self.logits.argmax(dim=-1) == self.teacher_logits.argmax(dim=-1)
+        return agrees & self.logits.isfinite().all(dim=-1)
 
 
 class TTTClassifier:
@@ -71,6 +74,8 @@ class TTTClassifier:
     ):
         if model is None:
             model = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size)).to(teacher.device)
+        if not isinstance(model, APMPreTrainedModel):
+            raise ValueError(f"model: expected an APM, got {type(model).__name__}")
         if model.config.feature_size != teacher.feature_size:
             raise ValueError(
                 f"model: expected features as wide as the teacher's, {teacher.feature_size}, "
@@ -95,9 +100,12 @@ class TTTClassifier:
         )
         embeds, targets = adapted.image_embeds.cpu(), targets.cpu()
         scale, texts = self.teacher.logit_scale, self.text_embeds.cpu()
+        logits = torch.full((len(embeds), len(texts)), torch.nan)
+        sound = ~adapted.diverged.cpu()
+        logits[sound] = classify(embeds[sound], texts, logit_scale=scale)
         return TTTClassification(
             teacher_logits=classify(targets, texts, logit_scale=scale),
-            logits=classify(embeds, texts, logit_scale=scale),
+            logits=logits,
             target_cosine=F.cosine_similarity(embeds, targets),
             adapted=adapted,
         )

@@ -27,7 +27,9 @@ class ValidationMetrics:
     def statistics(outputs: APMModelOutput, targets: DistillationTargets) -> dict[str, Tensor]:
         """What is summed, one row per image: `(B, ...)`, ready to be gathered from all processes."""
         assert outputs.last_hidden_state is not None and outputs.pooler_output is not None
-        answer, target = outputs.last_hidden_state.float(), targets.features.float()
+        # R² takes a small difference of large sums; MPS has no float64.
+        wide = torch.float32 if targets.features.device.type == "mps" else torch.float64
+        answer, target = outputs.last_hidden_state.to(wide), targets.features.to(wide)
         statistics = {
             "feature_cosine": F.cosine_similarity(answer, target, dim=-1).mean(dim=1),
             "embed_cosine": F.cosine_similarity(outputs.pooler_output.float(), targets.image_embeds.float()),

@@ -43,6 +43,8 @@ class TargetCache(Dataset):
             image_processor: the student's.
             description: of the progress bar; None shows none.
         """
+        if len(images) == 0:
+            raise ValueError("images: expected at least one image, got none")
         pixels, embeds, features = [], [], []
         starts = tqdm(range(0, len(images), BATCH_SIZE), desc=description, disable=description is None)
         for start in starts:
@@ -56,6 +58,8 @@ class TargetCache(Dataset):
 
     def shuffled(self, seed: int) -> "TargetCache":
         """The control: the same answers, every one given to another image than the one it was given for."""
+        if len(self) < 2:
+            raise ValueError(f"shuffled: expected at least two images, got {len(self)}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         wrong = torch.empty_like(order)
         wrong[order] = order.roll(1)  # one cycle through all images, so none keeps its own answer
