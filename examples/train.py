@@ -10,11 +10,10 @@ The second is the paper's recipe (arXiv:2410.20535). The result loads with `Auto
 
 import json
 import logging
-import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from accelerate import PartialState
 from transformers import HfArgumentParser, set_seed
@@ -88,7 +87,8 @@ def run(script: ScriptConfig, config: DistillationConfig) -> DistillationResult:
             teacher=script.teacher,
             dataset=script.dataset,
             command="examples/train.py "
-            + shlex.join(Path(arg).name if os.path.isabs(arg) else arg for arg in sys.argv[1:]),
+            # Of absolute paths only the last part: a card says nothing of the machine that made it.
+            + shlex.join(re.sub(r"(^|=)/(?:[^/]+/)*", r"\1", argument) for argument in sys.argv[1:]),
             steps=config.max_steps,
             num_parameters=result.student.num_parameters(),
             metrics=last,

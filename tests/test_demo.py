@@ -20,13 +20,14 @@ from apm_hf.zero_shot import classify
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    config = DemoConfig(output_dir=str(folder / "apm"), max_steps=150, num_images=768, num_test_images=96)
+    config = DemoConfig(output_dir=str(folder / "apm"), max_steps=320, num_images=1536, num_test_images=96)
     return run_demo(config)
 
 
 def test_the_distilled_apm_beats_both_controls(result):
-    for control in (RANDOM, SHUFFLED):
-        assert result.rows[DISTILLED]["cosine, clean"] > result.rows[control]["cosine, clean"] + 0.05
+    # Answers to the wrong images still teach what is common to all images, so the second margin is a narrow one.
+    for control, margin in ((RANDOM, 0.3), (SHUFFLED, 0.01)):
+        assert result.rows[DISTILLED]["cosine, clean"] > result.rows[control]["cosine, clean"] + margin
         assert result.rows[DISTILLED]["top-1, clean"] > result.rows[control]["top-1, clean"] + 0.1
 
 

@@ -324,6 +324,31 @@ def test_places_are_drawn_afresh_at_each_step_and_are_some_of_the_teachers(tmp_p
     assert all(len(set(places.tolist())) == 5 and set(places.tolist()) <= set(range(16)) for places in drawn)
 
 
+def test_the_loss_at_some_places_is_against_the_teachers_answers_there(tmp_path, monkeypatch):
+    data, machine, drawn = random_targets(8), student(), []
+
+    def recorded(asked, pixel_values, targets, grid, *, locations=None):
+        drawn.append(locations)
+        return ask(asked, pixel_values, targets, grid, locations=locations)
+
+    monkeypatch.setattr(distillation, "ask", recorded)
+    with torch.no_grad():
+        answers = machine(data.pixel_values, grid_coordinates(*GRID))
+    cell = STUDENT_SIZE // TEACHER_GRID
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    colours = F.avg_pool2d(data.pixel_values, cell) * std[:, None, None] + mean[:, None, None]
+    settings = {"num_locations": 5, "batch_size": 8, "max_steps": 1, "report_to": "tensorboard"}
+    run(tmp_path, data, machine=machine, **settings)
+    (places,) = drawn
+    for name, answer, target in (
+        ("loss_grid", answers.last_hidden_state, data.features.flatten(1, 2)),
+        ("loss_rgb", answers.rgb, colours.flatten(2).transpose(1, 2)),
+    ):
+        expected = F.mse_loss(answer[:, places], target[:, places]).item()
+        assert logged(tmp_path, name)[1] == pytest.approx(expected, rel=1e-5)
+        assert expected != pytest.approx(F.mse_loss(answer[:, places], target[:, places.flip(0)]).item(), rel=1e-2)
+
+
 def test_all_places_are_asked_where_more_are_wanted_than_there_are(tmp_path):
     data = random_targets(8)
     everywhere = run(tmp_path / "all", data)

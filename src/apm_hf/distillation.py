@@ -273,8 +273,9 @@ class _Run:
             if step == config.max_steps:
                 break
         progress.close()
-        accelerator.end_training()
-        return self._finish()
+        result = self._finish()
+        accelerator.end_training()  # leaves the process group: nobody can be waited for afterwards
+        return result
 
     def _targets(self, batch: dict[str, Tensor]) -> tuple[DistillationTargets, tuple[int, int]]:
         targets, grid = self.targets(batch)
