@@ -26,9 +26,9 @@ def result(tmp_path_factory):
 
 def test_the_distilled_apm_beats_both_controls(result):
     # Answers to the wrong images still teach what is common to all images, so the second margin is a narrow one.
-    for control, margin in ((RANDOM, 0.3), (SHUFFLED, 0.01)):
-        assert result.rows[DISTILLED]["cosine, clean"] > result.rows[control]["cosine, clean"] + margin
-        assert result.rows[DISTILLED]["top-1, clean"] > result.rows[control]["top-1, clean"] + 0.1
+    for control, cosine, accuracy in ((RANDOM, 0.3, 0.1), (SHUFFLED, 0.01, 0.05)):
+        assert result.rows[DISTILLED]["cosine, clean"] > result.rows[control]["cosine, clean"] + cosine
+        assert result.rows[DISTILLED]["top-1, clean"] > result.rows[control]["top-1, clean"] + accuracy
 
 
 def test_every_row_stands_beside_its_teacher(result):
