@@ -346,7 +346,7 @@ def test_the_loss_at_some_places_is_against_the_teachers_answers_there(tmp_path,
     ):
         expected = F.mse_loss(answer[:, places], target[:, places]).item()
         assert logged(tmp_path, name)[1] == pytest.approx(expected, rel=1e-5)
-        assert expected != pytest.approx(F.mse_loss(answer[:, places], target[:, places.flip(0)]).item(), rel=1e-2)
+        assert expected != pytest.approx(F.mse_loss(answer[:, places], target[:, places.flip(0)]).item(), rel=1e-4)
 
 
 def test_all_places_are_asked_where_more_are_wanted_than_there_are(tmp_path):

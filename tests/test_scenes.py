@@ -87,14 +87,22 @@ def test_an_occluder_hides_what_lies_behind_it_in_image_and_mask_alike():
     assert np.mean(beside) > 0.05  # else the line above could not fail
 
 
-def test_some_scenes_are_occluded_but_never_too_much(monkeypatch):
+def test_some_scenes_are_occluded():
     occluded = [OCCLUDER in make_scene(index, seed=2).part_mask for index in range(240)]
     assert 0.2 < np.mean(occluded) < 0.4
+
+
+def test_an_occluder_that_would_hide_too_much_is_left_out(monkeypatch):
+    monkeypatch.setattr(scenes, "MIN_VISIBLE", 0.95)
+    num_occluded = 0
     for index in range(60):
+        scene = make_scene(index, seed=2)
         with monkeypatch.context() as patch:
             patch.setattr(scenes, "OCCLUSION_RATE", 0.0)
             alone = make_scene(index, seed=2)
-        assert make_scene(index, seed=2).whole_mask.sum() > 0.6 * alone.whole_mask.sum()
+        assert scene.whole_mask.sum() > 0.93 * alone.whole_mask.sum()
+        num_occluded += OCCLUDER in scene.part_mask
+    assert num_occluded > 0
 
 
 def test_pixels_outside_the_mask_do_not_depend_on_the_object(monkeypatch):
