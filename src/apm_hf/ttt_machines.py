@@ -1,0 +1,494 @@
+"""B machines that learn at once: what learns is each machine's own, what stands still is shared and computed once.
+
+The arithmetic is `modeling_apm`'s, written for stacked weights: a Linear of B machines is one batched product, its
+gradient is written into a buffer that lives as long as the fit, and layers below the first one that learns are
+computed for many steps at a time. Rows of a product do not depend on each other, so a machine's numbers do not depend
+on how many stand beside it; products of very few rows take another path in the BLAS libraries and are padded.
+
+Source: arXiv:2410.20535, section 4.
+
+Legend: B machines, one an image, n locations asked, H a layer's width, F feature width, R blocks, (rows, cols) the
+grid. Locations are indices of grid cells, row-major: `(n,)`, `(B, n)` or None for the whole grid.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from .configuration_apm import APMConfig
+from .position_encoding import cell_centres, coordinates_to_indices, grid_coordinates, position_code, sincos_code
+from .ttt_targets import at
+
+# Below so many rows BLAS libraries switch to kernels that sum in another order.
+MIN_ROWS = 16
+
+# What learns: module -> "all", "blocks" or "bias". See `TTTConfig.fit`.
+FITS = ("all", "last_layers", "low_rank", "heads", "trigger", "output_bias")
+
+
+def learning_modules(config: APMConfig, fit: str, *, colours: bool) -> dict[str, str]:
+    """Which modules learn, and how, for one of `FITS`; the RGB head only where colours are asked for.
+
+    Raises:
+        ValueError: where the machine has nothing of that kind.
+    """
+    last, head = f"decoder.layers.{len(config.hidden_sizes) - 1}", "decoder.feature_head"
+    values = ["pooler.v_proj", "pooler.out_proj"] if config.pooling == "attention" else []
+    if fit == "trigger":
+        if config.trigger_source != "conv":
+            raise ValueError("fit='trigger': expected trigger_source='conv', got a machine without a convolution")
+        return {"trigger": "all"}
+    if fit == "output_bias":
+        return {values[-1] if values else head: "bias"}
+    how = "blocks" if fit == "low_rank" else "all"
+    if fit == "all":
+        learning = [f"decoder.layers.{index}" for index in range(len(config.hidden_sizes))] + [head]
+        learning += ["trigger"] if config.trigger_source == "conv" else []
+        learning += ["pooler", "pooler.q_proj", "pooler.k_proj", *values] if values else []
+    else:
+        learning = [head] if fit == "heads" else [last, head]
+    modules = dict.fromkeys(learning, how) | dict.fromkeys(values, "all")
+    if colours:
+        modules |= {f"decoder.rgb_head.layers.{index}": "all" for index in range(len(config.rgb_hidden_sizes) + 1)}
+    return modules
+
+
+class _Product(torch.autograd.Function):
+    """`x W^T + b` for B machines. Autograd would allocate gradients as large as the weights at every step."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, weight, bias, weight_grad, bias_grad, accumulate, dtype):
+        x, weight = x.to(dtype), weight.to(dtype)  # (B, n, i), (B, o, i)
+        ctx.save_for_backward(x, weight)
+        ctx.weight_grad, ctx.bias_grad, ctx.beta = weight_grad, bias_grad, float(accumulate)
+        if bias is None:
+            return torch.bmm(x, weight.mT)
+        return torch.baddbmm(bias[:, None].to(dtype), x, weight.mT)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (x, weight), grad, beta = ctx.saved_tensors, grads[0], ctx.beta
+        if ctx.weight_grad.dtype == x.dtype:
+            torch.baddbmm(ctx.weight_grad, grad.mT, x, beta=beta, out=ctx.weight_grad)
+        else:
+            product = torch.bmm(grad.mT, x)
+            ctx.weight_grad.mul_(beta).add_(product) if beta else ctx.weight_grad.copy_(product)
+        if ctx.bias_grad is not None:
+            product = grad.sum(dim=1, dtype=torch.float32)
+            ctx.bias_grad.mul_(beta).add_(product) if beta else ctx.bias_grad.copy_(product)
+        return (torch.bmm(grad, weight) if ctx.needs_input_grad[0] else None, *[None] * 7)
+
+
+@dataclass
+class _Shared:
+    """What all Linears of a group of machines have in common."""
+
+    num_machines: int
+    anchor: Tensor  # makes autograd visit products whose inputs need no gradient
+    accumulate: bool
+    dtype: torch.dtype
+    rank: int
+    alpha: float
+
+
+class StackedLinear:
+    """One Linear, or some of its input columns, of B machines.
+
+    Args:
+        name: of the module.
+        start: every weight by name, `(1 or B, ...)`; 1 where all machines start alike.
+        columns: of the weight that this part multiplies.
+        how: `"all"`: the weights are each machine's own and learn. `"blocks"`: the weights stand still and a product
+            of rank R is added, whose first factor is fixed: it sums the inputs in R blocks. `"bias"`: the bias alone
+            learns. None: nothing does.
+    """
+
+    def __init__(
+        self, name: str, start: dict[str, Tensor], how: str | None, shared: _Shared, *, columns: slice = slice(None),
+        has_bias: bool = True,
+    ):  # fmt: skip
+        self.name, self.how, self.shared, self.columns, self.has_bias = name, how, shared, columns, has_bias
+        weight, bias = start[f"{name}.weight"], start[f"{name}.bias"] if has_bias else None
+        weight = weight.flatten(2)[:, :, columns]  # a convolution is a Linear too
+        self.weight, self.bias = weight, bias
+        self.leaves: dict[str, Tensor] = {}
+        self.grads: dict[str, Tensor] = {}
+        num_machines = shared.num_machines
+        if how == "all":
+            self._own("weight", weight)
+        else:
+            self.weight = weight.to(shared.dtype).contiguous()
+        if how == "blocks":
+            self.num_blocks = gcd(shared.rank, weight.shape[2])
+            # Adam steps of one size in every entry: a block moves the output as much as its columns together would.
+            self.leaves["delta"] = weight.new_zeros(num_machines, self.num_blocks, weight.shape[1]).requires_grad_()
+        if bias is not None and how == "all":
+            self._own("bias", bias)
+        elif bias is not None and how is not None:
+            self.leaves["bias"] = bias.expand(num_machines, -1).clone().requires_grad_()
+
+    def _own(self, part: str, start: Tensor) -> None:
+        leaf = start.expand(self.shared.num_machines, *start.shape[1:]).clone(memory_format=torch.contiguous_format)
+        leaf.grad = torch.zeros_like(leaf)
+        self.leaves[part], self.grads[part] = leaf, leaf.grad
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
+        """As much of the product as stands still while the machines learn; `(B, n, ...)` each."""
+        if self.how == "all":
+            return (x,)
+        base = self._still(x)
+        if self.how != "blocks":
+            return (base,)
+        sums = x.float().unflatten(-1, (self.num_blocks, -1)).sum(-1)  # (B, n, i) -> (B, n, R)
+        return base, sums * self.shared.alpha
+
+    def finish(self, prepared: tuple[Tensor, ...]) -> Tensor:
+        """`(B, n, o)` of what `prepare` left."""
+        if self.how == "all":
+            return self._product(prepared[0], self.leaves["weight"], self.leaves.get("bias"), self.grads)
+        output = prepared[0]
+        if self.how == "blocks":
+            sums = prepared[1].expand(self.shared.num_machines, -1, -1)
+            output = output + torch.bmm(sums, self.leaves["delta"]).to(output.dtype)
+        if "bias" in self.leaves:
+            output = output + self.leaves["bias"][:, None].to(output.dtype)
+        return output
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`(B, n, o)` for `(1 or B, n, i)`; `(1, n, o)` where neither inputs nor weights differ between machines."""
+        return self.finish(self.prepare(x))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """`(B, heads, o / heads)` for `(B, heads, i)`: every head's own rows of the weight."""
+        batch_size, num_heads, width = x.shape
+        if self.how != "all":
+            whole = self(x).unflatten(-1, (num_heads, -1))  # (B, heads, o) -> (B, heads, heads, o / heads)
+            return whole.diagonal(dim1=1, dim2=2).mT
+        views = {name: leaf.view(batch_size * num_heads, -1, *leaf.shape[2:]) for name, leaf in self.leaves.items()}
+        views["bias"] = views["bias"].squeeze(-1)
+        grads = {name: grad.view(views[name].shape) for name, grad in self.grads.items()}
+        product = self._product(x.reshape(batch_size * num_heads, 1, width), views["weight"], views["bias"], grads)
+        return product.view(batch_size, num_heads, -1)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, grads: dict[str, Tensor]) -> Tensor:
+        shared = self.shared
+        x = x.expand(len(weight), -1, -1)
+        return _Product.apply(
+            x, shared.anchor, weight, bias, grads["weight"], grads.get("bias"), shared.accumulate, shared.dtype
+        )
+
+    def _still(self, x: Tensor) -> Tensor:
+        x = x.to(self.shared.dtype)
+        bias = self.bias if self.how is None else None  # a bias that learns is added last
+        bias = None if bias is None else bias.to(x.dtype)
+        if len(self.weight) > 1:
+            x = x.expand(len(self.weight), -1, -1)
+            product = torch.bmm(x, self.weight.mT)
+            return product if bias is None else product + bias[:, None]
+        batch_size, num_rows = x.shape[:2]
+        rows = x.reshape(batch_size * num_rows, -1)
+        missing = max(0, MIN_ROWS - len(rows))
+        product = F.linear(F.pad(rows, (0, 0, 0, missing)), self.weight[0], None if bias is None else bias[0])
+        return product[: len(rows)].view(batch_size, num_rows, -1)
+
+    def keep(self, kept: Tensor) -> None:
+        """Go on with these machines alone, `(B',)` indices."""
+        if len(self.weight) > 1:
+            self.weight = self.weight[kept]
+        if self.bias is not None and len(self.bias) > 1:
+            self.bias = self.bias[kept]
+        for part, leaf in self.leaves.items():
+            self.leaves[part] = leaf.detach()[kept].requires_grad_(leaf.requires_grad)
+            if part in self.grads:
+                self.grads[part] = self.leaves[part].grad = torch.zeros_like(self.leaves[part])
+
+    def write(self, state: dict[str, Tensor], leaves: dict[str, Tensor]) -> None:
+        """Put one machine's leaves into its state dict, which holds the weights it started from."""
+        weight = state[f"{self.name}.weight"]
+        weight = weight.flatten(1)[:, self.columns]
+        if "weight" in leaves:
+            weight.copy_(leaves["weight"])
+        if "delta" in leaves:
+            per_column = leaves["delta"].mT.repeat_interleave(weight.shape[1] // self.num_blocks, dim=1)  # (o, i)
+            weight.add_(per_column, alpha=self.shared.alpha)
+        if "bias" in leaves:
+            state[f"{self.name}.bias"].copy_(leaves["bias"])
+
+
+class StackedQueryLinear:
+    """`APMQueryLinear` of B machines: a Linear over [features ; trigger ; local patch ; position] in parts."""
+
+    def __init__(
+        self, name: str, start: dict[str, Tensor], how: str | None, shared: _Shared, config: APMConfig, *,
+        feature_size: int = 0,
+    ):  # fmt: skip
+        half = config.position_size // 2
+        widths = {
+            "features": feature_size, "trigger": config.trigger_width, "patch": config.local_patch_width,
+            "column": half, "row": half,
+        }  # fmt: skip
+        self.parts, first = {}, 0
+        for part, width in widths.items():
+            if width:
+                columns = slice(first, first + width)
+                has_bias = part == "trigger"
+                self.parts[part] = StackedLinear(name, start, how, shared, columns=columns, has_bias=has_bias)
+            first += width
+        self.grid_size = config.grid_size
+        device = start[f"{name}.weight"].device
+        size = config.grid_size
+        self.code = sincos_code(torch.arange(size, device=device), half)[None]  # (1, rows, P / 2)
+        # A coordinate's index is an integer but for rounding, which Adam makes whole steps of where the code is 0.
+        indices = coordinates_to_indices(cell_centres(size, device=device)[:, None].expand(-1, 2), size, size)[:, 0]
+        self.code_asked = sincos_code(indices, half)  # (rows, P / 2): as the model computes it for coordinates
+
+    def __call__(
+        self, trigger: Tensor, patches: Tensor | None, where: Tensor | None, features: Tensor | None
+    ) -> Tensor:
+        """`(B, n, H)` for triggers `(1 or B, 1, D)`, patches `(B, L, Q)` of the grid and features `(B, n, F)`."""
+        hidden = self.parts["trigger"](trigger) + self._positions(where)
+        if patches is not None:
+            hidden = hidden + self.parts["patch"](at(patches, where))
+        return hidden if features is None else hidden + self.parts["features"](features)
+
+    def _positions(self, where: Tensor | None) -> Tensor:
+        row, column = self.parts["row"], self.parts["column"]
+        if where is None:  # rows + cols products serve all locations
+            return (row(self.code)[:, :, None] + column(self.code)[:, None]).flatten(1, 2)
+        rows, columns = (where if where.ndim == 2 else where[None]) // self.grid_size, where % self.grid_size
+        columns = columns if columns.ndim == 2 else columns[None]
+        if row.how is None and len(row.weight) == 1:
+            return row(self.code_asked[None])[0][rows] + column(self.code_asked[None])[0][columns]
+        return row(self.code_asked[rows]) + column(self.code_asked[columns])
+
+
+class Machines:
+    """B machines of one architecture, about an image each.
+
+    Args:
+        config: the architecture.
+        start: every weight by name, float32, `(1 or B, ...)`.
+        learning: see `learning_modules`.
+        pixel_values: `(B, C, S, S)`, or None where the trigger column is given and there is no local patch.
+        trigger_column: `(B, D)`, for `trigger_source="embedding"`.
+        rank, alpha: of modules that learn in blocks.
+        accumulate: never forget gradients.
+        dtype: of the products; weights, losses and pooling stay float32.
+    """
+
+    def __init__(
+        self,
+        config: APMConfig,
+        start: dict[str, Tensor],
+        learning: dict[str, str],
+        pixel_values: Tensor | None,
+        trigger_column: Tensor | None,
+        num_machines: int,
+        *,
+        rank: int = 1,
+        alpha: float = 1.0,
+        accumulate: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.config, self.start = config, start
+        device = next(iter(start.values())).device
+        anchor = torch.zeros((), device=device, requires_grad=True)
+        shared = _Shared(num_machines, anchor, accumulate, dtype, rank, alpha)
+        self.shared, self.activation = shared, ACT2FN[config.hidden_act]
+
+        def linear(name: str, shared: _Shared = shared) -> StackedLinear:
+            return StackedLinear(name, start, learning.get(name), shared)
+
+        def query_linear(name: str, feature_size: int = 0) -> StackedQueryLinear:
+            return StackedQueryLinear(name, start, learning.get(name), shared, config, feature_size=feature_size)
+
+        self.first = query_linear("decoder.layers.0")
+        self.chain = [linear(f"decoder.layers.{index}") for index in range(1, len(config.hidden_sizes))]
+        self.chain.append(linear("decoder.feature_head"))
+        # The trigger's convolution and the pooling are small, and pooling is where rounding would hurt.
+        precise = _Shared(num_machines, anchor, accumulate, torch.float32, rank, alpha)
+        self.trigger = linear("trigger", precise) if config.trigger_source == "conv" else None
+        self.pooler = _StackedPooler(config, start, learning, precise) if config.pooling == "attention" else None
+        self.colours: list[StackedLinear] = []
+        self.first_colours: StackedQueryLinear | None = None
+        if "decoder.rgb_head.layers.0" in learning:
+            self.first_colours = query_linear("decoder.rgb_head.layers.0", config.feature_size)
+            self.colours = [
+                linear(f"decoder.rgb_head.layers.{index}") for index in range(1, len(config.rgb_hidden_sizes) + 1)
+            ]
+        self.patches = None  # (B, L, Q): every cell's own pixels, channels first
+        if pixel_values is not None and (self.trigger is not None or config.local_patch):
+            self.patches = F.unfold(pixel_values, config.patch_size, stride=config.patch_size).mT.contiguous()
+        self.trigger_column = trigger_column
+        # How many Linears of the chain stand still, counted from the image on; None: the first layer learns.
+        self.num_still: int | None = None
+        trigger_learns = self.trigger is not None and self.trigger.how is not None
+        if not trigger_learns and self.first.parts["trigger"].how is None:
+            self.num_still = next((k for k, layer in enumerate(self.chain) if layer.how), len(self.chain))
+
+    def linears(self) -> Iterator[StackedLinear]:
+        for owner in (self.first, self.first_colours):
+            yield from owner.parts.values() if owner is not None else ()
+        yield from [*self.chain, *self.colours]
+        yield from () if self.trigger is None else (self.trigger,)
+        yield from () if self.pooler is None else self.pooler.linears.values()
+
+    def leaves(self) -> dict[str, Tensor]:
+        """All that learns: `(B, ...)` by name."""
+        leaves = {
+            f"{linear.name}[{linear.columns.start}]:{part}": leaf
+            for linear in self.linears()
+            for part, leaf in linear.leaves.items()
+        }
+        return leaves | (self.pooler.leaves if self.pooler is not None else {})
+
+    def prepare(self, where: Iterable[Tensor | None]) -> list[Any]:
+        """What stands still while the machines learn, for the locations of several steps, one entry each."""
+        steps = list(where)
+        if self.num_still is None:
+            return [None] * len(steps)
+        with torch.no_grad():
+            if steps[0] is None:
+                return [self._prepare(None)] * len(steps)
+            counts = [step.shape[-1] for step in steps if step is not None]
+            prepared = self._prepare(torch.cat([step for step in steps if step is not None], dim=-1))
+        return list(zip(*(part.split(counts, dim=1) for part in prepared), strict=True))
+
+    def _prepare(self, where: Tensor | None) -> tuple[Tensor, ...]:
+        hidden = self.activation(self._first_layer(where))
+        assert self.num_still is not None
+        for layer in self.chain[: self.num_still]:
+            hidden = layer(hidden)
+            hidden = hidden if layer is self.chain[-1] else self.activation(hidden)
+        return self.chain[self.num_still].prepare(hidden) if self.num_still < len(self.chain) else (hidden,)
+
+    def _first_layer(self, where: Tensor | None) -> Tensor:
+        patches = self.patches if self.config.local_patch else None
+        return self.first(self._trigger(), patches, where, None)
+
+    def _trigger(self) -> Tensor:
+        """`(B, 1, D)`."""
+        if self.trigger is None:
+            assert self.trigger_column is not None
+            return self.trigger_column[:, None]
+        assert self.patches is not None
+        return self.trigger(self.patches).mT.flatten(1)[:, None]  # (B, L, T) -> (B, T, L) -> (B, 1, D)
+
+    def __call__(
+        self, where: Tensor | None, prepared: Any, *, everywhere: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Features `(B, n, F)` (None where only their mean is needed), their pooling `(B, F)`, colours `(B, n, 3)`."""
+        if self.num_still is None:
+            rest, hidden = self.chain, self.activation(self._first_layer(where))
+        elif self.num_still < len(self.chain):
+            layer, *rest = self.chain[self.num_still :]
+            hidden = layer.finish(prepared)
+            hidden = self.activation(hidden) if rest else hidden
+        else:
+            rest, (hidden,) = [], prepared
+        for layer in rest[:-1]:
+            hidden = self.activation(layer(hidden))
+        if self.pooler is None and not everywhere and rest:  # the mean commutes with the feature head
+            return None, rest[-1](_mean(hidden)[:, None])[:, 0].float(), None
+        features = (rest[-1](hidden) if rest else hidden).float()
+        pooled = _mean(features) if self.pooler is None else self.pooler(features, where)
+        return features, pooled, self._colours(features, where) if everywhere else None
+
+    def _colours(self, features: Tensor, where: Tensor | None) -> Tensor | None:
+        if self.first_colours is None:
+            return None
+        patches = self.patches if self.config.local_patch else None
+        rgb = self.first_colours(self._trigger(), patches, where, features).relu()
+        for layer in self.colours:
+            rgb = layer(rgb).relu()
+        return rgb.float()
+
+    def keep(self, kept: Tensor) -> None:
+        """Go on with these machines alone, `(B',)` indices; the leaves are new tensors."""
+        self.shared.num_machines = len(kept)
+        for linear in self.linears():
+            linear.shared.num_machines = len(kept)
+            linear.keep(kept)
+        if self.pooler is not None:
+            self.pooler.keep(kept)
+        self.patches = None if self.patches is None else self.patches[kept]
+        self.trigger_column = None if self.trigger_column is None else self.trigger_column[kept]
+
+    def release(self) -> None:
+        """Free what only learning needs."""
+        for linear in self.linears():
+            for part in list(linear.grads):
+                linear.leaves[part].grad = None
+            linear.grads.clear()
+
+    def state_dict(self, start: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One machine's weights, from those it started from, and its leaves, by the names of `leaves()`."""
+        state = {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in start.items()}
+        for linear in self.linears():
+            prefix = f"{linear.name}[{linear.columns.start}]:"
+            linear.write(
+                state, {name.removeprefix(prefix): x for name, x in leaves.items() if name.startswith(prefix)}
+            )
+        for name in state.keys() & leaves.keys():
+            state[name].copy_(leaves[name])
+        return state
+
+
+class _StackedPooler:
+    """`APMAttentionPooling` of B machines."""
+
+    def __init__(self, config: APMConfig, start: dict[str, Tensor], learning: dict[str, str], shared: _Shared):
+        self.num_heads, self.shared = config.pooling_num_heads, shared
+        self.linears = {
+            name: StackedLinear(f"pooler.{name}", start, learning.get(f"pooler.{name}"), shared)
+            for name in ("v_proj", "out_proj")
+        }
+        # The query and what it is compared with have no large product: plain autograd.
+        names = ["pooler.query"] + [f"pooler.{m}_proj.{p}" for m in "qk" for p in ("weight", "bias")]
+        self.weights = {name: start[name] for name in names}
+        self.leaves: dict[str, Tensor] = {}
+        if "pooler" in learning:
+            self.leaves = {
+                name: weight.expand(shared.num_machines, *weight.shape[1:]).clone().requires_grad_()
+                for name, weight in self.weights.items()
+            }
+        self.probe = None if self.leaves else self._probe(self.weights)
+        size, device = config.grid_size, start["pooler.query"].device
+        self.code = position_code(
+            grid_coordinates(size, size, device=device), size, size, config.feature_size
+        )  # (L, F)
+
+    def _probe(self, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What features are compared with, `(1 or B, heads, F)`, and a shift `(1 or B, heads, 1)`."""
+        query, query_weight, query_bias, key_weight, key_bias = weights.values()
+        query = torch.baddbmm(query_bias[:, :, None], query_weight, query[:, :, None])[:, :, 0]
+        query = query.unflatten(1, (self.num_heads, -1)) * (query.shape[1] // self.num_heads) ** -0.5
+        keys = key_weight.unflatten(1, (self.num_heads, -1))  # (1 or B, heads, F / heads, F)
+        probe = torch.bmm(query.flatten(0, 1)[:, None], keys.flatten(0, 1)).view(*query.shape[:2], -1)
+        return probe, (query * key_bias.view_as(query)).sum(-1, keepdim=True)
+
+    def __call__(self, features: Tensor, where: Tensor | None) -> Tensor:
+        """`(B, F)` for `(B, n, F)`."""
+        inputs = features + (self.code if where is None else self.code[where])
+        probe, shift = self.probe if self.probe is not None else self._probe(self.leaves)
+        scores = torch.bmm(probe.expand(len(inputs), -1, -1), inputs.mT) + shift  # (B, heads, n)
+        pooled = torch.bmm(scores.softmax(dim=-1), inputs)  # (B, heads, F)
+        values = self.linears["v_proj"].by_head(pooled).flatten(1)
+        return self.linears["out_proj"](values[:, None])[:, 0]
+
+    def keep(self, kept: Tensor) -> None:
+        self.leaves = {name: leaf.detach()[kept].requires_grad_() for name, leaf in self.leaves.items()}
+        if self.probe is not None and len(self.probe[0]) > 1:
+            self.probe = self.probe[0][kept], self.probe[1][kept]
+
+
+def _mean(values: Tensor) -> Tensor:
+    """`(B, F)` of `(B, n, F)`, summed in an order that does not depend on B."""
+    weights = values.new_full((len(values), 1, values.shape[1]), 1 / values.shape[1])
+    return torch.bmm(weights, values)[:, 0]

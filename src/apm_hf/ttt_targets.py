@@ -1,0 +1,176 @@
+"""What machines are fitted to at test time: the teacher's answers about each image, and when that is enough.
+
+Source: arXiv:2410.20535, section 4 (the pooled embedding); sections 3.2 and 3.3 for features and colours.
+
+Legend: B images, T targets an image (views, teachers), L locations, F feature width, (rows, cols) a target's grid.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+STOPS = ("plateau", "cosine", "stable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTTTargets:
+    """A weighted mixture of targets for B images; every loss is a mean squared error in float32.
+
+    Args:
+        image_embeds: for the pooled feature: `(B, F)`, or `(B, T, F)` for several views or teachers of one width.
+        embed_weights: `(T,)`, of these; equal ones by default, which sum to 1.
+        features: for the features of the locations asked: `(B, rows, cols, F)`, interpolated bilinearly between the
+            target's cells where its grid is not the machine's.
+        rgb: for their colours: `(B, rows, cols, 3)`, in [0, 1]. The RGB head is then fitted too.
+        cls_weight, grid_weight, rgb_weight: of the three.
+
+    Raises:
+        ValueError: for shapes that do not fit each other, or no target at all.
+    """
+
+    image_embeds: Tensor | None = None
+    embed_weights: Tensor | None = None
+    features: Tensor | None = None
+    rgb: Tensor | None = None
+    cls_weight: float = 1.0
+    grid_weight: float = 1.0
+    rgb_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        given = self.tensors()
+        if not given:
+            raise ValueError("targets: expected image_embeds, features or rgb, got none of them")
+        for name, dims in (("image_embeds", (2, 3)), ("features", (4,)), ("rgb", (4,))):
+            if name in given and given[name].ndim not in dims:
+                raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(given[name].shape)}")
+        if "rgb" in given and given["rgb"].shape[-1] != 3:
+            raise ValueError(f"rgb: expected shape (B, rows, cols, 3), got {tuple(given['rgb'].shape)}")
+        counts = {name: len(values) for name, values in given.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"targets: expected as many images everywhere, got {counts}")
+        if self.embed_weights is not None:
+            num_targets = (
+                self.image_embeds.shape[1] if self.image_embeds is not None and self.image_embeds.ndim == 3 else 1
+            )
+            if self.embed_weights.shape != (num_targets,):
+                raise ValueError(
+                    f"embed_weights: expected shape ({num_targets},), got {tuple(self.embed_weights.shape)}"
+                )
+        for name in ("cls_weight", "grid_weight", "rgb_weight"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a positive finite number, got {getattr(self, name)}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors().values())))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are given."""
+        named = {"image_embeds": self.image_embeds, "features": self.features, "rgb": self.rgb}
+        return {name: values for name, values in named.items() if values is not None}
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether locations have targets of their own."""
+        return self.features is not None or self.rgb is not None
+
+
+class GridTargets:
+    """The same, at every cell of the machine's grid, float32 on its device, for the images in a group."""
+
+    def __init__(self, targets: TTTTargets, grid_size: int, device: torch.device, rows: slice):
+        def gridded(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            values = values[rows].to(device, torch.float32, copy=True).movedim(-1, 1)  # (B, F, rows, cols)
+            if values.shape[-2:] != (grid_size, grid_size):
+                values = F.interpolate(values, (grid_size, grid_size), mode="bilinear", align_corners=False)
+            return values.flatten(2).mT.contiguous()  # (B, L, F)
+
+        self.features, self.rgb = gridded(targets.features), gridded(targets.rgb)
+        self.embeds, self.embed_weights = None, None
+        if targets.image_embeds is not None:
+            # Copies, since what was made in inference mode cannot be differentiated through.
+            embeds = targets.image_embeds[rows].to(device, torch.float32, copy=True)
+            self.embeds = embeds if embeds.ndim == 3 else embeds[:, None]  # (B, T, F)
+            num_targets = self.embeds.shape[1]
+            weights = torch.full((num_targets,), 1 / num_targets)
+            weights = weights if targets.embed_weights is None else targets.embed_weights
+            self.embed_weights = weights.to(device, torch.float32)
+        self.weights = (targets.cls_weight, targets.grid_weight, targets.rgb_weight)
+
+    def loss(self, features: Tensor | None, pooled: Tensor, rgb: Tensor | None, where: Tensor | None) -> Tensor:
+        """`(B,)` for what the machines answer at these locations."""
+        cls_weight, grid_weight, rgb_weight = self.weights
+        terms = []
+        if self.embeds is not None and self.embed_weights is not None:
+            if self.embeds.shape[1] == 1:
+                error = (pooled - self.embeds[:, 0]).square().mean(dim=1) * self.embed_weights
+            else:
+                error = ((pooled[:, None] - self.embeds).square().mean(dim=2) * self.embed_weights).sum(dim=1)
+            terms.append(cls_weight * error)
+        for weight, answers, wanted in ((grid_weight, features, self.features), (rgb_weight, rgb, self.rgb)):
+            if wanted is not None:
+                assert answers is not None
+                terms.append(weight * (answers - at(wanted, where)).square().mean(dim=2).mean(dim=1))
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+
+    def keep(self, kept: Tensor) -> None:
+        """Go on with these images alone, `(B',)` indices."""
+        self.embeds, self.features, self.rgb = (
+            None if values is None else values[kept] for values in (self.embeds, self.features, self.rgb)
+        )
+
+
+class Stopper:
+    """Says which images of a group are done; it sees no labels.
+
+    Args:
+        rule: `"plateau"`: the loss has not fallen by the fraction `threshold` within `patience` steps. `"cosine"`: the
+            cosine to the (mean) target has been at least `threshold` for `patience` steps. `"stable"`: the class
+            predicted has been the same for `patience` steps.
+        classify: embeddings `(B, F)` -> classes `(B,)`, for `"stable"`.
+    """
+
+    def __init__(self, rule: str, threshold: float, patience: int, num_images: int, classify: Callable | None):
+        self.rule, self.threshold, self.patience, self.classify = rule, threshold, patience, classify
+        self.best = torch.full((num_images,), torch.inf)
+        self.waited = torch.zeros(num_images, dtype=torch.long)
+        self.predicted = torch.full((num_images,), -1)
+
+    def __call__(self, losses: Tensor, pooled: Tensor, targets: GridTargets) -> Tensor:
+        """`(B,)` bool, on the CPU, from the losses `(B,)` and embeddings `(B, F)` of this step, before its update."""
+        if self.rule == "plateau":
+            losses = losses.cpu()
+            better = losses < self.best * (1 - self.threshold)
+            self.best = torch.where(better, losses, self.best)
+        elif self.rule == "cosine":
+            assert targets.embeds is not None and targets.embed_weights is not None
+            wanted = (targets.embeds * targets.embed_weights[:, None]).sum(dim=1)
+            better = (F.cosine_similarity(pooled, wanted) < self.threshold).cpu()
+        else:
+            assert self.classify is not None
+            predicted = self.classify(pooled).cpu()
+            better = predicted != self.predicted
+            self.predicted = predicted
+        self.waited = torch.where(better, 0, self.waited + 1)
+        return self.waited >= self.patience
+
+    def keep(self, kept: Tensor) -> None:
+        """Go on with these images alone, `(B',)` indices."""
+        kept = kept.cpu()
+        self.best, self.waited, self.predicted = self.best[kept], self.waited[kept], self.predicted[kept]
+
+
+def at(values: Tensor, where: Tensor | None) -> Tensor:
+    """`(B, n, F)` of `(B, L, F)`."""
+    if where is None:
+        return values
+    if where.ndim == 1:
+        return values[:, where]
+    return values[torch.arange(len(values), device=values.device)[:, None], where]
