@@ -136,7 +136,7 @@ PRESETS: dict[str, TTTConfig] = {
         carry_over=True,
         num_copies=8,
     ),
-    "fast": TTTConfig(steps=25, learning_rate=2e-4, num_locations=8, fit="low_rank", rank=8, alpha=5.0),
+    "fast": TTTConfig(steps=30, learning_rate=2e-4, num_locations=4, fit="low_rank", rank=8, alpha=5.0),
 }
 
 

@@ -32,7 +32,7 @@ class TTTClassification:
         teacher_logits, logits: `(B, K)`, of the teacher and of the adapted machines, for the same class embeddings;
             NaN where a fit diverged.
         target_cosine: `(B,)`, cosine between the adapted machines' pooled features and the teacher's embeddings.
-        adapted: the machines themselves, to be queried.
+        adapted: the fits; the machines can be queried where they were kept.
     """
 
     teacher_logits: Tensor
@@ -89,14 +89,26 @@ class TTTClassifier:
         rows = [unique.index(name) for name in self.class_names]
         self.text_embeds = teacher.encode_text(unique, templates)[rows]  # (K, F)
 
-    def __call__(self, images: Sequence[Any], *, seeds: Sequence[int] | None = None) -> TTTClassification:
-        """Predictions for B images, PIL or anything else the image processors take."""
+    def __call__(
+        self, images: Sequence[Any], *, seeds: Sequence[int] | None = None, keep_machines: bool = False
+    ) -> TTTClassification:
+        """Predictions for B images, PIL or anything else the image processors take.
+
+        The adapted machines can be queried only where they are kept: they may take far more memory than the images.
+        """
         targets = self.teacher.encode_images(list(images)).image_embeds
         assert targets is not None
         inputs = self.image_processor(list(images), return_tensors="pt")
         trigger = targets if self.model.config.trigger_source == "embedding" else None
         adapted = adapt(
-            self.model, inputs["pixel_values"], targets, config=self.config, seeds=seeds, trigger_column=trigger
+            self.model,
+            inputs["pixel_values"],
+            targets,
+            config=self.config,
+            seeds=seeds,
+            trigger_column=trigger,
+            text_embeds=self.text_embeds if self.config.stop == "stable" else None,
+            keep_machines=keep_machines,
         )
         embeds, targets = adapted.image_embeds.cpu(), targets.cpu()
         scale, texts = self.teacher.logit_scale, self.text_embeds.cpu()
