@@ -240,7 +240,7 @@ def test_images_have_their_own_weights():
 
 def test_the_fit_approaches_the_target():
     model, (images, targets) = small_model(), problem()
-    adapted = run(model, images, targets, TTTConfig.preset("fast", num_locations=4, learning_rate=1e-2, steps=80))
+    adapted = run(model, images, targets, TTTConfig(num_locations=4, learning_rate=1e-2, steps=80))
     assert (adapted.losses[:, -5:].mean(dim=1) < 0.05 * adapted.losses[:, 0]).all()
     assert (F.cosine_similarity(adapted.image_embeds, targets) > 0.98).all()
     assert not adapted.diverged.any()

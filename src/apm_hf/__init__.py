@@ -1,6 +1,6 @@
 """The Asynchronous Perception Machine (arXiv:2410.20535) for Hugging Face.
 
-Importing this package registers `apm` with transformers' Auto classes; that is its one side effect.
+Importing this package registers `apm` with transformers' Auto classes, and a pipeline; that is its one side effect.
 """
 
 from importlib import import_module
@@ -16,8 +16,10 @@ from transformers import (
 
 # At its top level transformers 5.17 refuses this class without torchvision, though the PIL backend works.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_apm import APMConfig
+from .demo_assets import DEMO_MODEL
 from .image_processing_apm import APMImageProcessor
 from .image_processing_pil_apm import APMImageProcessorPil
 from .modeling_apm import APMModel, APMModelOutput, APMPreTrainedModel
@@ -26,6 +28,7 @@ from .modeling_apm_heads import (
     APMForSemanticSegmentation,
     APMForZeroShotImageClassification,
 )
+from .pipelines import TestTimeTrainingPipeline
 
 __version__ = "0.1.0"
 
@@ -49,6 +52,15 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": APMImageProcessor, "pil": APMImageProcessorPil},
     exist_ok=True,
 )
+PIPELINE_REGISTRY.register_pipeline(
+    "apm-zero-shot-image-classification",
+    TestTimeTrainingPipeline,
+    pt_model=AutoModel,
+    default={"model": (DEMO_MODEL, "main")},
+    type="multimodal",
+)
+# Saved with a model, this entry would make `transformers.pipeline` ask for remote code, which is not there.
+del TestTimeTrainingPipeline._registered_impl
 
 
 def __getattr__(name: str) -> Any:
@@ -75,6 +87,7 @@ __all__ = [
     "TTTConfig",
     "Teacher",
     "TeacherOutput",
+    "TestTimeTrainingPipeline",
     "adapt",
     "load_teacher",
 ]

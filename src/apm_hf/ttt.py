@@ -233,7 +233,8 @@ def adapt(
     """Fit one machine to each of B images, so that its pooled feature is the teacher's embedding of that image.
 
     An image's result depends on the image, its target, the configuration and its seed; not on the other images
-    (`carry_over` excepted), nor on how many there are: on the CPU it is the same to the last bit.
+    (`carry_over` excepted), nor on how many there are. On the CPU it is the same to the last bit where the machine's
+    widths are multiples of 16, as the presets' are, and else to rounding.
 
     Args:
         model: an [`APMModel`] or a model that holds one: the architecture and, with
@@ -266,15 +267,15 @@ def adapt(
             raise ValueError(f"targets: expected shape (B, {width}) with B >= 1, got {tuple(targets.shape)}")
         targets = TTTTargets(image_embeds=targets)
     num_images, device = len(targets), machine.device
-    seeds = _seeds(num_images, config, generator, seeds)
+    own_seeds, seeds = seeds is not None, _seeds(num_images, config, generator, seeds)
     _check(machine, pixel_values, targets, config, trigger_column, text_embeds)
     # Copies, since what was made in inference mode cannot be differentiated through.
     inputs = [None if x is None else x.to(device, torch.float32, copy=True) for x in (pixel_values, trigger_column)]
     texts = None if text_embeds is None else text_embeds.to(device, torch.float32, copy=True)
 
-    fit = _Fit(machine, config, targets, texts, callback, keep_machines)
+    fit = _Fit(machine, config, targets, texts, callback, keep_machines, own_seeds)
     # The release hands the optimiser's state on from image to image, so it has to take them one by one.
-    size = 1 if config.carry_over else _group_size(machine, config, targets, seeds, max_memory)
+    size = 1 if config.carry_over else _group_size(machine, config, targets, max_memory, distinct=own_seeds)
     groups = [slice(first, min(first + size, num_images)) for first in range(0, num_images, size)]
     results = [fit([None if x is None else x[rows] for x in inputs], rows, seeds[rows]) for rows in groups]
     embeds = torch.cat([result[0] for result in results])
@@ -299,10 +300,11 @@ class _Fit:
         text_embeds: Tensor | None,
         callback: Callable[[TTTStep], None] | None,
         keep_machines: bool,
+        own_seeds: bool,
     ):
         self.model, self.config, self.targets, self.callback = model, config, targets, callback
         self.text_embeds = None if text_embeds is None else torch.nn.functional.normalize(text_embeds, dim=-1)
-        self.keep_machines = keep_machines
+        self.keep_machines, self.own_seeds = keep_machines, own_seeds
         self.learning = learning_modules(model.config, config.fit, colours=targets.rgb is not None)
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -312,11 +314,12 @@ class _Fit:
         """Embeddings `(B, F)`, losses `(B, steps)`, steps taken `(B,)` and what gives each machine's weights."""
         config, num_images = self.config, len(seeds)
         sampler = _Sampler(seeds, self.model.config.num_locations, config.num_locations)
-        start = _initial_weights(self.model, config, sampler.generators, seeds)
+        own = self.own_seeds and config.start == "random"
+        start = _initial_weights(self.model, config, sampler.generators, seeds, own)
         device = next(iter(start.values())).device
         machines = Machines(
             self.model.config, start, self.learning, inputs[0], inputs[1], num_images,
-            rank=config.rank, alpha=config.alpha,
+            rank=config.rank, alpha=config.alpha, own=own,
             accumulate=config.accumulate_gradients, dtype=_DTYPES[config.dtype],
         )  # fmt: skip
         targets = GridTargets(self.targets, self.model.config.grid_size, device, rows)
@@ -362,15 +365,21 @@ class _Fit:
                 embeds[fitted] = machines(where, still, everywhere=self.targets.everywhere)[1]
             leaves |= _leaves(machines, fitted, torch.ones(len(fitted), dtype=torch.bool))
         machines.release()
-        states = [self._state(machines, start, leaves[index], index) for index in range(num_images)]
-        return embeds, losses, taken, states if self.keep_machines else []
+        if not self.keep_machines:
+            return embeds, losses, taken, []
+        return (
+            embeds,
+            losses,
+            taken,
+            [self._state(machines, start, leaves[index], index) for index in range(num_images)],
+        )
 
     @staticmethod
     def _state(
         machines: Machines, start: dict[str, Tensor], leaves: dict[str, Tensor], index: int
     ) -> Callable[[], dict[str, Tensor]]:
-        own = {name: weight[index if len(weight) > 1 else 0] for name, weight in start.items()}
-        return partial(machines.state_dict, own, leaves)
+        first = {name: weight[index if machines.shared.own else 0] for name, weight in start.items()}
+        return partial(machines.state_dict, first, leaves)
 
     def _stopper(self, num_images: int) -> Any:
         config, texts = self.config, self.text_embeds
@@ -479,14 +488,14 @@ class _Sampler:
 
 
 def _initial_weights(
-    model: APMModel, config: TTTConfig, generators: dict[int, torch.Generator], seeds: Sequence[int]
+    model: APMModel, config: TTTConfig, generators: dict[int, torch.Generator], seeds: Sequence[int], own: bool
 ) -> dict[str, Tensor]:
-    """Every weight by name, float32: `(1, ...)` where all images start alike, else `(B, ...)`."""
+    """Every weight by name, float32: `(B, ...)` where images have weights of their own, else `(1, ...)`."""
     given = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     if config.start == "model":
         return {name: weight[None] for name, weight in given.items()}
     drawn = {seed: _draw_weights(given, model, config, generator) for seed, generator in generators.items()}
-    if len(drawn) == 1:
+    if not own:
         return {name: weight[None] for name, weight in next(iter(drawn.values())).items()}
     return {name: torch.stack([drawn[seed][name] for seed in seeds]) for name in given}
 
@@ -505,7 +514,7 @@ def _draw_weights(
 
 
 def _group_size(
-    model: APMModel, config: TTTConfig, targets: TTTTargets, seeds: Sequence[int], max_memory: int | None
+    model: APMModel, config: TTTConfig, targets: TTTTargets, max_memory: int | None, *, distinct: bool
 ) -> int:
     """As many images as fit the budget, one at least."""
     if max_memory is None:
@@ -514,7 +523,7 @@ def _group_size(
         max_memory = free // 2
     elif max_memory < 1:
         raise ValueError(f"max_memory: expected a positive number of bytes, got {max_memory}")
-    return max(1, max_memory // bytes_per_image(model, config, targets, distinct=len(set(seeds)) > 1))
+    return max(1, max_memory // bytes_per_image(model, config, targets, distinct=distinct))
 
 
 def bytes_per_image(model: APMModel, config: TTTConfig, targets: TTTTargets, *, distinct: bool) -> int:

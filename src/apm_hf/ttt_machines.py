@@ -25,6 +25,8 @@ from .configuration_apm import APMConfig
 from .position_encoding import cell_centres, coordinates_to_indices, grid_coordinates, position_code, sincos_code
 from .ttt_targets import at
 
+# Elements in 64 bytes, what BLAS libraries align to: patches are padded to a multiple of them.
+ALIGNED = 16
 # Below so many rows BLAS libraries switch to kernels that sum in another order.
 MIN_ROWS = 16
 
@@ -95,6 +97,7 @@ class _Shared:
     dtype: torch.dtype
     rank: int
     alpha: float
+    own: bool  # every machine starts from weights of its own
 
 
 class StackedLinear:
@@ -116,7 +119,12 @@ class StackedLinear:
         self.name, self.how, self.shared, self.columns, self.has_bias = name, how, shared, columns, has_bias
         weight, bias = start[f"{name}.weight"], start[f"{name}.bias"] if has_bias else None
         weight = weight.flatten(2)[:, :, columns]  # a convolution is a Linear too
-        self.weight, self.bias = weight, bias
+        # Matrices that start off the libraries' alignment are summed in another order: no machine's may.
+        self.out_features, (rows, width) = weight.shape[1], weight.shape[1:]
+        aligned = 1 if name.startswith("pooler.") else ALIGNED  # heads cut those into equal parts
+        weight = F.pad(weight, (0, -width % aligned, 0, -rows % aligned))
+        bias = None if bias is None else F.pad(bias, (0, -rows % aligned))
+        self.weight, self.bias = weight, bias  # (1 or B, o, i), (1 or B, o)
         self.leaves: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}
         num_machines = shared.num_machines
@@ -125,7 +133,7 @@ class StackedLinear:
         else:
             self.weight = weight.to(shared.dtype).contiguous()
         if how == "blocks":
-            self.num_blocks = gcd(shared.rank, weight.shape[2])
+            self.num_blocks = gcd(shared.rank, width)
             # Adam steps of one size in every entry: a block moves the output as much as its columns together would.
             self.leaves["delta"] = weight.new_zeros(num_machines, self.num_blocks, weight.shape[1]).requires_grad_()
         if bias is not None and how == "all":
@@ -140,9 +148,10 @@ class StackedLinear:
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """As much of the product as stands still while the machines learn; `(B, n, ...)` each."""
+        padded = F.pad(x, (0, self.weight.shape[2] - x.shape[2]))
         if self.how == "all":
-            return (x,)
-        base = self._still(x)
+            return (padded,)
+        base = self._still(padded)
         if self.how != "blocks":
             return (base,)
         sums = x.float().unflatten(-1, (self.num_blocks, -1)).sum(-1)  # (B, n, i) -> (B, n, R)
@@ -150,6 +159,9 @@ class StackedLinear:
 
     def finish(self, prepared: tuple[Tensor, ...]) -> Tensor:
         """`(B, n, o)` of what `prepare` left."""
+        return self._finish(prepared)[..., : self.out_features]
+
+    def _finish(self, prepared: tuple[Tensor, ...]) -> Tensor:
         if self.how == "all":
             return self._product(prepared[0], self.leaves["weight"], self.leaves.get("bias"), self.grads)
         output = prepared[0]
@@ -187,7 +199,7 @@ class StackedLinear:
         x = x.to(self.shared.dtype)
         bias = self.bias if self.how is None else None  # a bias that learns is added last
         bias = None if bias is None else bias.to(x.dtype)
-        if len(self.weight) > 1:
+        if self.shared.own:
             x = x.expand(len(self.weight), -1, -1)
             product = torch.bmm(x, self.weight.mT)
             return product if bias is None else product + bias[:, None]
@@ -199,10 +211,9 @@ class StackedLinear:
 
     def keep(self, kept: Tensor) -> None:
         """Go on with these machines alone, `(B',)` indices."""
-        if len(self.weight) > 1:
-            self.weight = self.weight[kept]
-        if self.bias is not None and len(self.bias) > 1:
-            self.bias = self.bias[kept]
+        if self.shared.own:
+            self.weight = self.weight[kept] if self.how != "all" else self.weight
+            self.bias = None if self.bias is None else self.bias[kept]
         for part, leaf in self.leaves.items():
             self.leaves[part] = leaf.detach()[kept].requires_grad_(leaf.requires_grad)
             if part in self.grads:
@@ -213,12 +224,13 @@ class StackedLinear:
         weight = state[f"{self.name}.weight"]
         weight = weight.flatten(1)[:, self.columns]
         if "weight" in leaves:
-            weight.copy_(leaves["weight"])
+            weight.copy_(leaves["weight"][: len(weight), : weight.shape[1]])
         if "delta" in leaves:
             per_column = leaves["delta"].mT.repeat_interleave(weight.shape[1] // self.num_blocks, dim=1)  # (o, i)
-            weight.add_(per_column, alpha=self.shared.alpha)
+            weight.add_(per_column[: len(weight)], alpha=self.shared.alpha)
         if "bias" in leaves:
-            state[f"{self.name}.bias"].copy_(leaves["bias"])
+            bias = state[f"{self.name}.bias"]
+            bias.copy_(leaves["bias"][: len(bias)])
 
 
 class StackedQueryLinear:
@@ -263,7 +275,7 @@ class StackedQueryLinear:
             return (row(self.code)[:, :, None] + column(self.code)[:, None]).flatten(1, 2)
         rows, columns = (where if where.ndim == 2 else where[None]) // self.grid_size, where % self.grid_size
         columns = columns if columns.ndim == 2 else columns[None]
-        if row.how is None and len(row.weight) == 1:
+        if row.how is None and not row.shared.own:
             return row(self.code_asked[None])[0][rows] + column(self.code_asked[None])[0][columns]
         return row(self.code_asked[rows]) + column(self.code_asked[columns])
 
@@ -278,6 +290,7 @@ class Machines:
         pixel_values: `(B, C, S, S)`, or None where the trigger column is given and there is no local patch.
         trigger_column: `(B, D)`, for `trigger_source="embedding"`.
         rank, alpha: of modules that learn in blocks.
+        own: every machine starts from weights of its own: `start` holds `(B, ...)`, not `(1, ...)`.
         accumulate: never forget gradients.
         dtype: of the products; weights, losses and pooling stay float32.
     """
@@ -293,13 +306,14 @@ class Machines:
         *,
         rank: int = 1,
         alpha: float = 1.0,
+        own: bool = False,
         accumulate: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
         self.config, self.start = config, start
         device = next(iter(start.values())).device
         anchor = torch.zeros((), device=device, requires_grad=True)
-        shared = _Shared(num_machines, anchor, accumulate, dtype, rank, alpha)
+        shared = _Shared(num_machines, anchor, accumulate, dtype, rank, alpha, own)
         self.shared, self.activation = shared, ACT2FN[config.hidden_act]
 
         def linear(name: str, shared: _Shared = shared) -> StackedLinear:
@@ -312,7 +326,7 @@ class Machines:
         self.chain = [linear(f"decoder.layers.{index}") for index in range(1, len(config.hidden_sizes))]
         self.chain.append(linear("decoder.feature_head"))
         # The trigger's convolution and the pooling are small, and pooling is where rounding would hurt.
-        precise = _Shared(num_machines, anchor, accumulate, torch.float32, rank, alpha)
+        precise = _Shared(num_machines, anchor, accumulate, torch.float32, rank, alpha, own)
         self.trigger = linear("trigger", precise) if config.trigger_source == "conv" else None
         self.pooler = _StackedPooler(config, start, learning, precise) if config.pooling == "attention" else None
         self.colours: list[StackedLinear] = []
@@ -324,7 +338,8 @@ class Machines:
             ]
         self.patches = None  # (B, L, Q): every cell's own pixels, channels first
         if pixel_values is not None and (self.trigger is not None or config.local_patch):
-            self.patches = F.unfold(pixel_values, config.patch_size, stride=config.patch_size).mT.contiguous()
+            self.patches = F.unfold(pixel_values, config.patch_size, stride=config.patch_size).mT
+            self.patches = F.pad(self.patches, (0, -self.patches.shape[2] % ALIGNED)).contiguous()
         self.trigger_column = trigger_column
         # How many Linears of the chain stand still, counted from the image on; None: the first layer learns.
         self.num_still: int | None = None
@@ -361,16 +376,16 @@ class Machines:
         return list(zip(*(part.split(counts, dim=1) for part in prepared), strict=True))
 
     def _prepare(self, where: Tensor | None) -> tuple[Tensor, ...]:
-        hidden = self.activation(self._first_layer(where))
+        hidden = self.activation(self._first_layer(self._trigger(), where))
         assert self.num_still is not None
         for layer in self.chain[: self.num_still]:
             hidden = layer(hidden)
             hidden = hidden if layer is self.chain[-1] else self.activation(hidden)
         return self.chain[self.num_still].prepare(hidden) if self.num_still < len(self.chain) else (hidden,)
 
-    def _first_layer(self, where: Tensor | None) -> Tensor:
+    def _first_layer(self, trigger: Tensor, where: Tensor | None) -> Tensor:
         patches = self.patches if self.config.local_patch else None
-        return self.first(self._trigger(), patches, where, None)
+        return self.first(trigger, patches, where, None)
 
     def _trigger(self) -> Tensor:
         """`(B, 1, D)`."""
@@ -384,8 +399,12 @@ class Machines:
         self, where: Tensor | None, prepared: Any, *, everywhere: bool
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Features `(B, n, F)` (None where only their mean is needed), their pooling `(B, F)`, colours `(B, n, 3)`."""
+        trigger = None
+        if self.num_still is None or (everywhere and self.first_colours is not None):
+            trigger = self._trigger()  # once a step: a product's gradient is written, not added
         if self.num_still is None:
-            rest, hidden = self.chain, self.activation(self._first_layer(where))
+            assert trigger is not None
+            rest, hidden = self.chain, self.activation(self._first_layer(trigger, where))
         elif self.num_still < len(self.chain):
             layer, *rest = self.chain[self.num_still :]
             hidden = layer.finish(prepared)
@@ -398,16 +417,13 @@ class Machines:
             return None, rest[-1](_mean(hidden)[:, None])[:, 0].float(), None
         features = (rest[-1](hidden) if rest else hidden).float()
         pooled = _mean(features) if self.pooler is None else self.pooler(features, where)
-        return features, pooled, self._colours(features, where) if everywhere else None
-
-    def _colours(self, features: Tensor, where: Tensor | None) -> Tensor | None:
-        if self.first_colours is None:
-            return None
+        if self.first_colours is None or trigger is None:
+            return features, pooled, None
         patches = self.patches if self.config.local_patch else None
-        rgb = self.first_colours(self._trigger(), patches, where, features).relu()
+        rgb = self.first_colours(trigger, patches, where, features).relu()
         for layer in self.colours:
             rgb = layer(rgb).relu()
-        return rgb.float()
+        return features, pooled, rgb.float()
 
     def keep(self, kept: Tensor) -> None:
         """Go on with these machines alone, `(B',)` indices; the leaves are new tensors."""
@@ -467,7 +483,7 @@ class _StackedPooler:
     def _probe(self, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What features are compared with, `(1 or B, heads, F)`, and a shift `(1 or B, heads, 1)`."""
         query, query_weight, query_bias, key_weight, key_bias = weights.values()
-        query = torch.baddbmm(query_bias[:, :, None], query_weight, query[:, :, None])[:, :, 0]
+        query = (query_weight * query[:, None]).sum(dim=-1) + query_bias  # (B, F, F) -> (B, F)
         query = query.unflatten(1, (self.num_heads, -1)) * (query.shape[1] // self.num_heads) ** -0.5
         keys = key_weight.unflatten(1, (self.num_heads, -1))  # (1 or B, heads, F / heads, F)
         probe = torch.bmm(query.flatten(0, 1)[:, None], keys.flatten(0, 1)).view(*query.shape[:2], -1)
@@ -484,7 +500,7 @@ class _StackedPooler:
 
     def keep(self, kept: Tensor) -> None:
         self.leaves = {name: leaf.detach()[kept].requires_grad_() for name, leaf in self.leaves.items()}
-        if self.probe is not None and len(self.probe[0]) > 1:
+        if self.probe is not None and self.shared.own:
             self.probe = self.probe[0][kept], self.probe[1][kept]
 
 

@@ -1,0 +1,350 @@
+"""What the engine of test-time training promises: exactness, parts that learn alone, mixtures of targets, stops.
+
+Legend: B images, L locations, F feature width.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from apm_hf import APMConfig, APMModel
+from apm_hf.ttt import TTTConfig, adapt, bytes_per_image
+from apm_hf.ttt_machines import FITS, learning_modules
+from apm_hf.ttt_targets import TTTTargets
+from naive_apm import small_config, small_images, small_model
+
+F_WIDTH = 16
+
+
+def aligned_model(**overrides):
+    """Widths that are multiples of 16, as the presets' are; an 8 x 8 grid, a trigger of 2 x 64."""
+    fields = {
+        "image_size": 64, "patch_size": 8, "trigger_channels": 2, "position_size": 64, "hidden_sizes": [64, 48],
+        "feature_size": 128, "initializer_range": 0.1,
+    }  # fmt: skip
+    return APMModel(APMConfig.preset("tiny", **{**fields, **overrides}))
+
+
+def aligned_problem(batch_size=5):
+    generator = torch.Generator().manual_seed(5)
+    return small_images(batch_size, size=64), torch.randn(batch_size, 128, generator=generator)
+
+
+def problem(batch_size=3):
+    return small_images(batch_size), torch.randn(batch_size, F_WIDTH, generator=torch.Generator().manual_seed(7))
+
+
+def recipe(**settings):
+    return TTTConfig(**{"start": "model", "steps": 5, "learning_rate": 1e-2, **settings})
+
+
+def assert_bit_equal(adapted, index, other, position):
+    assert torch.equal(adapted.image_embeds[index], other.image_embeds[position])
+    assert torch.equal(adapted.losses[index].nan_to_num(-1), other.losses[position].nan_to_num(-1))
+    state = other.state_dict(position)
+    assert all(torch.equal(weight, state[name]) for name, weight in adapted.state_dict(index).items())
+
+
+# --- exactness ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seeds", [None, [3, 1, 3, 4, 5]], ids=["one seed", "a seed an image"])
+@pytest.mark.parametrize("num_locations", [None, 4])
+@pytest.mark.parametrize("fit", FITS)
+def test_an_image_is_fitted_to_the_same_bits_whatever_stands_beside_it(fit, num_locations, seeds, dtype):
+    model = aligned_model(pooling="attention", local_patch=fit in ("all", "trigger"))
+    images, targets = aligned_problem()
+    config = TTTConfig(steps=4, learning_rate=1e-3, num_locations=num_locations, fit=fit, dtype=dtype)
+    adapted = adapt(model, images, targets, config=config, seeds=seeds)
+    for index in (0, 3):
+        one = slice(index, index + 1)
+        alone = adapt(model, images[one], targets[one], config=config, seeds=seeds and seeds[one])
+        assert_bit_equal(adapted, index, alone, 0)
+    order = torch.tensor([4, 0, 3, 1, 2])
+    turned = adapt(
+        model, images[order], targets[order], config=config, seeds=seeds and [seeds[index] for index in order]
+    )
+    assert_bit_equal(adapted, 4, turned, 0)
+    assert_bit_equal(adapted, 1, turned, 3)
+
+
+def test_groups_and_threads_change_no_bit():
+    model, (images, targets) = aligned_model(), aligned_problem()
+    config = TTTConfig(steps=4, learning_rate=1e-3, num_locations=8)
+    adapted = adapt(model, images, targets, config=config)
+    size = bytes_per_image(model, config, TTTTargets(image_embeds=targets), distinct=False)
+    threads = torch.get_num_threads()
+    try:
+        for num_threads, max_memory in ((threads, 1), (threads, 2 * size), (2, None)):
+            torch.set_num_threads(num_threads)
+            other = adapt(model, images, targets, config=config, max_memory=max_memory)
+            for index in range(len(images)):
+                assert_bit_equal(adapted, index, other, index)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- what learns --------------------------------------------------------------------------------------------------
+
+
+def naive_fit(model, image, target, config):
+    """A plain loop over the weights that `config.fit` names; a product of rank R is written out where it learns."""
+    learning = learning_modules(model.config, config.fit, colours=False)
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    learnt, deltas = {}, {}
+    for name, weight in weights.items():
+        how, part = learning.get(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if how == "blocks" and part == "weight":
+            deltas[name] = torch.zeros(len(weight), config.rank, requires_grad=True)
+        elif how == "all" or (how is not None and part == "bias"):
+            learnt[name] = weight.requires_grad_()
+
+    def current():
+        moved = {
+            name: weights[name] + config.alpha * delta.repeat_interleave(weights[name].shape[1] // config.rank, dim=1)
+            for name, delta in deltas.items()
+        }
+        return {**weights, **moved}
+
+    optimizer = torch.optim.Adam([*learnt.values(), *deltas.values()], lr=config.learning_rate)
+    for _ in range(config.steps):
+        pooled = functional_call(model, current(), (image[None],)).pooler_output[0]
+        optimizer.zero_grad()
+        F.mse_loss(pooled, target).backward()
+        optimizer.step()
+    return {name: weight.detach() for name, weight in current().items()}, set(learnt) | set(deltas)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+@pytest.mark.parametrize("fit", [fit for fit in FITS if fit != "all"])
+def test_what_is_asked_to_learn_learns_as_in_a_plain_loop_and_the_rest_stands_still(fit, pooling):
+    model, (images, targets) = small_model(pooling=pooling), problem()
+    config = TTTConfig(start="model", fit=fit, steps=20, learning_rate=1e-4, rank=4, alpha=3.0)
+    adapted = adapt(model, images, targets, config=config)
+    given = dict(model.named_parameters())
+    for index in range(len(images)):
+        expected, learnt = naive_fit(model, images[index], targets[index], config)
+        state = adapted.state_dict(index)
+        for name, weight in state.items():
+            assert (weight - expected[name]).abs().max() < 1e-5
+            assert torch.equal(weight, given[name]) == (name not in learnt), name
+
+
+def test_a_machine_without_a_convolution_has_no_trigger_to_fit():
+    model, (_, targets) = small_model(trigger_source="embedding"), problem()
+    with pytest.raises(ValueError, match="expected trigger_source='conv'"):
+        adapt(model, None, targets, config=recipe(fit="trigger"), trigger_column=targets)
+
+
+def test_bfloat16_products_are_close_and_not_the_same():
+    model, (images, targets) = aligned_model(), aligned_problem()
+    exact, rough = (
+        adapt(model, images, targets, config=TTTConfig(steps=20, learning_rate=1e-3, dtype=dtype)).image_embeds
+        for dtype in ("float32", "bfloat16")
+    )
+    assert not torch.equal(exact, rough) and (F.cosine_similarity(exact, rough) > 0.99).all()
+
+
+# --- targets ------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_of_targets_is_their_weighted_losses():
+    model, (images, views) = small_model(), problem()
+    generator = torch.Generator().manual_seed(3)
+    views = torch.stack([views, torch.randn(views.shape, generator=generator)], dim=1)  # (B, 2, F)
+    features, rgb = (torch.rand(3, 6, 6, width, generator=generator) for width in (F_WIDTH, 3))
+    weights = torch.tensor([0.25, 2.0])
+    targets = TTTTargets(
+        image_embeds=views, embed_weights=weights, features=features, rgb=rgb, grid_weight=0.5, rgb_weight=3.0
+    )
+    adapted = adapt(model, images, targets, config=recipe(learning_rate=1e-3))
+    machine = APMModel(model.config)
+    for index in range(3):
+        machine.load_state_dict(model.state_dict())
+        optimizer = torch.optim.Adam(machine.parameters(), lr=1e-3)
+        # 6 x 6 cells onto 3 x 3: a cell's centre lies between four of the target's.
+        grid, colours = (F.avg_pool2d(part[index].movedim(-1, 0), 2).flatten(1).T for part in (features, rgb))
+        for step in range(5):
+            answer = machine(images[index : index + 1])
+            loss = sum(
+                weight * F.mse_loss(answer.pooler_output[0], view)
+                for weight, view in zip(weights, views[index], strict=True)
+            )
+            loss = loss + 0.5 * F.mse_loss(answer.last_hidden_state[0], grid) + 3 * F.mse_loss(answer.rgb[0], colours)
+            assert adapted.losses[index, step].item() == pytest.approx(loss.item(), rel=1e-4)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert not torch.equal(adapted.state_dict(0)["decoder.rgb_head.layers.0.weight"],
+                           model.state_dict()["decoder.rgb_head.layers.0.weight"])  # fmt: skip
+
+
+def test_features_alone_are_a_target():
+    model, (images, _) = small_model(), problem()
+    features = torch.randn(3, 3, 3, F_WIDTH, generator=torch.Generator().manual_seed(1))
+    adapted = adapt(model, images, TTTTargets(features=features), config=recipe(steps=300, num_locations=4))
+    error = F.mse_loss(adapted.query().last_hidden_state, features.flatten(1, 2))
+    start = F.mse_loss(model(images).last_hidden_state, features.flatten(1, 2))
+    assert error < 0.1 * start
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "expected image_embeds, features or rgb, got none"),
+        ({"image_embeds": torch.ones(3)}, r"image_embeds: expected \(2, 3\) dimensions"),
+        ({"features": torch.ones(3, 9, F_WIDTH)}, "features: expected"),
+        ({"rgb": torch.ones(3, 3, 3, 4)}, r"rgb: expected shape \(B, rows, cols, 3\)"),
+        ({"image_embeds": torch.ones(3, 2), "rgb": torch.ones(2, 3, 3, 3)}, "as many images everywhere"),
+        ({"image_embeds": torch.ones(3, 2, 4), "embed_weights": torch.ones(3)}, r"expected shape \(2,\), got \(3,\)"),
+        ({"image_embeds": torch.ones(3, 4), "cls_weight": 0.0}, "cls_weight: expected a positive finite number"),
+    ],
+)
+def test_targets_that_do_not_fit_each_other_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TTTTargets(**fields)
+
+
+def test_targets_without_a_direction_are_refused_naming_the_images():
+    model, (images, targets) = small_model(), problem()
+    targets[1] = 0
+    with pytest.raises(ValueError, match=r"got zeros in images \[1\]"):
+        adapt(model, images, targets, config=recipe())
+
+
+def test_colours_need_a_machine_that_has_an_rgb_head():
+    model, (images, _) = APMModel(small_config(use_rgb_head=False)), problem()
+    with pytest.raises(ValueError, match="rgb: expected a machine with use_rgb_head=True"):
+        adapt(model, images, TTTTargets(rgb=torch.rand(3, 3, 3, 3)), config=recipe())
+
+
+# --- stops --------------------------------------------------------------------------------------------------------
+
+
+def plateau(losses, threshold, patience):
+    best, waited = float("inf"), 0
+    for step, loss in enumerate(losses):
+        better = loss < best * (1 - threshold)
+        best, waited = (loss, 0) if better else (best, waited + 1)
+        if waited >= patience:
+            return step
+    return len(losses)
+
+
+@pytest.mark.parametrize("num_locations", [None, 8])
+def test_an_image_stops_on_its_own_plateau_and_leaves_the_others_as_they_are(num_locations):
+    model, (images, targets) = aligned_model(pooling="attention"), aligned_problem()
+    config = TTTConfig(start="model", steps=60, learning_rate=1e-2, num_locations=num_locations)
+    whole = adapt(model, images, targets, config=config)
+    stopping = dataclasses.replace(config, stop="plateau", stop_threshold=0.2, stop_patience=3)
+    stopped = adapt(model, images, targets, config=stopping)
+    expected = [plateau(losses.tolist(), 0.2, 3) for losses in whole.losses]
+    assert stopped.steps.tolist() == expected and len(set(expected)) > 1 and min(expected) < 60
+    for index, steps in enumerate(expected):
+        assert torch.equal(stopped.losses[index, : steps + 1], whole.losses[index, : steps + 1])
+        assert stopped.losses[index, steps + 1 :].isnan().all()
+        one = slice(index, index + 1)
+        same = adapt(model, images[one], targets[one], config=dataclasses.replace(config, steps=steps))
+        state = stopped.state_dict(index)
+        assert all(torch.equal(weight, state[name]) for name, weight in same.state_dict(0).items())
+    assert not stopped.diverged.any()
+
+
+def test_the_cosine_rule_stops_where_the_target_is_reached():
+    model, (images, targets) = aligned_model(), aligned_problem()
+    config = TTTConfig(steps=200, learning_rate=1e-3, stop="cosine", stop_threshold=0.9, stop_patience=1)
+    adapted = adapt(model, images, targets, config=config)
+    assert (adapted.steps < 200).all() and (F.cosine_similarity(adapted.image_embeds, targets) >= 0.9).all()
+
+
+def test_the_prediction_rule_stops_where_the_class_has_stayed():
+    model, (images, targets) = aligned_model(), aligned_problem()
+    texts = torch.randn(7, 128, generator=torch.Generator().manual_seed(2))
+    config = TTTConfig(steps=100, learning_rate=1e-3)
+    classes = []
+
+    def watch(step):
+        classes.append((step.image_embeds @ F.normalize(texts, dim=-1).T).argmax(dim=-1))
+
+    adapt(model, images, targets, config=config, callback=watch)
+    stopping = dataclasses.replace(config, stop="stable", stop_patience=6)
+    adapted = adapt(model, images, targets, config=stopping, text_embeds=texts)
+    for trace, steps in zip(torch.stack(classes, dim=1), adapted.steps, strict=True):
+        runs = [step for step in range(6, 100) if len(set(trace[step - 6 : step + 1].tolist())) == 1]
+        assert steps == runs[0]
+    with pytest.raises(ValueError, match="text_embeds: expected class embeddings"):
+        adapt(model, images, targets, config=stopping)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop": "never"}, "stop: expected one of"),
+        ({"stop": "plateau"}, "stop_threshold: expected a number between 0 and 1 for stop='plateau', got None"),
+        ({"stop": "cosine", "stop_threshold": 1.5}, "stop_threshold: .* got 1.5"),
+        ({"stop_threshold": 0.5}, "stop_threshold: expected None for stop=None, got 0.5"),
+        ({"stop": "stable", "carry_over": True}, "stop: expected None with carry_over"),
+        ({"fit": "some"}, "fit: expected one of"),
+        ({"dtype": "float16"}, "dtype: expected one of"),
+        ({"rank": 0}, "rank: expected a positive number"),
+        ({"alpha": 0.0}, "alpha: expected a positive finite number"),
+    ],
+)
+def test_settings_of_the_engine_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TTTConfig(**settings)
+
+
+# --- watching and memory ------------------------------------------------------------------------------------------
+
+
+def test_a_callback_sees_every_step_before_its_update():
+    model, (images, targets) = aligned_model(), aligned_problem(3)
+    config = TTTConfig(start="model", steps=4, learning_rate=1e-3, num_locations=8)
+    seen = []
+
+    def watch(step):
+        seen.append((step.step, step.images.tolist(), step.losses, step.state_dict(2)))
+
+    adapted = adapt(model, images, targets, config=config, callback=watch)
+    assert [(step, rows) for step, rows, *_ in seen] == [(step, [0, 1, 2]) for step in range(4)]
+    assert torch.equal(torch.stack([losses for _, _, losses, _ in seen], dim=1), adapted.losses)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in seen[0][3].items())
+    shorter = adapt(model, images, targets, config=dataclasses.replace(config, steps=3)).state_dict(2)
+    assert all(torch.equal(weight, shorter[name]) for name, weight in seen[3][3].items())
+
+
+def test_images_of_every_group_have_their_own_indices():
+    model, (images, targets) = aligned_model(), aligned_problem(3)
+    seen = []
+    adapt(
+        model, images, targets, config=recipe(steps=2), callback=lambda step: seen.append(step.images.tolist()),
+        max_memory=1,
+    )  # fmt: skip
+    assert seen == [[0], [0], [1], [1], [2], [2]]
+
+
+def test_machines_that_are_not_kept_cannot_be_asked():
+    model, (images, targets) = small_model(), problem()
+    kept = adapt(model, images, targets, config=recipe())
+    freed = adapt(model, images, targets, config=recipe(), keep_machines=False)
+    assert torch.equal(freed.image_embeds, kept.image_embeds)
+    with pytest.raises(ValueError, match="got keep_machines=False"):
+        freed.query()
+    with pytest.raises(ValueError, match="max_memory: expected a positive number of bytes, got 0"):
+        adapt(model, images, targets, config=recipe(), max_memory=0)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_the_model_and_its_inputs_are_left_as_they_were(fit):
+    model, (images, targets) = small_model(pooling="attention"), problem()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    given = images.clone(), targets.clone()
+    adapt(model, images, targets, config=recipe(fit=fit)).query()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert torch.equal(images, given[0]) and torch.equal(targets, given[1])
+    assert all(weight.grad is None for weight in model.parameters())
