@@ -1,0 +1,266 @@
+"""What each habit of the authors' release does to the result, on real photos: docs/parity.md is made of its tables.
+
+    python benchmarks/parity.py --teacher ../shared/teachers/deit-tiny-lit --dataset ../shared/data/imagenet_sample1k
+
+Rows start from the `paper` recipe and switch one habit on, or from `reference` and switch one off. Machines are
+`clip-ttt`, as wide as the teacher, every weight fitted, the pooled feature taken over `--num_locations` random
+locations a step (an unbiased estimate of the grid's, whose cost nobody pays for 1,200 steps on a CPU;
+docs/test_time_training.md compares the two). Habits: "Training and adaptation, as published" in the specification.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from apm_hf import APMConfig, APMModel, TTTConfig, adapt, load_teacher
+from apm_hf.data.images import decode_image, eight_bit_rgb
+from apm_hf.data.loading import load_images
+from apm_hf.distillation import matching_image_processor
+from apm_hf.teachers import Teacher
+from apm_hf.ttt import TTTStep
+from apm_hf.ttt_targets import TTTTargets
+from apm_hf.zero_shot import classify
+
+Row = dict[str, Any]
+SHIFT = 5  # tokens of DINOv2 with registers that are no patches
+
+
+def recipes(long_steps: int, num_locations: int) -> dict[str, tuple[TTTConfig, bool]]:
+    """Name -> recipe and whether it is long."""
+    paper = TTTConfig.preset("paper", num_locations=num_locations)
+    reference = TTTConfig.preset("reference", num_locations=num_locations, steps=long_steps)
+    short = {
+        "paper: 20 steps, N(0, 0.02), zero biases": paper,
+        "+ N(0, 0.01), biases too": replace(paper, initializer_range=0.01),
+        "+ N(0, 0.1): were 0.01 the variance": replace(paper, initializer_range=0.1),
+        "+ gradients accumulate": replace(paper, accumulate_gradients=True),
+        "+ Adam's state carried over": replace(paper, carry_over=True),
+        "+ N(0, 0.01), accumulate and carry over": replace(
+            paper, initializer_range=0.01, accumulate_gradients=True, carry_over=True
+        ),
+    }
+    long = {
+        f"paper, {long_steps:,} steps": replace(paper, steps=long_steps),
+        "+ gradients accumulate": replace(paper, steps=long_steps, accumulate_gradients=True),
+        "+ StepLR(200, x0.1), afresh for each image": replace(paper, steps=long_steps, lr_decay_every=200),
+        "reference": reference,
+        "reference, gradients zeroed": replace(reference, accumulate_gradients=False),
+        "reference, nothing carried over": replace(reference, carry_over=False),
+        "reference, neither": replace(reference, accumulate_gradients=False, carry_over=False),
+    }
+    return {name: (config, False) for name, config in short.items()} | {
+        f"{name} ": (config, True)
+        for name, config in long.items()  # names may recur in the second table
+    }
+
+
+def fit(
+    model: APMModel, pixels: Tensor, targets: Tensor, texts: Tensor, config: TTTConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines to the target after 20 steps and at the end, and agreement with the teacher, `(B,)` each."""
+    after_20 = torch.full((len(targets),), torch.nan)
+
+    def record(step: TTTStep) -> None:
+        if step.step == 20:
+            after_20[step.images] = F.cosine_similarity(step.image_embeds.cpu(), targets[step.images])
+
+    result = adapt(model, pixels, targets, config=config, callback=record, keep_machines=False)
+    embeds = result.image_embeds.cpu()
+    agrees = classify(embeds, texts).argmax(dim=-1) == classify(targets, texts).argmax(dim=-1)
+    end = F.cosine_similarity(embeds, targets)
+    return (end if config.steps == 20 else after_20), end, agrees.double()
+
+
+def ttt_rows(
+    model: APMModel, pixels: Tensor, targets: Tensor, texts: Tensor, options: argparse.Namespace
+) -> tuple[list[Row], list[Row]]:
+    short: list[Row] = []
+    long: list[Row] = []
+    for name, (config, is_long) in (progress := tqdm(recipes(options.long_steps, options.num_locations).items())):
+        progress.set_description(name.strip())
+        count = options.num_long if is_long else options.num_photos
+        after_20, end, agrees = fit(model, pixels[:count], targets[:count], texts, config)
+        row = {
+            "recipe": name.strip(),
+            "photos": count,
+            "cosine, step 20": f"{after_20.mean():.4f}",
+            "cosine, end": f"{end.mean():.4f}",
+            "first photo": f"{end[0]:.4f}",
+            "later photos": f"{end[1:].mean():.4f}",
+            "agreement": f"{agrees.mean():.3f}",
+        }
+        (long if is_long else short).append(row)
+    return short, long
+
+
+def copies(model: APMModel, pixels: Tensor, target: Tensor) -> Row:
+    """How far three naive steps on 8 copies are from three on the image alone."""
+    outputs = []
+    for count in (1, 8):
+        torch.manual_seed(0)
+        machine = APMModel(model.config).to(pixels.device)
+        optimizer = torch.optim.Adam(machine.parameters(), lr=1e-4)
+        for _ in range(3):
+            pooled = machine(pixels.expand(count, -1, -1, -1)).pooler_output
+            optimizer.zero_grad()
+            F.mse_loss(pooled, target.expand(count, -1)).backward()
+            optimizer.step()
+        with torch.no_grad():
+            outputs.append(machine(pixels).pooler_output[0])
+    difference = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
+    return {
+        "habit": "8 copies instead of 1, 3 steps",
+        "relative difference of the pooled feature": f"{difference:.1e}",
+    }
+
+
+def channel_rows(
+    teacher: Teacher, images: list[Any], labels: Tensor, texts: Tensor, batch_size: int = 32
+) -> list[Row]:
+    """The teacher's zero-shot accuracy where its input is not what it was trained on."""
+
+    def encode(change: Any) -> Tensor:
+        embeds = []
+        for start in tqdm(range(0, len(images), batch_size), desc="teacher"):
+            batch = images[start : start + batch_size]
+            answer = teacher.encode_images(pixel_values=change(batch))
+            embeds.append(answer.image_embeds.cpu())
+        return torch.cat(embeds)
+
+    def processed(batch: list[Any], **options: Any) -> Tensor:
+        return teacher.image_processor(images=batch, return_tensors="pt", **options)["pixel_values"].float()
+
+    inputs = {
+        "as trained": processed,
+        "BGR": lambda batch: processed(batch).flip(1),
+        "raw 0..255, RGB": lambda batch: processed(batch, do_rescale=False, do_normalize=False),
+        "raw 0..255, BGR": lambda batch: processed(batch, do_rescale=False, do_normalize=False).flip(1),
+    }
+    rows, expected = [], None
+    for name, change in inputs.items():
+        embeds = encode(change)
+        expected = embeds if expected is None else expected
+        classes = classify(embeds, texts).argmax(dim=-1)
+        rows.append(
+            {
+                "teacher's input": name,
+                "photos": len(images),
+                "top-1": f"{100 * (classes == labels).double().mean():.1f}",
+                "cosine to the embedding as trained": f"{F.cosine_similarity(embeds, expected).mean():.4f}",
+            }
+        )
+    return rows
+
+
+def student_rows(
+    model: APMModel, pixels: Tensor, targets: Tensor, texts: Tensor, options: argparse.Namespace
+) -> list[Row]:
+    config = TTTConfig.preset("paper", num_locations=options.num_locations)
+    rows = []
+    for name, values in {"RGB": pixels, "BGR": pixels.flip(1)}.items():
+        _, end, agrees = fit(model, values, targets, texts, config)
+        rows.append(
+            {
+                "student's input": name,
+                "photos": len(values),
+                "cosine, step 20": f"{end.mean():.4f}",
+                "agreement": f"{agrees.mean():.3f}",
+            }
+        )
+    return rows
+
+
+def shifted_rows(model: APMModel, teacher: Teacher, images: list[Any], pixels: Tensor, steps: int) -> list[Row]:
+    """Fits to the teacher's grid, shifted as the release's targets are, scored against the true grid."""
+    answer = teacher.encode_images(images)
+    grid, size = answer.features.cpu(), model.config.grid_size  # (B, rows, cols, F)
+    tokens = grid.flatten(1, 2)  # (B, rows * cols, F)
+    # The release's first tokens are the class token and registers: the pooled embedding stands for them here.
+    front = answer.image_embeds.cpu()[:, None].expand(-1, SHIFT, -1)
+    shifted = torch.cat([front, tokens[:, :-SHIFT]], dim=1).view_as(grid)
+
+    def resized(values: Tensor) -> Tensor:
+        answer = F.interpolate(values.movedim(-1, 1), (size, size), mode="bilinear", align_corners=False)
+        return answer.flatten(2).mT  # (B, L, F)
+
+    truth = resized(grid)
+    mean = truth.mean(dim=1, keepdim=True)
+    rows = []
+    for name, wanted in {"the teacher's grid": grid, "shifted by five tokens": shifted}.items():
+        config = TTTConfig(steps=steps, num_locations=128, learning_rate=3e-4)
+        result = adapt(model, pixels, TTTTargets(features=wanted), config=config)
+        answers = result.query().last_hidden_state.cpu()
+        rows.append(
+            {
+                "grid targets": name,
+                "photos": len(pixels),
+                "target's own cosine to the true grid": f"{F.cosine_similarity(resized(wanted), truth, dim=-1).mean():.4f}",
+                "fitted": f"{F.cosine_similarity(answers, truth, dim=-1).mean():.4f}",
+                "fitted, less the photo's mean": f"{F.cosine_similarity(answers - mean, truth - mean, dim=-1).mean():.4f}",
+            }
+        )
+    return rows
+
+
+def print_table(title: str, rows: list[Row]) -> None:
+    print(f"\n{title}\n")
+    print("| " + " | ".join(rows[0]) + " |")
+    print("| --- |" + " ---: |" * (len(rows[0]) - 1))
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", required=True, help="with a text tower or class weights")
+    parser.add_argument("--dataset", required=True, help="labelled photos")
+    parser.add_argument("--num_photos", type=int, default=32, help="for 20 steps (default: %(default)s)")
+    parser.add_argument("--num_long", type=int, default=4, help="for the long recipes (default: %(default)s)")
+    parser.add_argument("--long_steps", type=int, default=1200, help="the release's (default: %(default)s)")
+    parser.add_argument("--num_locations", type=int, default=16, help="a step (default: %(default)s)")
+    parser.add_argument("--num_teacher", type=int, default=1000, help="photos for the teacher's own rows")
+    parser.add_argument("--num_grids", type=int, default=4, help="photos for grid targets")
+    parser.add_argument("--grid_steps", type=int, default=200)
+    parser.add_argument("--output_file", help="also write the tables as JSON")
+    options = parser.parse_args()
+    teacher = load_teacher(options.teacher)
+    data = load_images(options.dataset, max_images=options.num_teacher, seed=0)
+    rows = data.dataset[:]
+    images = [eight_bit_rgb(decode_image(image)) for image in rows[data.image_column]]
+    labels = torch.tensor(rows[data.require_labels()])
+    names = list(dict.fromkeys(data.class_names))
+    texts = teacher.encode_text(names).cpu()[[names.index(name) for name in data.class_names]]
+    model = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size)).to(teacher.device)
+    few = images[: max(options.num_photos, options.num_long, options.num_grids)]
+    pixels = matching_image_processor(teacher, model.config.image_size)(few, return_tensors="pt")["pixel_values"]
+    targets = teacher.encode_images(few).image_embeds.cpu()
+
+    tables = {"The teacher's input": channel_rows(teacher, images, labels, texts)}
+    print_table(*list(tables.items())[-1])
+    for title, make in {
+        "The student's input": lambda: student_rows(
+            model, pixels[: options.num_photos], targets[: options.num_photos], texts, options
+        ),
+        "Copies": lambda: [copies(model, pixels[:1].to(teacher.device), targets[:1].to(teacher.device))],
+        "Grid targets": lambda: shifted_rows(
+            model, teacher, few[: options.num_grids], pixels[: options.num_grids], options.grid_steps
+        ),
+    }.items():
+        tables[title] = make()
+        print_table(title, tables[title])
+    tables["20 steps"], tables["Long"] = ttt_rows(model, pixels, targets, texts, options)
+    print_table("20 steps", tables["20 steps"])
+    print_table("Long", tables["Long"])
+    if options.output_file is not None:
+        with open(options.output_file, "w") as file:
+            json.dump(tables, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
