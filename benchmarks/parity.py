@@ -196,13 +196,17 @@ def shifted_rows(model: APMModel, teacher: Teacher, images: list[Any], pixels: T
         config = TTTConfig(steps=steps, num_locations=128, learning_rate=3e-4)
         result = adapt(model, pixels, TTTTargets(features=wanted), config=config)
         answers = result.query().last_hidden_state.cpu()
+
+        def cosine(left: Tensor, right: Tensor) -> str:
+            return f"{F.cosine_similarity(left, right, dim=-1).mean():.4f}"
+
         rows.append(
             {
                 "grid targets": name,
                 "photos": len(pixels),
-                "target's own cosine to the true grid": f"{F.cosine_similarity(resized(wanted), truth, dim=-1).mean():.4f}",
-                "fitted": f"{F.cosine_similarity(answers, truth, dim=-1).mean():.4f}",
-                "fitted, less the photo's mean": f"{F.cosine_similarity(answers - mean, truth - mean, dim=-1).mean():.4f}",
+                "target's own cosine to the true grid": cosine(resized(wanted), truth),
+                "fitted": cosine(answers, truth),
+                "fitted, less the photo's mean": cosine(answers - mean, truth - mean),
             }
         )
     return rows
