@@ -48,6 +48,22 @@ def assert_bit_equal(adapted, index, other, position):
     assert all(torch.equal(weight, state[name]) for name, weight in adapted.state_dict(index).items())
 
 
+def test_a_second_fit_starts_from_the_same_weights_as_the_first():
+    """They are kept with the model, and nothing may write to them."""
+    images, targets = aligned_problem(2)
+    for fit in ("all", "low_rank"):
+        model, config = aligned_model(pooling="attention"), TTTConfig(steps=3, fit=fit, num_locations=4)
+        first, second = (adapt(model, images, targets, config=config) for _ in range(2))
+        first.state_dict(0)["decoder.layers.0.weight"].zero_()
+        third = adapt(model, images, targets, config=config)
+        for other in (second, third):
+            assert_bit_equal(second, 0, other, 0)
+            assert torch.equal(first.image_embeds, other.image_embeds)
+        assert not torch.equal(
+            adapt(model, images, targets, config=dataclasses.replace(config, seed=1)).losses, first.losses
+        )
+
+
 # --- exactness ----------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -494,10 +495,31 @@ def _initial_weights(
     given = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     if config.start == "model":
         return {name: weight[None] for name, weight in given.items()}
-    drawn = {seed: _draw_weights(given, model, config, generator) for seed, generator in generators.items()}
     if not own:
-        return {name: weight[None] for name, weight in next(iter(drawn.values())).items()}
+        (seed,) = generators
+        return {
+            name: weight[None] for name, weight in _kept_weights(given, model, config, generators[seed], seed).items()
+        }
+    drawn = {seed: _draw_weights(given, model, config, generator) for seed, generator in generators.items()}
     return {name: torch.stack([drawn[seed][name] for seed in seeds]) for name in given}
+
+
+# The weights that a model's last fit started from: drawing millions takes longer than fitting a few.
+_drawn: WeakKeyDictionary[APMModel, tuple[tuple, dict[str, Tensor], Tensor]] = WeakKeyDictionary()
+
+
+def _kept_weights(
+    given: dict[str, Tensor], model: APMModel, config: TTTConfig, generator: torch.Generator, seed: int
+) -> dict[str, Tensor]:
+    """What `_draw_weights` gives for this seed, with the generator left where it leaves it."""
+    shapes = tuple((name, weight.shape) for name, weight in given.items())
+    key = (seed, config.initializer_range, model.config.initializer_range, model.device, shapes)
+    if model not in _drawn or _drawn[model][0] != key:
+        _drawn.pop(model, None)  # before the new ones take as much again
+        _drawn[model] = key, _draw_weights(given, model, config, generator), generator.get_state()
+    _, weights, state = _drawn[model]
+    generator.set_state(state)
+    return weights
 
 
 def _draw_weights(
