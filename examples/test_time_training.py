@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, HfArgumentParser
@@ -25,6 +24,7 @@ from transformers import AutoImageProcessor, AutoModel, HfArgumentParser
 from apm_hf import TTTConfig, load_teacher
 from apm_hf.data.images import decode_image
 from apm_hf.data.loading import load_images
+from apm_hf.processes import process_state
 from apm_hf.ttt_classification import TTTClassifier
 
 
@@ -55,7 +55,7 @@ RECIPE = ("fit", "steps", "learning_rate", "num_locations", "dtype", "stop", "st
 
 
 def run(config: ScriptConfig) -> dict[str, float]:
-    state = PartialState()
+    state = process_state()
     teacher = load_teacher(config.teacher)
     data = load_images(config.dataset, split=config.split, max_images=config.max_images, seed=config.seed)
     label_column = data.require_labels()
@@ -125,7 +125,7 @@ def main() -> None:
     logging.getLogger("apm_hf").setLevel(logging.INFO)
     (config,) = HfArgumentParser(ScriptConfig).parse_args_into_dataclasses()
     figures = run(config)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         for name, value in figures.items():
             print(f"{name:<28} {value:.4f}" if isinstance(value, float) else f"{name:<28} {value}")
 

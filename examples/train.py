@@ -15,7 +15,6 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 
-from accelerate import PartialState
 from transformers import HfArgumentParser, set_seed
 
 from apm_hf import APMConfig, APMModel, load_teacher
@@ -23,6 +22,7 @@ from apm_hf.data.images import ImageCollator
 from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DistillationConfig, DistillationResult, distill, matching_image_processor
 from apm_hf.hub import CardFacts, publish, write_card
+from apm_hf.processes import process_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def run(script: ScriptConfig, config: DistillationConfig) -> DistillationResult:
         validation_data=validation.dataset,
         collate_fn=collator,
     )
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         last = {name: value for name, value in result.metrics[-1].items() if name != "step"} if result.metrics else {}
         facts = CardFacts(
             repo_id=script.hub_model_id or config.output_dir,

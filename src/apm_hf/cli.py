@@ -2,10 +2,12 @@
 
 apm demo                                                   # distil, adapt, look: no network, two minutes
 apm classify PHOTO --teacher openai/clip-vit-large-patch14 --labels FILE
+apm evaluate --suite smoke --output_dir DIR                # every method on drawn scenes: no network
 """
 
 import argparse
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     classify = commands.add_parser("classify", help="adapt to photos and classify them, the teacher beside the APM")
     _add_classify_options(classify)
     classify.set_defaults(run=_classify)
+    evaluate = commands.add_parser("evaluate", help="an APM beside its teacher and other label-free methods: a report")
+    _add_evaluate_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
     return parser
 
 
@@ -170,6 +175,31 @@ def _print_predictions(classifier: "TTTClassifier", batch: list[tuple[str, Any]]
         print(f"  {'teacher':<38}  adapted APM")
         for left, right in zip(teachers[index], adapted[index], strict=True):
             print(f"  {left.score:6.1%} {left.label[:30]:<31}  {right.score:6.1%} {right.label[:30]}")
+
+
+def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", default="smoke", help="smoke, photos, ood, fine_grained or custom")
+    parser.add_argument("--output_dir", required=True, help="of results and report; an interrupted run goes on there")
+    parser.add_argument("--data", nargs="+", default=[], help="benchmarks, folders or NAME=FOLDER")
+    parser.add_argument("--teacher", nargs="+", default=[], dest="teachers", help="names or folders")
+    parser.add_argument("--model", help="a distilled APM, as wide as the teacher")
+    parser.add_argument("--methods", nargs="+", default=[], help="instead of the suite's")
+    parser.add_argument("--corruptions", nargs="+", default=[], help="instead of the suite's")
+    parser.add_argument("--severities", nargs="+", type=int, default=[], help="1 to 5, instead of the suite's")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of 0")
+    parser.add_argument("--max_images", type=int, help="of every cell, instead of the suite's")
+    parser.add_argument("--batch_size", type=int, default=16, help="images at a time (default: %(default)s)")
+    parser.add_argument("--num_views", type=int, default=16, help="of methods that look at several")
+    parser.add_argument("--allow_chance", action="store_true", help="even where labels look like another data set's")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .evaluation.suites import evaluate
+
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    folder = evaluate(**given, command="apm " + shlex.join(sys.argv[1:]))
+    logger.info(f"report: {folder / 'report.md'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from .image_processing_apm import APMImageProcessor
 from .losses import DistillationTargets, LossWeights, distillation_losses, rgb_targets
 from .modeling_apm import APMModel, APMModelOutput
 from .position_encoding import grid_coordinates
+from .processes import on_cpu
 from .teachers import Teacher
 from .validation import ValidationMetrics, validation_picture
 
@@ -200,6 +201,7 @@ class _Run:
         # A loss of weight 0 leaves its head without gradient, which DDP must be told.
         unused = not all((config.grid_weight, config.cls_weight, config.rgb_weight)) or not student.config.use_rgb_head
         self.accelerator = Accelerator(
+            cpu=on_cpu(),
             # Passes are counted through the ends of epochs, so that a step is always as many images.
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False

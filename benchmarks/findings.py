@@ -1,0 +1,325 @@
+"""The search for an adaptation that beats its teacher: docs/findings.md is made of what this prints.
+
+    torchrun --nproc_per_node 2 benchmarks/findings.py embed --teacher ../shared/teachers/deit-tiny-lit \\
+        --data ../shared/data/imagenet_sample1k --folder runs/findings
+    python benchmarks/findings.py search --teacher ../shared/teachers/deit-tiny-lit \\
+        --data ../shared/data/imagenet_sample1k --folder runs/findings
+
+`embed` keeps the teacher's answers to every image under every corruption, so that `search` can compare what is done
+with them in minutes. Images and corruptions are both halved: settings are chosen on one half of each, and the other
+halves are looked at once, at the end. Restoring machines (an APM whose trigger column is the teacher's embedding) are
+distilled from corrupted images towards the embeddings of the same images when clean, on the tuning half alone; no
+label is seen by anything but the score.
+
+Legend: N images, F width of the teacher's embeddings, K classes.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from apm_hf import APMConfig, APMModel, load_teacher
+from apm_hf.data.corruptions import CORRUPTION_NAMES, EXTRA_CORRUPTION_NAMES, corrupt_image, imagenet_crop
+from apm_hf.evaluation.benchmarks import LabelledImages, load_benchmark
+from apm_hf.evaluation.plan import CLEAN, Cell
+from apm_hf.evaluation.statistics import paired_interval
+from apm_hf.evaluation.task import ZeroShotTask
+from apm_hf.processes import process_state
+
+SEVERITIES = (1, 3, 5)
+BATCH_SIZE = 25
+# Every other one of ImageNet-C's list, so that noise, blur, weather and digital ones are on both sides.
+TUNE_CORRUPTIONS, REPORT_CORRUPTIONS = CORRUPTION_NAMES[::2], CORRUPTION_NAMES[1::2]
+TUNE, REPORT = "tune", "report"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A corruption at a severity, 0 for clean images."""
+
+    corruption: str
+    severity: int
+
+    def file(self, folder: Path, half: str) -> Path:
+        return folder / half / f"{self.corruption}-{self.severity}.safetensors"
+
+
+CLEAN_CONDITION = Condition(CLEAN, 0)
+
+
+def conditions(names: tuple[str, ...]) -> list[Condition]:
+    return [Condition(name, severity) for name in names for severity in SEVERITIES]
+
+
+def halves(num_images: int) -> dict[str, list[int]]:
+    order = np.random.default_rng(0).permutation(num_images)
+    middle = num_images // 2
+    return {TUNE: sorted(order[:middle].tolist()), REPORT: sorted(order[middle:].tolist())}
+
+
+def embed(options: argparse.Namespace) -> None:
+    """Teacher's embeddings and mean patch features of every image under every condition; what is there is kept."""
+    state = process_state()
+    teacher, data = load_teacher(options.teacher), load_benchmark(options.data, max_images=options.num_images)
+    names = {TUNE: (*TUNE_CORRUPTIONS, *EXTRA_CORRUPTION_NAMES), REPORT: REPORT_CORRUPTIONS}
+    jobs = [(half, condition) for half in names for condition in [CLEAN_CONDITION, *conditions(names[half])]]
+    todo = [job for job in jobs if not job[1].file(options.folder, job[0]).exists()]
+    state.wait_for_everyone()
+    for half, condition in tqdm(todo[state.process_index :: state.num_processes], disable=not state.is_main_process):
+        indices = halves(len(data))[half]
+        embeds, patches = [], []
+        for start in range(0, len(indices), BATCH_SIZE):
+            batch = [image_of(data, index, condition) for index in indices[start : start + BATCH_SIZE]]
+            answer = teacher.encode_images(batch)
+            embeds.append(answer.image_embeds.cpu())
+            patches.append(answer.features.mean(dim=(1, 2)).cpu())
+        labels = torch.tensor([data.label(index) for index in indices])
+        path = condition.file(options.folder, half)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"image_embeds": torch.cat(embeds), "patch_means": torch.cat(patches), "labels": labels}
+        save_file(tensors, f"{path}.partial")
+        Path(f"{path}.partial").rename(path)
+
+
+def image_of(data: LabelledImages, index: int, condition: Condition):
+    """The image as an evaluation's cell of that condition shows it, seed 0."""
+    cell = Cell(data.name, condition.corruption, condition.severity, "", 0, None, 0, ())
+    image = data.image(index)
+    image = imagenet_crop(image) if data.constants == "imagenet" else image
+    if cell.clean:
+        return image
+    return corrupt_image(
+        image,
+        condition.corruption,
+        severity=condition.severity,
+        seed=cell.image_seed(index, f"{condition.corruption}-{condition.severity}"),
+        constants=data.constants,
+    )
+
+
+# What is done with the embeddings
+
+
+@dataclass(frozen=True)
+class Split:
+    """Embeddings of N images under several conditions.
+
+    Args:
+        embeds: condition -> `(N, F)`.
+        patches: condition -> `(N, F)`, mean patch features.
+        labels: `(N,)`.
+    """
+
+    embeds: dict[Condition, Tensor]
+    patches: dict[Condition, Tensor]
+    labels: Tensor
+
+    @classmethod
+    def load(cls, folder: Path, half: str, names: tuple[str, ...]) -> "Split":
+        wanted = [CLEAN_CONDITION, *conditions(names)]
+        files = {condition: load_file(condition.file(folder, half)) for condition in wanted}
+        return cls(
+            {condition: tensors["image_embeds"] for condition, tensors in files.items()},
+            {condition: tensors["patch_means"] for condition, tensors in files.items()},
+            files[CLEAN_CONDITION]["labels"],
+        )
+
+    def part(self, rows: Tensor, names: tuple[str, ...]) -> "Split":
+        wanted = [CLEAN_CONDITION, *conditions(names)]
+        return Split(
+            {condition: self.embeds[condition][rows] for condition in wanted},
+            {condition: self.patches[condition][rows] for condition in wanted},
+            self.labels[rows],
+        )
+
+
+def unit(embeds: Tensor) -> Tensor:
+    return F.normalize(embeds, dim=-1)
+
+
+def recentred(embeds: Tensor, batch_size: int = 64) -> Tensor:
+    """Less their batch's mean (NEO, arXiv:2510.05635)."""
+    return torch.cat([batch - batch.mean(dim=0) for batch in embeds.split(batch_size)])
+
+
+Method = Callable[[Split, Condition], Tensor]  # -> (N, F), whose cosines to the class embeddings decide
+
+
+def scores(split: Split, method: Method, texts: Tensor) -> dict[Condition, Tensor]:
+    """Condition -> `(N,)`, whether each image is right."""
+    return {
+        condition: ((unit(method(split, condition)) @ texts.T).argmax(dim=1) == split.labels).double()
+        for condition in split.embeds
+    }
+
+
+def mean_corrupted(table: dict[Condition, Tensor]) -> float:
+    """Mean top-1 in percent over corruptions and severities."""
+    return 100 * torch.stack([row.mean() for condition, row in table.items() if condition.severity]).mean().item()
+
+
+@dataclass(frozen=True)
+class Restorer:
+    """How an APM is distilled from corrupted towards clean: T_vit, the trigger column is the teacher's answer.
+
+    Args:
+        centre: take the batch's mean off the trigger column first, and off the target.
+        patches: put the mean patch feature beside the embedding.
+        width, depth: of the MLP.
+    """
+
+    centre: bool = False
+    patches: bool = False
+    width: int = 1024
+    depth: int = 2
+    steps: int = 1500
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+
+    def trigger(self, split: Split, condition: Condition) -> Tensor:
+        columns = [split.embeds[condition], *([split.patches[condition]] if self.patches else [])]
+        columns = [unit(recentred(column) if self.centre else column) for column in columns]
+        return torch.cat(columns, dim=1) * columns[0].shape[1] ** 0.5
+
+    def fit(self, split: Split, seed: int) -> APMModel:
+        torch.manual_seed(seed)
+        width = split.embeds[CLEAN_CONDITION].shape[1]
+        triggers = torch.cat([self.trigger(split, condition) for condition in split.embeds])
+        clean = split.embeds[CLEAN_CONDITION]
+        target = unit(clean - clean.mean(dim=0) if self.centre else clean)
+        targets = target.repeat(len(split.embeds), 1) * width**0.5
+        machine = APMModel(
+            APMConfig(
+                image_size=4,
+                patch_size=2,
+                trigger_source="embedding",
+                trigger_size=triggers.shape[1],
+                position_size=16,
+                hidden_sizes=[self.width] * self.depth,
+                feature_size=width,
+                use_rgb_head=False,
+            )
+        )
+        optimizer = torch.optim.AdamW(
+            machine.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
+        for _ in range(self.steps):
+            rows = torch.randint(len(triggers), (256,))
+            pooled = machine(trigger_column=triggers[rows]).pooler_output
+            loss = F.mse_loss(pooled, targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return machine.eval()
+
+    def method(self, machine: APMModel, share: float) -> Method:
+        """The consensus of machine and teacher: `share` of the machine's direction, the rest the teacher's."""
+
+        def answer(split: Split, condition: Condition) -> Tensor:
+            with torch.no_grad():
+                restored = machine(trigger_column=self.trigger(split, condition)).pooler_output
+            theirs = recentred(split.embeds[condition]) if self.centre else split.embeds[condition]
+            return share * unit(restored) + (1 - share) * unit(theirs)
+
+        return answer
+
+
+BASELINES: dict[str, Method] = {
+    "teacher": lambda split, condition: split.embeds[condition],
+    "teacher, re-centred by batches of 64": lambda split, condition: recentred(split.embeds[condition]),
+    "teacher, re-centred by all": lambda split, condition: recentred(split.embeds[condition], 10**9),
+}
+
+
+def search(options: argparse.Namespace) -> None:
+    teacher, data = load_teacher(options.teacher), load_benchmark(options.data, max_images=options.num_images)
+    texts = ZeroShotTask.build(teacher, data.class_names, templates=data.templates).text_embeds.cpu()
+    tuning = Split.load(options.folder, TUNE, (*TUNE_CORRUPTIONS, *EXTRA_CORRUPTION_NAMES))
+    held_out = Split.load(options.folder, REPORT, REPORT_CORRUPTIONS)
+    # Inside the tuning half, again new images and new corruptions decide.
+    rows = torch.from_numpy(np.random.default_rng(1).permutation(len(tuning.labels)))
+    inner = tuning.part(rows[: len(rows) // 2], (*TUNE_CORRUPTIONS[::2], *EXTRA_CORRUPTION_NAMES))
+    validation = tuning.part(rows[len(rows) // 2 :], TUNE_CORRUPTIONS[1::2])
+
+    print("## Chosen on the tuning half\n")
+    print("| method | share | top-1, clean | top-1, corrupted |\n| --- | ---: | ---: | ---: |")
+    for name, method in BASELINES.items():
+        table = scores(validation, method, texts)
+        print(f"| {name} | | {100 * table[CLEAN_CONDITION].mean():.1f} | {mean_corrupted(table):.1f} |", flush=True)
+    best: tuple[float, Restorer, float] | None = None
+    for restorer in RESTORERS:
+        machines = [restorer.fit(inner, seed) for seed in range(options.num_seeds)]
+        for share in (0.25, 0.5, 0.75, 1.0):
+            tables = [scores(validation, restorer.method(machine, share), texts) for machine in machines]
+            corrupted = float(np.mean([mean_corrupted(table) for table in tables]))
+            clean = float(np.mean([100 * table[CLEAN_CONDITION].mean() for table in tables]))
+            print(f"| {restorer} | {share} | {clean:.1f} | {corrupted:.1f} |", flush=True)
+            if best is None or corrupted > best[0]:
+                best = corrupted, restorer, share
+    assert best is not None
+    _, restorer, share = best
+
+    print(f"\n## Looked at once: the other images, under the other corruptions\n\nchosen: {restorer}, share {share}\n")
+    methods = dict(BASELINES)
+    for seed in range(options.num_seeds):
+        methods[f"restored by an APM, seed {seed}"] = restorer.method(restorer.fit(tuning, seed), share)
+    report(held_out, methods, texts)
+
+
+RESTORERS = [
+    Restorer(centre=centre, patches=patches, width=width, weight_decay=weight_decay)
+    for centre in (False, True)
+    for patches in (False, True)
+    for width, weight_decay in ((512, 1e-2), (2048, 1e-2), (2048, 1.0))
+]
+
+
+def report(split: Split, methods: dict[str, Method], texts: Tensor) -> None:
+    """Every method on every corruption, and each one's paired difference to the best baseline."""
+    tables = {name: scores(split, method, texts) for name, method in methods.items()}
+    names = list(dict.fromkeys(condition.corruption for condition in split.embeds if condition.severity))
+    print("| method | clean | " + " | ".join(names) + " | mean | to the best baseline, 95 % |")
+    print("| --- |" + " ---: |" * (len(names) + 3))
+    best = max(BASELINES, key=lambda name: mean_corrupted(tables[name]))
+    wanted = [condition for condition in split.embeds if condition.severity]
+    groups = np.tile(np.arange(len(split.labels)), len(wanted))
+
+    def stacked(name: str) -> np.ndarray:
+        return torch.cat([tables[name][condition] for condition in wanted]).numpy()
+
+    for name, table in tables.items():
+        cells = [f"{100 * table[CLEAN_CONDITION].mean():.1f}"]
+        for corruption in names:
+            rows = [row for condition, row in table.items() if condition.corruption == corruption]
+            cells.append(f"{100 * torch.stack(rows).mean():.1f}")
+        difference = paired_interval(stacked(name), stacked(best), groups=groups)
+        shown = f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+        print(f"| {name} | " + " | ".join(cells) + f" | {mean_corrupted(table):.1f} | {shown} |")
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("embed", "search"))
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--data", required=True, help="labelled images")
+    parser.add_argument("--folder", required=True, type=Path, help="where the embeddings are kept")
+    parser.add_argument("--num_images", type=int, help="of the data, both halves together; by default all")
+    parser.add_argument("--num_seeds", type=int, default=3)
+    options = parser.parse_args()
+    {"embed": embed, "search": search}[options.stage](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""A run's files -> `report.md`, its pictures and model-index entries; the same files give the same bytes."""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from .plots import Curve, Panels, draw_cost, draw_reliability, draw_severity, draw_steps
+from .results import CLEAN, Cell, Run, Scene, read_run
+from .statistics import Interval
+from .tables import FEW_IMAGES, NOTHING, clean_table, corruption_table, methods_table, seconds_per_image, shift_table
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def _pictures(run: Run, benchmark: str, teacher: str) -> dict[str, tuple[str, bytes]]:
+    """Kind of picture -> what it shows, PNG."""
+    methods = {run.method_title(method): run.baseline(method) is None for method in run.methods}
+    chance = 1 / run.info["benchmarks"][benchmark]["num_classes"]
+    where = f"{run.benchmark_title(benchmark)}, teacher {_teacher_title(run, teacher)}"
+    scenes = run.scenes(benchmark, teacher)
+    corrupted = [scene for scene in scenes if scene != CLEAN]
+    populations = {"clean": [CLEAN]} if CLEAN in scenes else {}
+    populations |= {"mean over corruptions": corrupted} if corrupted else {}
+    pictures = {}
+
+    def add(kind: str, text: str, draw: Callable[[Panels], bytes], curves: Any, references: Any = None) -> None:
+        curves = {panel: by_method for panel, by_method in curves.items() if by_method}
+        if curves:
+            title = f"{text}: {where}"
+            panels = Panels(title, methods, curves, chance, references or {})
+            pictures[kind] = (title, draw(panels))
+
+    if corrupted:
+        curves = {panel: _by_severity(run, benchmark, teacher, names) for panel, names in _corruptions(scenes).items()}
+        add("severity", "Accuracy against severity", draw_severity, curves)
+    curves, references = {}, {}
+    for panel, chosen in populations.items():
+        curves[panel], references[panel] = _by_step(run, benchmark, teacher, chosen)
+    add("steps", "Accuracy against gradient steps", draw_steps, curves, references)
+    curves = {panel: _by_cost(run, benchmark, teacher, chosen) for panel, chosen in populations.items()}
+    add("cost", "Accuracy against cost", draw_cost, curves)
+    panel, chosen = next(iter(populations.items()))
+    pooled = {run.method_title(method): run.pooled(benchmark, teacher, method, chosen) for method in run.methods}
+    known = {title: (x.confidence, x.correct, x.images) for title, x in pooled.items() if x is not None}
+    if known:
+        title = f"Reliability, {panel}: {where}"
+        pictures["reliability"] = (title, draw_reliability(title, methods, known))
+    return pictures
+
+
+def _corruptions(scenes: Sequence[Scene]) -> dict[str, list[str]]:
+    """Panel title -> corruptions, their mean first."""
+    names = sorted({scene[0] for scene in scenes if scene != CLEAN})
+    mean = {f"mean of {len(names)} corruptions": names} if len(names) > 1 else {}
+    return mean | {name.replace("_", " "): [name] for name in names}
+
+
+def _by_severity(run: Run, benchmark: str, teacher: str, names: Sequence[str]) -> dict[str, Curve]:
+    severities = sorted({scene[1] for scene in run.scenes(benchmark, teacher)})
+    curves = {}
+    for method in run.methods:
+        points = {}
+        for severity in severities:
+            scenes = [(name, severity) for name in names] if severity else [CLEAN]
+            answers = run.pooled(benchmark, teacher, method, scenes)
+            if answers is not None:
+                points[severity] = answers.accuracy()
+        if set(points) - {0}:
+            curves[run.method_title(method)] = Curve(list(points), list(points.values()))
+    return curves
+
+
+def _by_step(
+    run: Run, benchmark: str, teacher: str, scenes: Sequence[Scene]
+) -> tuple[dict[str, Curve], dict[str, Interval]]:
+    curves, references = {}, {}
+    for method in run.methods:
+        answers, baseline = run.pooled(benchmark, teacher, method, scenes), run.baseline(method)
+        if answers is None or not answers.by_step:
+            continue
+        stop = None if answers.steps is None else (float(answers.steps.mean()), answers.accuracy())
+        points = {step: answers.accuracy_at(step) for step in answers.by_step}
+        curves[run.method_title(method)] = Curve(list(points), list(points.values()), stop=stop)
+        theirs = None if baseline is None else run.pooled(benchmark, teacher, baseline, scenes)
+        if baseline is not None and theirs is not None:
+            references[run.method_title(baseline)] = theirs.accuracy()
+    return curves, references
+
+
+def _by_cost(run: Run, benchmark: str, teacher: str, scenes: Sequence[Scene]) -> dict[str, Curve]:
+    curves = {}
+    for method in run.methods:
+        answers = run.pooled(benchmark, teacher, method, scenes)
+        cost = run.cost(benchmark, teacher, method, scenes)
+        if answers is not None and cost is not None and (seconds := seconds_per_image(cost)) > 0:
+            low, high = np.quantile(cost.seconds / cost.images, (0.05, 0.95))
+            curves[run.method_title(method)] = Curve([seconds], [answers.accuracy()], spread=(low, high))
+    return curves
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def write_report(folder: str | os.PathLike[str]) -> list[Path]:
+    """Write `report.md` and its pictures into a run's folder.
+
+    Returns:
+        What was written, `report.md` first.
+
+    Raises:
+        ValueError, OSError: as [`read_run`] does.
+        ImportError: without matplotlib.
+    """
+    folder = Path(folder)
+    run = read_run(folder)
+    text, pictures = _header(run), {}
+    for teacher in run.teachers():
+        text += f"\n## Teacher: {_teacher_title(run, teacher)}\n"
+        benchmarks = run.benchmarks(teacher)
+        with_clean = [benchmark for benchmark in benchmarks if CLEAN in run.scenes(benchmark, teacher)]
+        if len(with_clean) > 1:
+            text += f"\n### Top-1 accuracy on clean images, %\n\n{shift_table(run, teacher, with_clean)}"
+        for benchmark in benchmarks:
+            text += _benchmark_section(run, benchmark, teacher)
+            several = len(run.teachers()) > 1
+            for kind, (title, png) in _pictures(run, benchmark, teacher).items():
+                parts = [kind, benchmark, *([_teacher_title(run, teacher)] if several else [])]
+                name = "_".join(re.sub(r"\W+", "-", part) for part in parts) + ".png"
+                text += f"\n![{title}]({name})\n"
+                pictures[name] = png
+    for name, png in pictures.items():
+        _write(folder / name, png)
+    _write(folder / "report.md", text.encode())
+    return [folder / "report.md", *(folder / name for name in pictures)]
+
+
+def eval_results(
+    folder: str | os.PathLike[str], method: str, *, teacher: str | None = None, dataset_split: str = "test"
+) -> list[EvalResult]:
+    """A method's top-1 accuracies for a model card, not verified by anybody.
+
+    Args:
+        folder: of a run.
+        method: its name in `run.json`.
+        teacher: which, where the run has several.
+        dataset_split: the split that the benchmarks' images come from.
+
+    Returns:
+        One for the clean images (configuration "default") and one for each corruption (of its name, all severities
+        together) of every benchmark; accuracy in [0, 1], its 95 % interval among the metric's arguments.
+
+    Raises:
+        ValueError: a method or teacher without results; several teachers and none chosen; as [`read_run`] does.
+    """
+    run = read_run(folder)
+    teachers = run.teachers()
+    if teacher is None and len(teachers) > 1 or teacher is not None and teacher not in teachers:
+        raise ValueError(f"teacher: expected one of {teachers}, got {teacher!r}")
+    teacher = teacher or teachers[0]
+    results = []
+    for benchmark in run.benchmarks(teacher):
+        scenes = run.scenes(benchmark, teacher)
+        for corruption in dict.fromkeys(scene[0] for scene in scenes):
+            chosen = [scene for scene in scenes if scene[0] == corruption]
+            answers = run.pooled(benchmark, teacher, method, chosen)
+            if answers is None:
+                continue
+            accuracy = answers.accuracy()
+            results.append(
+                EvalResult(
+                    task_type="zero-shot-image-classification",
+                    dataset_type=benchmark,
+                    dataset_name=run.benchmark_title(benchmark),
+                    dataset_config="default" if corruption == CLEAN[0] else corruption,
+                    dataset_split=dataset_split,
+                    dataset_args={"severities": [severity for _, severity in chosen], "images": answers.num_images},
+                    metric_type="accuracy",
+                    metric_name="top-1 accuracy",
+                    metric_value=accuracy.mean,
+                    metric_args={"teacher": teacher, "method": method, "interval_95": [accuracy.low, accuracy.high]},
+                    verified=False,
+                )
+            )
+    if not results:
+        raise ValueError(f"method: expected one with results of the teacher {teacher!r}, got {method!r}")
+    return results
+
+
+def write_model_index(folder: str | os.PathLike[str], method: str, model_name: str, **options: Any) -> Path:
+    """Write `model_index.json`, the `model-index` of a model card; options are those of [`eval_results`]."""
+    index = eval_results_to_model_index(model_name, eval_results(folder, method, **options))
+    path = Path(folder) / "model_index.json"
+    _write(path, (json.dumps({"model-index": index}, indent=2) + "\n").encode())
+    return path
+
+
+def _header(run: Run) -> str:
+    facts = {name: run.info.get(name) for name in ("command", "commit", "machine", "versions")}
+    if isinstance(facts["versions"], Mapping):
+        facts["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(facts["versions"].items()))
+    lines = "".join(f"* {name}: `{value}`\n" for name, value in facts.items() if value)
+    missing = "".join(
+        f"* Incomplete: {run.method_title(method)} lacks {count:,} answers that another method has.\n"
+        for method, count in _missing(run).items()
+    )
+    return (
+        f"# Evaluation\n\n{lines}{missing}\n"
+        "Intervals are 95 %: Wilson's for one answer per image, else the bootstrap over images, an image always with "
+        "all its corruptions and seeds. A difference is taken answer by answer against the method's baseline, which "
+        f"asks the teacher about the same views. Figures from fewer than {FEW_IMAGES} images show their interval. "
+        "ECE grows as images get fewer: compare it between methods, not between benchmarks. Seconds include the "
+        f"teacher. The oracle step is the best common one, chosen with the labels: nobody can attain it. {NOTHING}: "
+        f"not measured, or not in all that a mean is of.\n\n{methods_table(run)}"
+    )
+
+
+def _missing(run: Run) -> dict[str, int]:
+    """Method -> answers that others gave in the cells where it gave some, and it did not."""
+    union: defaultdict[Cell, set[int]] = defaultdict(set)
+    for cell, answers in run.answers.items():
+        union[cell._replace(method="")].update(answers.images.tolist())
+    counts = dict.fromkeys(run.methods, 0)
+    for cell, answers in run.answers.items():
+        counts[cell.method] += len(union[cell._replace(method="")]) - len(answers.images)
+    return {method: count for method, count in counts.items() if count}
+
+
+def _benchmark_section(run: Run, benchmark: str, teacher: str) -> str:
+    scenes = run.scenes(benchmark, teacher)
+    text = f"\n### {run.benchmark_title(benchmark)}\n"
+    if CLEAN in scenes:
+        text += f"\nClean images:\n\n{clean_table(run, benchmark, teacher)}"
+    corrupted = [scene for scene in scenes if scene != CLEAN]
+    if corrupted:
+        names = {name: [scene for scene in corrupted if scene[0] == name] for name, _ in corrupted}
+        columns = {name.replace("_", " "): chosen for name, chosen in names.items()}
+        text += "\nTop-1 accuracy on corrupted images, %, over all severities:\n\n"
+        text += corruption_table(run, benchmark, teacher, columns)
+    severities = sorted({severity for _, severity in corrupted})
+    if len(severities) > 1:
+        levels = {f"severity {level}": [scene for scene in corrupted if scene[1] == level] for level in severities}
+        text += "\nThe same by severity, over all corruptions:\n\n"
+        text += corruption_table(run, benchmark, teacher, levels)
+    return text
+
+
+def _teacher_title(run: Run, teacher: str) -> str:
+    """The last part of a path or Hub name, where that is unambiguous."""
+    short = [Path(name).name for name in run.teachers()]
+    return Path(teacher).name if short.count(Path(teacher).name) == 1 else teacher
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing: a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,173 @@
+"""Ready-made evaluations for `apm evaluate --suite NAME`.
+
+`smoke` needs nothing but this package; `photos` takes a folder of labelled photos; `ood` and `fine_grained` are the
+paper's tables (arXiv:2410.20535), on data sets of the Hub.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..data.corruptions import CORRUPTION_NAMES
+from ..demo_assets import DEMO_MODEL, DEMO_TEACHER
+from ..processes import process_state
+from .plan import Sweep
+from .report import write_report
+from .runner import EvaluationConfig, run_evaluation
+
+TEACHER_METHODS = ("zero_shot", "ensemble", "mean_views", "recentred_batch", "recentred_stream")
+VIEW_METHODS = ("zero", "mta")
+APM_METHODS = ("apm_fast", "apm_fast_stable", "apm_fast_views", "apm_fast_filtered_views", "apm_fast_recentred")
+CONTROLS = ("apm_output_bias", "apm_random")
+DISTILLED_METHODS = ("apm_distilled", "apm_distilled_fast")
+# Minutes an image on a CPU with a thousand classes or a thousand steps.
+SLOW_METHODS = ("tpt", "apm_paper")
+
+NATURAL_SHIFTS = ("imagenet", "imagenet_a", "imagenet_v2", "imagenet_r", "imagenet_sketch")
+FINE_GRAINED = (
+    "flowers102",
+    "dtd",
+    "pets",
+    "stanford_cars",
+    "ucf101",
+    "caltech101",
+    "food101",
+    "sun397",
+    "aircraft",
+    "eurosat",
+)
+
+
+def smoke(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[Sweep]:
+    """Every method on a few drawn scenes: a minute, no network."""
+    methods = (*TEACHER_METHODS, *VIEW_METHODS, "tpt", "apm_fast", *CONTROLS, *(DISTILLED_METHODS * distilled))
+    common: dict[str, Any] = {"benchmarks": (benchmark,), "teachers": teachers}
+    return [
+        Sweep(methods=methods, max_images=24, **common),
+        Sweep(
+            methods=("zero_shot", "recentred_batch", "apm_fast"),
+            corruptions=("gaussian_noise", "contrast"),
+            severities=(1, 3, 5),
+            max_images=12,
+            **common,
+        ),
+    ]
+
+
+def photos(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[Sweep]:
+    """1,000 photos clean, 64 of them under every corruption, 32 for what is slow: half an hour on two cores."""
+    methods = (*TEACHER_METHODS, *VIEW_METHODS, *APM_METHODS, *CONTROLS, *(DISTILLED_METHODS * distilled))
+    common: dict[str, Any] = {"benchmarks": (benchmark,), "teachers": teachers}
+    return [
+        Sweep(methods=methods, max_images=1000, **common),
+        Sweep(methods=SLOW_METHODS, max_images=32, **common),
+        Sweep(
+            methods=("zero_shot", "recentred_batch", "recentred_stream", "apm_fast", "apm_fast_recentred"),
+            corruptions=CORRUPTION_NAMES,
+            severities=(1, 3, 5),
+            max_images=64,
+            **common,
+        ),
+    ]
+
+
+def ood(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[Sweep]:
+    """The paper's natural shifts and ImageNet-C: a GPU's work."""
+    methods = (*TEACHER_METHODS, *VIEW_METHODS, "tpt", "apm_paper", *APM_METHODS, *(DISTILLED_METHODS * distilled))
+    return [
+        Sweep(benchmarks=NATURAL_SHIFTS, teachers=teachers, methods=methods),
+        Sweep(
+            benchmarks=("imagenet",),
+            teachers=teachers,
+            corruptions=CORRUPTION_NAMES,
+            severities=(5,),
+            methods=methods,
+        ),
+    ]
+
+
+def fine_grained(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[Sweep]:
+    """The paper's data sets of one kind of thing each."""
+    methods = (*TEACHER_METHODS, *VIEW_METHODS, "tpt", "apm_paper", *APM_METHODS, *(DISTILLED_METHODS * distilled))
+    return [Sweep(benchmarks=FINE_GRAINED, teachers=teachers, methods=methods)]
+
+
+SUITES: dict[str, Callable[[str, tuple[str, ...], bool], list[Sweep]]] = {
+    "smoke": smoke,
+    "photos": photos,
+    "ood": ood,
+    "fine_grained": fine_grained,
+}
+CUSTOM = "custom"
+
+
+def evaluate(
+    suite: str,
+    *,
+    output_dir: str,
+    data: Sequence[str] = (),
+    teachers: Sequence[str] = (),
+    model: str | None = None,
+    methods: Sequence[str] = (),
+    corruptions: Sequence[str] = (),
+    severities: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    max_images: int | None = None,
+    batch_size: int = 16,
+    num_views: int = 16,
+    allow_chance: bool = False,
+    command: str = "",
+) -> Path:
+    """Run a suite, or with `suite="custom"` the sweep that the other arguments spell out, and report.
+
+    Args:
+        suite: one of `SUITES`, or `"custom"`.
+        output_dir: of results and report; a run that was interrupted goes on there.
+        data: benchmarks: registered names, folders, files, Hub names, or `NAME=FOLDER` for a registered benchmark
+            that lies on this disk. Suites of the Hub's data sets only take the last form.
+        teachers: names or folders.
+        model: a distilled APM.
+        methods, corruptions, severities, seeds, max_images: of every sweep, instead of the suite's own.
+        batch_size, num_views, allow_chance, command: see [`EvaluationConfig`].
+
+    Returns:
+        The folder with `report.md`.
+
+    Raises:
+        ValueError: an unknown suite, or one that lacks its data or its teacher; see also [`run_evaluation`].
+    """
+    places = dict(entry.split("=", 1) for entry in data if "=" in entry)
+    benchmarks = [entry for entry in data if "=" not in entry] + ([*places] if suite in ("photos", CUSTOM) else [])
+    if suite == "smoke" and not teachers:
+        teachers, model = [DEMO_TEACHER], model or DEMO_MODEL
+    if suite not in (*SUITES, CUSTOM):
+        raise ValueError(f"suite: expected one of {sorted([*SUITES, CUSTOM])}, got {suite!r}")
+    if not teachers:
+        raise ValueError(f"teachers: expected one or more for suite {suite!r}, got none")
+    if suite in ("photos", CUSTOM) and not benchmarks:
+        raise ValueError(f"data: expected labelled images for suite {suite!r}, got none")
+    given = {"methods": methods, "corruptions": corruptions, "severities": severities, "seeds": seeds}
+    changes: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values}
+    if max_images is not None:
+        changes["max_images"] = max_images
+    if suite == CUSTOM:
+        if not methods:
+            raise ValueError("methods: expected one or more for suite 'custom', got none")
+        sweeps = [Sweep(benchmarks=tuple(benchmarks), teachers=tuple(teachers), **changes)]
+    else:
+        made = SUITES[suite]((benchmarks or ["scenes"])[0], tuple(teachers), model is not None)
+        sweeps = [replace(sweep, **changes) for sweep in made]
+    config = EvaluationConfig(
+        output_dir=output_dir,
+        data=places,
+        batch_size=batch_size,
+        num_views=num_views,
+        model=model,
+        allow_chance=allow_chance,
+        command=command,
+    )
+    folder = run_evaluation(sweeps, config)
+    if process_state().is_main_process:
+        write_report(folder)
+    return folder

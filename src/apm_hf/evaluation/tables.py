@@ -1,0 +1,153 @@
+"""A run's tables, as markdown.
+
+Methods are compared row by row with their baseline, which asks the teacher about the same views.
+
+Legend: N rows, one per image, scene and seed.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .metrics import expected_calibration_error
+from .results import CLEAN, Answers, Cost, Run, Scene
+from .statistics import Interval, calibration_interval, mean_interval, paired_interval
+
+FEW_IMAGES = 500  # figures that rest on fewer show their interval
+NOTHING = "–"
+
+
+def clean_table(run: Run, benchmark: str, teacher: str) -> str:
+    """Markdown: what every method makes of the clean images, and what it costs."""
+    header = ["method", "top-1, %", "95 % interval", "top-5, %", "ECE, %", "difference to its baseline, points"]
+    header += ["s/image", "peak, MiB", "images", _ORACLE]
+    rows = []
+    for method in run.methods:
+        answers = run.pooled(benchmark, teacher, method, [CLEAN])
+        if answers is None:
+            continue
+        accuracy, num_images = answers.accuracy(), answers.num_images
+        num_seeds = len(run.cells(benchmark, teacher, method, [CLEAN]))
+        top5 = NOTHING  # of five classes the right one is always among the first five
+        if run.info["benchmarks"][benchmark]["num_classes"] > 5:
+            top5 = _share(mean_interval(answers.correct_top5, groups=answers.images), num_images)
+        cost = run.cost(benchmark, teacher, method, [CLEAN])
+        rows.append(
+            [
+                run.method_title(method),
+                f"{100 * accuracy.mean:.1f}",
+                f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
+                top5,
+                _calibration(answers),
+                _difference(run.difference(benchmark, teacher, method, [CLEAN])),
+                NOTHING if cost is None else f"{seconds_per_image(cost):.3g}",
+                NOTHING if cost is None else f"{cost.peak_bytes.max() / 2**20:.0f}",
+                f"{num_images:,}" + (f" x {num_seeds} seeds" if num_seeds > 1 else ""),
+                _oracle(answers),
+            ]
+        )
+    return _markdown(header, rows)
+
+
+def shift_table(run: Run, teacher: str, benchmarks: Sequence[str]) -> str:
+    """Markdown: top-1 on the clean images of several benchmarks, and the mean over benchmarks."""
+    header = ["method", *map(run.benchmark_title, benchmarks), "mean", "difference to its baseline, points"]
+    rows = []
+    for method in run.methods:
+        answers = [run.pooled(benchmark, teacher, method, [CLEAN]) for benchmark in benchmarks]
+        known = [part for part in answers if part is not None]
+        if not known:
+            continue
+        mean = difference = NOTHING
+        if len(known) == len(answers):
+            interval = mean_interval(
+                np.concatenate([part.correct for part in known]),
+                groups=np.concatenate([part.images for part in known]),
+                strata=_numbered(known, lambda part: len(part.images)),
+            )
+            mean = _share(interval, min(part.num_images for part in known))
+        paired = [run.paired(benchmark, teacher, method, [CLEAN]) for benchmark in benchmarks]
+        pairs = [part for part in paired if part is not None]
+        if len(pairs) == len(paired):
+            ours, theirs, images = (np.concatenate(column) for column in zip(*pairs, strict=True))
+            strata = _numbered(pairs, lambda part: len(part[0]))
+            difference = _difference(paired_interval(ours, theirs, groups=images, strata=strata))
+        rows.append([run.method_title(method), *map(_top1, answers), mean, difference])
+    return _markdown(header, rows)
+
+
+def corruption_table(run: Run, benchmark: str, teacher: str, columns: Mapping[str, Sequence[Scene]]) -> str:
+    """Markdown: top-1 over groups of scenes, and over all of them, where a method has them all.
+
+    Args:
+        columns: title -> scenes whose answers are put together.
+    """
+    everything = [scene for scenes in columns.values() for scene in scenes]
+    rows = []
+    for method in run.methods:
+        answers = [run.pooled(benchmark, teacher, method, scenes) for scenes in columns.values()]
+        if all(part is None for part in answers):
+            continue
+        pooled = run.pooled(benchmark, teacher, method, everything)
+        difference = _difference(run.difference(benchmark, teacher, method, everything))
+        oracle = NOTHING if pooled is None else _oracle(pooled)
+        rows.append([run.method_title(method), *map(_top1, answers), _top1(pooled), difference, oracle])
+    return _markdown(["method", *columns, "mean", "difference to its baseline, points", _ORACLE], rows)
+
+
+_ORACLE = "oracle step (unattainable)"
+
+
+def methods_table(run: Run) -> str:
+    rows = []
+    for method, entry in run.info["methods"].items():
+        baseline = NOTHING if entry["baseline"] is None else run.method_title(entry["baseline"])
+        options = ", ".join(f"{key}={value}" for key, value in sorted((entry.get("options") or {}).items()))
+        rows.append([run.method_title(method), f"`{method}`", str(entry.get("num_views", NOTHING)), baseline, options])
+    return _markdown(["method", "name", "views", "baseline", "options"], rows)
+
+
+def _top1(answers: Answers | None) -> str:
+    return NOTHING if answers is None else _share(answers.accuracy(), answers.num_images)
+
+
+def _share(interval: Interval, num_images: int) -> str:
+    text = f"{100 * interval.mean:.1f}"
+    return text if num_images >= FEW_IMAGES else f"{text} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def _calibration(answers: Answers) -> str:
+    if answers.num_images >= FEW_IMAGES:
+        return f"{100 * expected_calibration_error(answers.confidence, answers.correct):.1f}"
+    return _share(calibration_interval(answers.confidence, answers.correct, groups=answers.images), answers.num_images)
+
+
+def _difference(interval: Interval | None) -> str:
+    if interval is None:
+        return NOTHING
+    # Adding 0.0 makes -0.0 positive.
+    mean, low, high = (round(100 * value, 1) + 0.0 for value in (interval.mean, interval.low, interval.high))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _oracle(answers: Answers) -> str:
+    step = answers.best_step()
+    return NOTHING if step is None else f"{_share(answers.accuracy_at(step), answers.num_images)} at {step}"
+
+
+def seconds_per_image(cost: Cost) -> float:
+    return math.fsum(cost.seconds) / int(cost.images.sum())  # fsum: whatever the order of the lines
+
+
+def _numbered(parts: Sequence[Any], length: Callable[[Any], int]) -> np.ndarray:
+    return np.repeat(np.arange(len(parts)), [length(part) for part in parts])
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table without the columns that hold nothing."""
+    kept = [0, *(at for at in range(1, len(header)) if any(row[at] != NOTHING for row in rows))]
+    lines = [[header[at] for at in kept], ["---", *["---:"] * (len(kept) - 1)]]
+    lines += [[row[at].replace("|", "\\|") for at in kept] for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -1,0 +1,294 @@
+"""A run of an evaluation: the same bytes however it was cut, killed or shared out; nothing of another run in it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from apm_hf.demo_assets import DEMO_TEACHER
+from apm_hf.evaluation.plan import CLEAN, Cell, Sweep
+from apm_hf.evaluation.runner import (
+    COSTS,
+    PARTS,
+    RESULTS,
+    RUN,
+    EvaluationConfig,
+    PeakMemory,
+    run_evaluation,
+    write_atomically,
+)
+
+pytest.importorskip("imagecorruptions")
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "evaluate_ood.py"
+METHODS = ("zero_shot", "mean_views", "recentred_batch", "recentred_stream")
+OPTIONS = {"batch_size": 4, "num_views": 3}
+
+
+def sweep(**changes):
+    fields = {
+        "benchmarks": ("scenes",),
+        "teachers": (DEMO_TEACHER,),
+        "methods": METHODS,
+        "corruptions": (CLEAN, "contrast"),
+        "severities": (2,),
+        "max_images": 14,
+    }
+    return Sweep(**{**fields, **changes})
+
+
+def run(folder, sweeps=None, **options):
+    config = EvaluationConfig(output_dir=str(folder), data={}, allow_chance=True, **{**OPTIONS, **options})
+    return run_evaluation(sweeps or [sweep()], config)
+
+
+def lines(folder, name=RESULTS):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Of a process on the CPU, with neither network nor settings of its user."""
+    home = tmp_path_factory.mktemp("home")
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_"))},
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def command(folder):
+    """The run of `finished`, as a user starts it."""
+    return [
+        *(str(EXAMPLE), "--suite", "custom", "--data", "scenes", "--teachers", DEMO_TEACHER),
+        *("--methods", *METHODS, "--corruptions", CLEAN, "contrast", "--severities", "2", "--max_images", "14"),
+        *("--batch_size", "4", "--num_views", "3", "--allow_chance", "--output_dir", str(folder)),
+    ]
+
+
+def test_every_method_answers_every_image_under_every_condition_once(finished):
+    rows = lines(finished)
+    assert len(rows) == 14 * 2 * len(METHODS)
+    assert len({(row["corruption"], row["method"], row["image"]) for row in rows}) == len(rows)
+    images = {
+        corruption: {row["image"] for row in rows if row["corruption"] == corruption}
+        for corruption in (CLEAN, "contrast")
+    }
+    assert images[CLEAN] == images["contrast"] and len(images[CLEAN]) == 14
+    assert {row["severity"] for row in rows if row["corruption"] == CLEAN} == {0}
+    assert all(0 < row["confidence"] <= 1 and len(row["top5"]) == 5 for row in rows)
+
+
+def test_the_order_of_lines_is_the_plans(finished):
+    rows = lines(finished)
+    assert [row["corruption"] for row in rows] == sorted(
+        (row["corruption"] for row in rows), key=[CLEAN, "contrast"].index
+    )
+
+
+def test_costs_stand_beside_the_results_and_charge_a_method_for_its_views(finished):
+    rows = lines(finished, COSTS)
+    seconds = {name: sum(row["seconds"] for row in rows if row["method"] == name) for name in METHODS}
+    images = {name: sum(row["images"] for row in rows if row["method"] == name) for name in METHODS}
+    assert set(images.values()) == {28}
+    assert (
+        seconds["mean_views"] > 1.5 * seconds["zero_shot"] > 0
+    )  # three views cost more than one, whoever asked first
+    assert "seconds" not in lines(finished)[0]
+
+
+def test_no_path_of_the_machine_is_in_the_results(finished):
+    text = (finished / RESULTS).read_text() + (finished / COSTS).read_text()
+    assert str(Path(DEMO_TEACHER).parent) not in text and Path(DEMO_TEACHER).name in text
+
+
+def test_a_run_that_is_started_again_computes_nothing_anew(finished, monkeypatch):
+    before = (finished / RESULTS).read_bytes()
+    monkeypatch.setattr("apm_hf.evaluation.runner._Run._answers", None)  # a call would raise
+    run(finished)
+    assert (finished / RESULTS).read_bytes() == before
+
+
+def test_lost_batches_are_computed_again_to_the_same_bytes(finished, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / RESULTS).unlink()
+    parts = sorted((folder / PARTS).rglob("*0000*.jsonl"))
+    for part in parts[1::2]:
+        part.unlink()
+    (parts[1].parent / "000009.jsonl.123").write_text("torn")  # what a killed process leaves
+    run(folder)
+    assert (folder / RESULTS).read_bytes() == (finished / RESULTS).read_bytes()
+
+
+def test_a_run_killed_halfway_and_started_again_gives_the_same_bytes(finished, environment, tmp_path):
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, *command(folder)], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(f"{PARTS}/*/*.jsonl")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / RESULTS).exists()
+    assert (folder / RUN).exists()
+    run(folder)
+    assert (folder / RESULTS).read_bytes() == (finished / RESULTS).read_bytes()
+
+
+def test_two_processes_give_the_bytes_of_one(finished, environment, tmp_path):
+    folder = tmp_path / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, *command(folder)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stderr
+    assert (folder / RESULTS).read_bytes() == (finished / RESULTS).read_bytes()
+    assert (folder / "report.md").exists()
+
+
+def test_results_of_an_image_do_not_depend_on_its_batch(finished, tmp_path):
+    other = run(tmp_path / "other", batch_size=7)
+    wanted = {"zero_shot", "mean_views", "recentred_stream"} - {"recentred_stream"}
+
+    def chosen(folder):
+        rows = [row for row in lines(folder) if row["method"] in wanted]
+        return {(row["corruption"], row["method"], row["image"]): row["top5"] for row in rows}
+
+    assert chosen(other) == chosen(finished)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sweeps": [sweep(max_images=13)]}, "sweeps"),
+        ({"batch_size": 5}, "batch_size"),
+        ({"num_views": 4}, "methods"),
+    ],
+)
+def test_another_runs_folder_is_refused_and_left_alone(finished, changes, named):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"expected an empty folder or the same run.*{named}"):
+        run(finished, **changes)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="expected an empty folder"):
+        run(tmp_path)
+
+
+def test_a_method_asked_for_twice_under_one_condition_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a method once under the same conditions"):
+        run(tmp_path / "x", [sweep(), sweep(methods=("zero_shot",), max_images=3)])
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"benchmarks": ()}, "benchmarks: expected one or more"),
+        ({"methods": ("zero_shot", "zero_shot")}, "methods: expected one or more different"),
+        ({"severities": (0,)}, "severities: expected 1 to 5"),
+        ({"max_images": 0}, "max_images"),
+        ({"skip_images": -1}, "skip_images"),
+        ({"corruptions": "fog"}, "corruptions: expected"),
+    ],
+)
+def test_a_sweep_says_what_is_wrong_with_it(fields, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(**fields)
+
+
+def cell(**changes):
+    fields = {
+        "benchmark": "b", "corruption": CLEAN, "severity": 0, "teacher": "t", "seed": 0, "max_images": None,
+        "skip_images": 0, "methods": ("zero_shot",),
+    }  # fmt: skip
+    return Cell(**{**fields, **changes})
+
+
+def test_skipped_images_and_kept_ones_make_up_the_data_set():
+    first, second = cell(max_images=30).indices(100), cell(skip_images=30).indices(100)
+    assert len(first) == 30 and sorted(first + second) == list(range(100))
+    assert first != list(range(30))  # drawn: many data sets are sorted by class
+    with pytest.raises(ValueError, match="expected more than 100 images"):
+        cell(skip_images=100).indices(100)
+
+
+def test_an_images_seed_depends_on_seed_purpose_and_image_alone():
+    seeds = {cell().image_seed(index) for index in range(100)}
+    assert len(seeds) == 100 and all(0 <= seed < 2**63 for seed in seeds)
+    assert cell(corruption="fog", severity=3).image_seed(7) == cell().image_seed(7)
+    assert cell(seed=1).image_seed(7) != cell().image_seed(7) != cell().image_seed(7, "noise")
+
+
+def test_cells_of_different_sweeps_never_share_a_folder():
+    assert cell().folder != cell(max_images=3).folder != cell(methods=("mta",)).folder
+
+
+def test_labels_of_another_data_set_are_refused(tmp_path, monkeypatch):
+    from apm_hf.evaluation import runner
+
+    real = runner.load_benchmark
+
+    class Shuffled:
+        def __init__(self, images):
+            self.images = images
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getattr__(self, name):
+            return getattr(self.images, name)
+
+        def label(self, index):
+            return (self.images.label(index) + 5) % len(self.images.class_names)
+
+    monkeypatch.setattr(runner, "load_benchmark", lambda *args, **options: Shuffled(real(*args, **options)))
+    config = EvaluationConfig(output_dir=str(tmp_path / "x"), data={}, **OPTIONS)
+    with pytest.raises(ValueError, match="scenes: "):
+        run_evaluation([sweep(methods=("zero_shot",), corruptions=(CLEAN,), max_images=60)], config)
+
+
+def test_honest_labels_pass_the_same_check(tmp_path):
+    config = EvaluationConfig(output_dir=str(tmp_path / "x"), data={}, **OPTIONS)
+    run_evaluation([sweep(methods=("zero_shot",), corruptions=(CLEAN,), max_images=60)], config)
+
+
+def test_peak_memory_sees_what_a_block_takes():
+    with PeakMemory(torch.device("cpu")) as nothing:
+        pass
+    with PeakMemory(torch.device("cpu")) as much:
+        held = torch.ones(64 * 2**20)  # 256 MiB
+        time.sleep(0.05)
+        del held
+    assert much.peak_bytes > 200 * 2**20 > nothing.peak_bytes
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def torn():
+        yield "new"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, torn())
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
