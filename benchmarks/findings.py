@@ -33,13 +33,17 @@ from apm_hf.evaluation.benchmarks import LabelledImages, load_benchmark
 from apm_hf.evaluation.plan import CLEAN, Cell
 from apm_hf.evaluation.statistics import paired_interval
 from apm_hf.evaluation.task import ZeroShotTask
+from apm_hf.position_encoding import grid_coordinates
 from apm_hf.processes import process_state
+from apm_hf.teachers import Teacher
 
 SEVERITIES = (1, 3, 5)
 BATCH_SIZE = 25
 # Every other one of ImageNet-C's list, so that noise, blur, weather and digital ones are on both sides.
 TUNE_CORRUPTIONS, REPORT_CORRUPTIONS = CORRUPTION_NAMES[::2], CORRUPTION_NAMES[1::2]
-TUNE, REPORT = "tune", "report"
+# Machines learn from the one, settings are chosen on the other.
+TRAIN_CORRUPTIONS, CHOICE_CORRUPTIONS = (*EXTRA_CORRUPTION_NAMES, *TUNE_CORRUPTIONS[::2]), TUNE_CORRUPTIONS[1::2]
+TRAIN, TUNE, REPORT = "train", "tune", "report"
 
 
 @dataclass(frozen=True)
@@ -70,24 +74,51 @@ def embed(options: argparse.Namespace) -> None:
     """Teacher's embeddings and mean patch features of every image under every condition; what is there is kept."""
     state = process_state()
     teacher, data = load_teacher(options.teacher), load_benchmark(options.data, max_images=options.num_images)
-    names = {TUNE: (*TUNE_CORRUPTIONS, *EXTRA_CORRUPTION_NAMES), REPORT: REPORT_CORRUPTIONS}
-    jobs = [(half, condition) for half in names for condition in [CLEAN_CONDITION, *conditions(names[half])]]
+    tested = {half: (data, indices) for half, indices in halves(len(data)).items()}
+    own = options.train_data is None
+    if own:  # images that machines learn from choose nothing
+        tested[TUNE] = data, tested[TUNE][1][1::2]
+    wanted = {
+        TRAIN: conditions(TRAIN_CORRUPTIONS),
+        TUNE: [CLEAN_CONDITION, *conditions(CHOICE_CORRUPTIONS)],
+        REPORT: [CLEAN_CONDITION, *conditions(REPORT_CORRUPTIONS)],
+    }
+    sources = {TRAIN: train_images(options), **tested}
+    jobs = [(part, condition) for part in wanted for condition in wanted[part]]
     todo = [job for job in jobs if not job[1].file(options.folder, job[0]).exists()]
     state.wait_for_everyone()
     for half, condition in tqdm(todo[state.process_index :: state.num_processes], disable=not state.is_main_process):
-        indices = halves(len(data))[half]
-        embeds, patches = [], []
-        for start in range(0, len(indices), BATCH_SIZE):
-            batch = [image_of(data, index, condition) for index in indices[start : start + BATCH_SIZE]]
-            answer = teacher.encode_images(batch)
-            embeds.append(answer.image_embeds.cpu())
-            patches.append(answer.features.mean(dim=(1, 2)).cpu())
-        labels = torch.tensor([data.label(index) for index in indices])
+        data, indices = sources[half]
+        if half == TRAIN and not own:  # many images: each is seen clean and under one condition
+            indices = indices[wanted[TRAIN].index(condition) :: len(wanted[TRAIN])]
+        tensors = answers(teacher, data, indices, condition)
+        if half == TRAIN:
+            tensors["clean_embeds"] = answers(teacher, data, indices, CLEAN_CONDITION)["image_embeds"]
         path = condition.file(options.folder, half)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"image_embeds": torch.cat(embeds), "patch_means": torch.cat(patches), "labels": labels}
         save_file(tensors, f"{path}.partial")
         Path(f"{path}.partial").rename(path)
+
+
+def train_images(options: argparse.Namespace) -> tuple[LabelledImages, list[int]]:
+    """Images to learn from, labels unseen: other data, or of the tuning half those that choose nothing."""
+    if options.train_data is not None:
+        data = load_benchmark(options.train_data, split=options.train_split, max_images=options.num_train)
+        return data, list(range(len(data)))
+    data = load_benchmark(options.data, max_images=options.num_images)
+    return data, halves(len(data))[TUNE][::2]
+
+
+def answers(teacher: Teacher, data: LabelledImages, indices: list[int], condition: Condition) -> dict[str, Tensor]:
+    embeds, patches = [], []
+    for start in range(0, len(indices), BATCH_SIZE):
+        answer = teacher.encode_images(
+            [image_of(data, index, condition) for index in indices[start : start + BATCH_SIZE]]
+        )
+        embeds.append(answer.image_embeds.cpu())
+        patches.append(answer.features.mean(dim=(1, 2)).cpu())
+    labels = torch.tensor([data.label(index) for index in indices])
+    return {"image_embeds": torch.cat(embeds), "patch_means": torch.cat(patches), "labels": labels}
 
 
 def image_of(data: LabelledImages, index: int, condition: Condition):
@@ -133,14 +164,6 @@ class Split:
             files[CLEAN_CONDITION]["labels"],
         )
 
-    def part(self, rows: Tensor, names: tuple[str, ...]) -> "Split":
-        wanted = [CLEAN_CONDITION, *conditions(names)]
-        return Split(
-            {condition: self.embeds[condition][rows] for condition in wanted},
-            {condition: self.patches[condition][rows] for condition in wanted},
-            self.labels[rows],
-        )
-
 
 def unit(embeds: Tensor) -> Tensor:
     return F.normalize(embeds, dim=-1)
@@ -168,6 +191,32 @@ def mean_corrupted(table: dict[Condition, Tensor]) -> float:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Training images under corruptions, `(N, F)` each: embeddings, mean patch features, and embeddings when clean.
+
+    `condition` `(N,)` numbers the conditions, whose means `centred` takes off.
+    """
+
+    embeds: Tensor
+    patches: Tensor
+    clean: Tensor
+    condition: Tensor
+
+    @classmethod
+    def load(cls, folder: Path) -> "Pairs":
+        files = [load_file(condition.file(folder, TRAIN)) for condition in conditions(TRAIN_CORRUPTIONS)]
+        numbers = torch.cat([torch.full((len(tensors["labels"]),), number) for number, tensors in enumerate(files)])
+        names = ("image_embeds", "patch_means", "clean_embeds")
+        return cls(*(torch.cat([tensors[name] for tensors in files]) for name in names), numbers)
+
+    def centred(self, values: Tensor) -> Tensor:
+        means = torch.zeros(int(self.condition.max()) + 1, values.shape[1]).index_reduce(
+            0, self.condition, values, "mean", include_self=False
+        )
+        return values - means[self.condition]
+
+
+@dataclass(frozen=True)
 class Restorer:
     """How an APM is distilled from corrupted towards clean: T_vit, the trigger column is the teacher's answer.
 
@@ -185,24 +234,22 @@ class Restorer:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
 
-    def trigger(self, split: Split, condition: Condition) -> Tensor:
-        columns = [split.embeds[condition], *([split.patches[condition]] if self.patches else [])]
-        columns = [unit(recentred(column) if self.centre else column) for column in columns]
-        return torch.cat(columns, dim=1) * columns[0].shape[1] ** 0.5
+    def trigger(self, embeds: Tensor, patches: Tensor, centre: Callable[[Tensor], Tensor]) -> Tensor:
+        columns = [embeds, *([patches] if self.patches else [])]
+        columns = [unit(centre(column) if self.centre else column) for column in columns]
+        return torch.cat(columns, dim=1) * embeds.shape[1] ** 0.5  # entries of order 1
 
-    def fit(self, split: Split, seed: int) -> APMModel:
+    def fit(self, pairs: Pairs, seed: int) -> APMModel:
         torch.manual_seed(seed)
-        width = split.embeds[CLEAN_CONDITION].shape[1]
-        triggers = torch.cat([self.trigger(split, condition) for condition in split.embeds])
-        clean = split.embeds[CLEAN_CONDITION]
-        target = unit(clean - clean.mean(dim=0) if self.centre else clean)
-        targets = target.repeat(len(split.embeds), 1) * width**0.5
+        width = pairs.embeds.shape[1]
+        corrupted = self.trigger(pairs.embeds, pairs.patches, pairs.centred)
+        target = unit(pairs.centred(pairs.clean) if self.centre else pairs.clean) * width**0.5
         machine = APMModel(
             APMConfig(
                 image_size=4,
                 patch_size=2,
                 trigger_source="embedding",
-                trigger_size=triggers.shape[1],
+                trigger_size=corrupted.shape[1],
                 position_size=16,
                 hidden_sizes=[self.width] * self.depth,
                 feature_size=width,
@@ -213,10 +260,12 @@ class Restorer:
             machine.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
+        places = grid_coordinates(2, 2)
         for _ in range(self.steps):
-            rows = torch.randint(len(triggers), (256,))
-            pooled = machine(trigger_column=triggers[rows]).pooler_output
-            loss = F.mse_loss(pooled, targets[rows])
+            rows = torch.randint(len(corrupted), (256,))
+            place = places[torch.randint(4, (1,))]  # one location a step
+            answer = machine(trigger_column=corrupted[rows], coordinates=place).pooler_output
+            loss = F.mse_loss(answer, target[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -227,8 +276,9 @@ class Restorer:
         """The consensus of machine and teacher: `share` of the machine's direction, the rest the teacher's."""
 
         def answer(split: Split, condition: Condition) -> Tensor:
+            trigger = self.trigger(split.embeds[condition], split.patches[condition], recentred)
             with torch.no_grad():
-                restored = machine(trigger_column=self.trigger(split, condition)).pooler_output
+                restored = machine(trigger_column=trigger).pooler_output
             theirs = recentred(split.embeds[condition]) if self.centre else split.embeds[condition]
             return share * unit(restored) + (1 - share) * unit(theirs)
 
@@ -245,21 +295,19 @@ BASELINES: dict[str, Method] = {
 def search(options: argparse.Namespace) -> None:
     teacher, data = load_teacher(options.teacher), load_benchmark(options.data, max_images=options.num_images)
     texts = ZeroShotTask.build(teacher, data.class_names, templates=data.templates).text_embeds.cpu()
-    tuning = Split.load(options.folder, TUNE, (*TUNE_CORRUPTIONS, *EXTRA_CORRUPTION_NAMES))
+    pairs = Pairs.load(options.folder)
+    validation = Split.load(options.folder, TUNE, CHOICE_CORRUPTIONS)
     held_out = Split.load(options.folder, REPORT, REPORT_CORRUPTIONS)
-    # Inside the tuning half, again new images and new corruptions decide.
-    rows = torch.from_numpy(np.random.default_rng(1).permutation(len(tuning.labels)))
-    inner = tuning.part(rows[: len(rows) // 2], (*TUNE_CORRUPTIONS[::2], *EXTRA_CORRUPTION_NAMES))
-    validation = tuning.part(rows[len(rows) // 2 :], TUNE_CORRUPTIONS[1::2])
+    baselines = {**BASELINES, **ridge(pairs)}
 
     print("## Chosen on the tuning half\n")
     print("| method | share | top-1, clean | top-1, corrupted |\n| --- | ---: | ---: | ---: |")
-    for name, method in BASELINES.items():
+    for name, method in baselines.items():
         table = scores(validation, method, texts)
         print(f"| {name} | | {100 * table[CLEAN_CONDITION].mean():.1f} | {mean_corrupted(table):.1f} |", flush=True)
     best: tuple[float, Restorer, float] | None = None
     for restorer in RESTORERS:
-        machines = [restorer.fit(inner, seed) for seed in range(options.num_seeds)]
+        machines = [restorer.fit(pairs, seed) for seed in range(options.num_seeds)]
         for share in (0.25, 0.5, 0.75, 1.0):
             tables = [scores(validation, restorer.method(machine, share), texts) for machine in machines]
             corrupted = float(np.mean([mean_corrupted(table) for table in tables]))
@@ -271,27 +319,45 @@ def search(options: argparse.Namespace) -> None:
     _, restorer, share = best
 
     print(f"\n## Looked at once: the other images, under the other corruptions\n\nchosen: {restorer}, share {share}\n")
-    methods = dict(BASELINES)
+    methods = dict(baselines)
     for seed in range(options.num_seeds):
-        methods[f"restored by an APM, seed {seed}"] = restorer.method(restorer.fit(tuning, seed), share)
-    report(held_out, methods, texts)
+        methods[f"restored by an APM, seed {seed}"] = restorer.method(restorer.fit(pairs, seed), share)
+    report(held_out, methods, list(baselines), texts)
+
+
+def ridge(pairs: Pairs) -> dict[str, Method]:
+    """What a linear map learns from the same pairs, for comparison: is it the machine or is it the data?"""
+    found: dict[str, Method] = {}
+    for strength in (0.01, 0.1, 1.0):
+        inputs = unit(pairs.centred(pairs.embeds)).double()
+        targets = unit(pairs.centred(pairs.clean)).double()
+        gram = inputs.T @ inputs
+        shift = strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        # Pulled towards the identity: strong regularisation gives the re-centred teacher back.
+        matrix = torch.linalg.solve(gram + shift, inputs.T @ targets + shift).float()
+
+        def method(split: Split, condition: Condition, matrix: Tensor = matrix) -> Tensor:
+            return unit(recentred(split.embeds[condition])) @ matrix
+
+        found[f"teacher, re-centred by batches of 64, ridge regression {strength:g}"] = method
+    return found
 
 
 RESTORERS = [
     Restorer(centre=centre, patches=patches, width=width, weight_decay=weight_decay)
     for centre in (False, True)
     for patches in (False, True)
-    for width, weight_decay in ((512, 1e-2), (2048, 1e-2), (2048, 1.0))
+    for width, weight_decay in ((512, 1e-2), (2048, 1e-2))
 ]
 
 
-def report(split: Split, methods: dict[str, Method], texts: Tensor) -> None:
+def report(split: Split, methods: dict[str, Method], baselines: list[str], texts: Tensor) -> None:
     """Every method on every corruption, and each one's paired difference to the best baseline."""
     tables = {name: scores(split, method, texts) for name, method in methods.items()}
     names = list(dict.fromkeys(condition.corruption for condition in split.embeds if condition.severity))
     print("| method | clean | " + " | ".join(names) + " | mean | to the best baseline, 95 % |")
     print("| --- |" + " ---: |" * (len(names) + 3))
-    best = max(BASELINES, key=lambda name: mean_corrupted(tables[name]))
+    best = max(baselines, key=lambda name: mean_corrupted(tables[name]))
     wanted = [condition for condition in split.embeds if condition.severity]
     groups = np.tile(np.arange(len(split.labels)), len(wanted))
 
@@ -316,6 +382,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="labelled images")
     parser.add_argument("--folder", required=True, type=Path, help="where the embeddings are kept")
     parser.add_argument("--num_images", type=int, help="of the data, both halves together; by default all")
+    parser.add_argument("--train_data", help="images to learn from; by default half of the tuning images")
+    parser.add_argument("--train_split")
+    parser.add_argument("--num_train", type=int)
     parser.add_argument("--num_seeds", type=int, default=3)
     options = parser.parse_args()
     {"embed": embed, "search": search}[options.stage](options)

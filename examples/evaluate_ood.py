@@ -9,14 +9,13 @@ The first needs no network. A run that was interrupted goes on when it is starte
 """
 
 import logging
-import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 
 from transformers import HfArgumentParser
 
 from apm_hf.evaluation.suites import evaluate
-from apm_hf.processes import process_state
+from apm_hf.processes import command_line, process_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +38,7 @@ class ScriptConfig:
 
 
 def run(config: ScriptConfig) -> None:
-    command = "examples/evaluate_ood.py " + shlex.join(sys.argv[1:])
-    folder = evaluate(**asdict(config), command=command)
+    folder = evaluate(**asdict(config), command=command_line("examples/evaluate_ood.py", sys.argv[1:]))
     if process_state().is_main_process:
         logging.getLogger("apm_hf").info(f"report: {folder / 'report.md'}")
 

@@ -10,8 +10,6 @@ The second is the paper's recipe (arXiv:2410.20535). The result loads with `Auto
 
 import json
 import logging
-import re
-import shlex
 import sys
 from dataclasses import dataclass, field
 
@@ -22,7 +20,7 @@ from apm_hf.data.images import ImageCollator
 from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DistillationConfig, DistillationResult, distill, matching_image_processor
 from apm_hf.hub import CardFacts, publish, write_card
-from apm_hf.processes import process_state
+from apm_hf.processes import command_line, process_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +84,7 @@ def run(script: ScriptConfig, config: DistillationConfig) -> DistillationResult:
             repo_id=script.hub_model_id or config.output_dir,
             teacher=script.teacher,
             dataset=script.dataset,
-            command="examples/train.py "
-            # Of absolute paths only the last part: a card says nothing of the machine that made it.
-            + shlex.join(re.sub(r"(^|=)/(?:[^/]+/)*", r"\1", argument) for argument in sys.argv[1:]),
+            command=command_line("examples/train.py", sys.argv[1:]),
             steps=config.max_steps,
             num_parameters=result.student.num_parameters(),
             metrics=last,

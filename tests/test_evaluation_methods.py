@@ -19,7 +19,7 @@ from apm_hf.evaluation import apm_methods
 from apm_hf.evaluation.apm_methods import APMAdapted, APMForward, load_machine
 from apm_hf.evaluation.methods import METHODS, MeanViews, Recentred, ZeroShot, make_methods
 from apm_hf.evaluation.prompt_tuning import TPT
-from apm_hf.evaluation.task import ImageBatch, ZeroShotTask, options_of
+from apm_hf.evaluation.task import ImageBatch, ZeroShotTask
 from apm_hf.evaluation.view_methods import MTA, Zero, count_votes, num_kept
 from apm_hf.evaluation.views import view_encoder
 from apm_hf.ttt import adapt
@@ -488,7 +488,7 @@ def test_targets_of_one_view_are_the_teachers_embeddings_bit_by_bit(task):
 
 def test_fits_that_diverge_are_an_error_that_names_the_images(task):
     method = APMAdapted(overrides={**QUICK, "learning_rate": 1e30}, record_steps=True)
-    with pytest.raises(ValueError, match="apm_fast: expected fits that converge, got others for images 10, 11, 12"):
+    with pytest.raises(ValueError, match="apm_fast: expected fits that converge, .* for the images 10, 11, 12"):
         method(task, photo_batch(task.teacher, range(3)))
 
 
@@ -611,7 +611,6 @@ def test_names_baselines_and_views_are_consistent():
             baseline = METHODS[method.baseline]()
             assert baseline.baseline is None
             assert (baseline.num_views > 1) == (method.num_views > 1)
-        assert "name" in options_of(method)
     assert [name for name in METHODS if METHODS[name]().sequential] == ["recentred_stream"]
 
 

@@ -121,7 +121,9 @@ def naive_tpt(teacher, views, *, keep=0.1, num_steps=1, learning_rate=5e-3):
 )
 def test_prompts_are_tuned_as_by_a_plain_loop(task, options):
     batch = photo_batch(task.teacher)
-    logits = TPT(num_views=5, **options)(task, batch).logits
+    output = TPT(num_views=5, **options)(task, batch)
+    logits = output.logits
+    assert output.steps.tolist() == [options.get("num_steps", 1)] * 3
     options = {name: value for name, value in options.items() if name != "chunk_size"}
     for row, views in zip(logits, batch.embeds(5), strict=True):
         expected, entropies = naive_tpt(task.teacher, views, **options)
@@ -195,7 +197,8 @@ def test_the_teacher_in_the_package_can_be_tuned():
 
 
 def test_other_words_before_the_name_are_tuned_too(teacher):
-    for template, words in (("a photo of {}", 3), ("a {class} photo.", 1), ("photo of a photo of a {}.", 6)):
+    templates = {"a photo of {}": 3, "a {class} photo.": 1, "the photo of {}": 3, "photo of a photo of a {}.": 6}
+    for template, words in templates.items():
         prompts = Prompts(teacher, ["cat", "dog"], (template,), chunk_size=8)
         assert len(prompts.context) == words
         expected = teacher.encode_text(["cat", "dog"], [template])

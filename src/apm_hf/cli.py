@@ -7,7 +7,6 @@ apm evaluate --suite smoke --output_dir DIR                # every method on dra
 
 import argparse
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 where something failed, 2 for wrong usage."""
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    parsed = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parsed = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     try:
         return parsed.run(parsed)
     except (ValueError, OSError, ImportError) as error:
@@ -195,9 +195,10 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from .evaluation.suites import evaluate
+    from .processes import command_line
 
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
-    folder = evaluate(**given, command="apm " + shlex.join(sys.argv[1:]))
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "arguments")}
+    folder = evaluate(**given, command=command_line("apm", options.arguments))
     logger.info(f"report: {folder / 'report.md'}")
     return 0
 

@@ -1,4 +1,8 @@
-"""Which of how many processes this one is, on GPUs and on CPUs alike."""
+"""What is known of the running program: which of how many processes it is, and how it was called."""
+
+import re
+import shlex
+from collections.abc import Sequence
 
 import torch
 from accelerate import PartialState
@@ -16,3 +20,8 @@ def process_state() -> PartialState:
     Left to itself, `PartialState()` takes every process on a CPU for the only one, so that all do all the work.
     """
     return PartialState(cpu=on_cpu())
+
+
+def command_line(program: str, arguments: Sequence[str]) -> str:
+    """For cards and reports. Of absolute paths only the last part: they say nothing of the machine."""
+    return f"{program} " + shlex.join(re.sub(r"(^|=)/(?:[^/]+/)*", r"\1", argument) for argument in arguments)

@@ -93,7 +93,8 @@ class APMAdapted:
             ValueError: for a machine that does not fit the teacher; where a fit diverged, naming the images.
         """
         config = self.config
-        machine, image_processor = load_machine(task.teacher, self.start, self.model, seed=config.seed)
+        # Any seed will do here: `adapt` draws the weights anew, from the configuration's.
+        machine, image_processor = load_machine(task.teacher, self.start, self.model, seed=0)
         views = batch.embeds(self.num_views)  # (B, V, F)
         targets = self.targets(task, views)
         pixel_values = image_processor(list(batch.images), return_tensors="pt")["pixel_values"]  # (B, 3, S, S)
@@ -119,7 +120,9 @@ class APMAdapted:
         )
         if adapted.diverged.any():
             images = [batch.indices[row] for row in adapted.diverged.nonzero().flatten().tolist()]
-            raise ValueError(f"{self.name}: expected fits that converge, got others for images {first_five(images)}")
+            raise ValueError(
+                f"{self.name}: expected fits that converge, got divergence for the images {first_five(images)}"
+            )
         logits, steps = self.answer(task, adapted.image_embeds, targets), adapted.steps.cpu()
         if not self.record_steps:
             return MethodOutput(logits=logits, steps=steps)

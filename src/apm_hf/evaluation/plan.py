@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.corruptions import CORRUPTION_NAMES, EXTRA_CORRUPTION_NAMES
 from .task import Method, options_of
 
 CLEAN = "none"
@@ -51,6 +52,9 @@ class Sweep:
             values = getattr(self, name)
             if isinstance(values, str) or not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected one or more different values, got {values!r}")
+        known = (CLEAN, *CORRUPTION_NAMES, *EXTRA_CORRUPTION_NAMES)
+        if unknown := [name for name in self.corruptions if name not in known]:
+            raise ValueError(f"corruptions: expected some of {', '.join(known)}, got {', '.join(unknown)}")
         if any(severity not in range(1, 6) for severity in self.severities):
             raise ValueError(f"severities: expected 1 to 5, got {list(self.severities)}")
         if (self.max_images is not None and self.max_images < 1) or self.skip_images < 0:
@@ -139,7 +143,7 @@ def describe(sweeps: Sequence[Sweep], methods: dict[str, Method], *, batch_size:
                 "title": method.title,
                 "baseline": method.baseline,
                 "num_views": method.num_views,
-                "options": {key: str(value) for key, value in options_of(method).items()},
+                "options": {key: short_name(str(value)) for key, value in options_of(method).items()},
             }
             for name, method in methods.items()
         },

@@ -217,7 +217,9 @@ def _figure(
         grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=not wide).flat)
         for axes in grid[len(panels) :]:
             axes.remove()
-        figure.suptitle("\n".join(textwrap.wrap(title, int(11 * width * columns))), fontsize=11)
+        # Over the panels, not over the legend beside them.
+        wrapped = "\n".join(textwrap.wrap(title, int(10 * width * columns)))
+        figure.suptitle(wrapped, x=0.01, horizontalalignment="left", fontsize=11)
         styles = _styles(methods)
         if legend:
             handles = [matplotlib.lines.Line2D([], [], label=_wrapped(name), **styles[name]) for name in legend]

@@ -77,7 +77,7 @@ class TPT:
         for image, some in zip(views[:, 0], confident, strict=True):
             context = self._tune(prompts, texts, some, scale)
             rows.append(classify(image[None], prompts.encode(context), logit_scale=scale))
-        return MethodOutput(logits=torch.cat(rows).cpu())
+        return MethodOutput(logits=torch.cat(rows).cpu(), steps=torch.full((len(rows),), self.num_steps))
 
     def _tune(self, prompts: "Prompts", texts: Tensor, views: Tensor, scale: float) -> Tensor:
         """The context `(n, W)` after tuning, from the prompts' own, whose class embeddings are `texts`."""
@@ -126,8 +126,9 @@ class Prompts:
         options = _truncation(teacher)
         tokens = teacher.tokenizer(texts, **options)["input_ids"]
         context = teacher.tokenizer(words, add_special_tokens=False)["input_ids"]
-        special = teacher.tokenizer.get_special_tokens_mask(tokens[0], already_has_special_tokens=True)
-        self.place = slice(special.index(0), special.index(0) + len(context))
+        framed = teacher.tokenizer(words)["input_ids"]  # between the tokens that begin and end a text
+        start = next(place for place in range(len(framed)) if framed[place : place + len(context)] == context)
+        self.place = slice(start, start + len(context))
         for text, one in zip(texts, tokens, strict=True):
             if one[self.place] != context:
                 raise ValueError(f"templates: expected tokens of their own for {words!r} in front of {text!r}")
@@ -138,8 +139,8 @@ class Prompts:
         order = sorted(range(len(texts)), key=lambda row: len(tokens[row]))
         options |= DUAL_ENCODERS[self.model.config.model_type].tokenizer_options
         self.chunks = []
-        for start in range(0, len(order), chunk_size):
-            places = order[start : start + chunk_size]
+        for first_of_chunk in range(0, len(order), chunk_size):
+            places = order[first_of_chunk : first_of_chunk + chunk_size]
             inputs = teacher.tokenizer([texts[row] for row in places], return_tensors="pt", **options)
             self.chunks.append((torch.tensor(places, device=teacher.device), inputs.to(teacher.device)))
 

@@ -135,5 +135,6 @@ class ImageBatch:
 
 
 def options_of(method: Any) -> dict[str, Any]:
-    """What a method was built with, for the file that describes a run."""
-    return {key: value for key, value in vars(method).items() if not key.startswith("_")}
+    """What a method was built with beyond what every method has, for the file that describes a run."""
+    common = Method.__annotations__
+    return {key: value for key, value in vars(method).items() if key not in common and value is not None}

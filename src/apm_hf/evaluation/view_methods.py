@@ -28,7 +28,7 @@ _SAME = 1e-12
 def check_views(num_views: int, keep: float = 1.0) -> None:
     """Raise a ValueError where there is no view, or no share of them to keep."""
     if num_views < 1 or not 0 < keep <= 1:
-        raise ValueError(f"num_views, keep: expected at least 1 and a share above 0, got {num_views} and {keep}")
+        raise ValueError(f"num_views, keep: expected at least 1 and a share in (0, 1], got {num_views} and {keep}")
 
 
 def view_logits(task: ZeroShotTask, views: Tensor) -> Tensor:
@@ -94,9 +94,9 @@ class Zero:
         logits = view_logits(task, batch.embeds(self.num_views))
         order, voters = by_confidence(logits), num_kept(self.num_views, self.keep)
         ranked = logits.take_along_dim(order[:, :, None], dim=1)
-        votes = count_votes(ranked.argmax(dim=-1), voters, num_classes=logits.shape[-1])  # (B, K)
-        shares = votes + _UNVOTED * ranked[:, :voters].double().softmax(dim=-1).mean(dim=1)
-        return MethodOutput(logits=(shares / shares.sum(dim=1, keepdim=True)).log().float().cpu())
+        votes = count_votes(ranked.argmax(dim=-1), voters, num_classes=logits.shape[-1]).cpu()  # (B, K)
+        shares = votes + _UNVOTED * ranked[:, :voters].cpu().double().softmax(dim=-1).mean(dim=1)
+        return MethodOutput(logits=(shares / shares.sum(dim=1, keepdim=True)).log().float())
 
 
 def count_votes(classes: Tensor, voters: int, *, num_classes: int) -> Tensor:

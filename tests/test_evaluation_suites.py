@@ -1,0 +1,74 @@
+"""`apm evaluate`: ready-made evaluations, from the command line to the report."""
+
+import json
+import re
+
+import pytest
+
+from apm_hf.cli import main
+from apm_hf.demo_assets import DEMO_TEACHER
+from apm_hf.evaluation import suites
+from apm_hf.evaluation.benchmarks import BENCHMARKS
+from apm_hf.evaluation.methods import METHODS
+from apm_hf.evaluation.plan import Sweep
+
+pytest.importorskip("imagecorruptions")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation") / "smoke"
+    assert main(["evaluate", "--suite", "smoke", "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def test_the_smoke_suite_reports_every_method_without_network(smoke):
+    text = (smoke / "report.md").read_text()
+    asked = {name for sweep in suites.smoke("scenes", ("t",), True) for name in sweep.methods}
+    assert asked <= set(re.findall(r"`(\w+)`", text))
+    pictures = re.findall(r"!\[.+\]\((.+\.png)\)", text)
+    assert len(pictures) == 4 and all((smoke / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_the_control_of_random_weights_knows_nothing_and_the_teacher_much(smoke):
+    rows = [json.loads(line) for line in (smoke / "results.jsonl").read_text().splitlines()]
+
+    def accuracy(method):
+        chosen = [row["label"] == row["top5"][0] for row in rows if row["method"] == method and row["severity"] == 0]
+        return sum(chosen) / len(chosen)
+
+    assert accuracy("zero_shot") > 0.9 and accuracy("apm_fast") > 0.9
+    assert accuracy("apm_random") < 0.4 < accuracy("apm_distilled")
+
+
+def test_a_report_tells_no_path_of_the_machine(smoke):
+    for name in ("report.md", "run.json", "results.jsonl"):
+        assert str(smoke.parent) not in (smoke / name).read_text()
+    assert "--output_dir smoke" in (smoke / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_suites_ask_for_what_there_is(name):
+    for distilled in (False, True):
+        for sweep in suites.SUITES[name]("scenes", ("t",), distilled):
+            assert isinstance(sweep, Sweep) and set(sweep.methods) <= set(METHODS)
+            assert set(sweep.benchmarks) <= {"scenes", *BENCHMARKS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "everything"], r"suite: expected one of \['custom', 'fine_grained', 'ood', 'photos', 'smoke'\]"),
+        (["--suite", "photos", "--teacher", DEMO_TEACHER], "data: expected labelled images"),
+        (["--suite", "ood"], "teachers: expected one or more for suite 'ood'"),
+        (["--suite", "custom", "--data", "scenes", "--teacher", DEMO_TEACHER], "methods: expected one or more"),
+        (["--suite", "smoke", "--methods", "magic"], "methods: expected some of zero_shot"),
+        (["--suite", "smoke", "--corruptions", "rain"], "corruptions: expected some of none, .* got rain"),
+        (["--suite", "smoke", "--batch_size", "0"], "batch_size: expected a positive number"),
+        (["--suite", "photos", "--data", "/nowhere", "--teacher", DEMO_TEACHER], "no file or folder '/nowhere'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_before_anything_is_computed(arguments, message, tmp_path, caplog):
+    assert main(["evaluate", *arguments, "--output_dir", str(tmp_path / "x")]) == 1
+    assert re.search(message, caplog.records[-1].getMessage())
+    assert not (tmp_path / "x" / "parts").exists()
