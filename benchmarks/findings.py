@@ -310,10 +310,8 @@ def search(options: argparse.Namespace) -> None:
         machine = restorer.fit(pairs, seed=0)
         for share in (0.25, 0.5, 0.75, 1.0):
             table = scores(validation, restorer.method(machine, share), texts)
-            corrupted = mean_corrupted(table)
-            print(
-                f"| {restorer} | {share} | {100 * table[CLEAN_CONDITION].mean():.1f} | {corrupted:.1f} |", flush=True
-            )
+            clean, corrupted = 100 * table[CLEAN_CONDITION].mean(), mean_corrupted(table)
+            print(f"| {restorer} | {share} | {clean:.1f} | {corrupted:.1f} |", flush=True)
             if best is None or corrupted > best[0]:
                 best = corrupted, restorer, share
     assert best is not None
