@@ -27,7 +27,7 @@ class ScriptConfig:
     data: list[str] = field(default_factory=list, metadata={"help": "benchmarks, folders, or NAME=FOLDER"})
     teachers: list[str] = field(default_factory=list, metadata={"help": "names or folders"})
     model: str | None = field(default=None, metadata={"help": "a distilled APM, as wide as the teacher"})
-    methods: list[str] = field(default_factory=list, metadata={"help": "instead of the suite's"})
+    methods: list[str] = field(default_factory=list, metadata={"help": "those of the suite's to run"})
     corruptions: list[str] = field(default_factory=list, metadata={"help": "instead of the suite's"})
     severities: list[int] = field(default_factory=list, metadata={"help": "1 to 5, instead of the suite's"})
     seeds: list[int] = field(default_factory=list, metadata={"help": "instead of 0"})

@@ -41,6 +41,26 @@ def test_the_control_of_random_weights_knows_nothing_and_the_teacher_much(smoke)
     assert accuracy("apm_random") < 0.4 < accuracy("apm_distilled")
 
 
+def test_the_results_go_into_a_model_card(smoke):
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    index = json.loads((smoke / "model_index.json").read_text())["model-index"]
+    name, results = model_index_to_eval_results(index)
+    assert name == "demo-apm" and {result.dataset_name for result in results} == {"Procedural scenes"}
+    assert all(result.metric_args["method"] == "apm_distilled_fast" for result in results)
+
+
+def test_a_suites_methods_can_be_narrowed_and_its_images_limited(tmp_path):
+    narrowed = {"methods": ["zero_shot"], "corruptions": ["fog"], "severities": [2], "max_images": 3}
+    folder = suites.evaluate("smoke", output_dir=str(tmp_path / "x"), allow_chance=True, **narrowed)
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert {(row["method"], row["corruption"], row["severity"]) for row in rows} == {
+        ("zero_shot", "none", 0),
+        ("zero_shot", "fog", 2),
+    }
+    assert len(rows) == 6 and not (folder / "model_index.json").exists()
+
+
 def test_a_report_tells_no_path_of_the_machine(smoke):
     for name in ("report.md", "run.json", "results.jsonl"):
         assert str(smoke.parent) not in (smoke / name).read_text()

@@ -183,7 +183,7 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", nargs="+", default=[], help="benchmarks, folders or NAME=FOLDER")
     parser.add_argument("--teacher", nargs="+", default=[], dest="teachers", help="names or folders")
     parser.add_argument("--model", help="a distilled APM, as wide as the teacher")
-    parser.add_argument("--methods", nargs="+", default=[], help="instead of the suite's")
+    parser.add_argument("--methods", nargs="+", default=[], help="of the suite's, those to run; or any, of custom")
     parser.add_argument("--corruptions", nargs="+", default=[], help="instead of the suite's")
     parser.add_argument("--severities", nargs="+", type=int, default=[], help="1 to 5, instead of the suite's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of 0")

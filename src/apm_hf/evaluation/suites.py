@@ -12,8 +12,8 @@ from typing import Any
 from ..data.corruptions import CORRUPTION_NAMES
 from ..demo_assets import DEMO_MODEL, DEMO_TEACHER
 from ..processes import process_state
-from .plan import Sweep
-from .report import write_report
+from .plan import CLEAN, Sweep, short_name
+from .report import write_model_index, write_report
 from .runner import EvaluationConfig, run_evaluation
 
 TEACHER_METHODS = ("zero_shot", "ensemble", "mean_views", "recentred_batch", "recentred_stream")
@@ -100,6 +100,7 @@ SUITES: dict[str, Callable[[str, tuple[str, ...], bool], list[Sweep]]] = {
     "fine_grained": fine_grained,
 }
 CUSTOM = "custom"
+FOR_CARDS = ("apm_distilled_fast", "apm_distilled", "apm_fast")  # the first of these that ran
 
 
 def evaluate(
@@ -128,11 +129,13 @@ def evaluate(
             that lies on this disk. Suites of the Hub's data sets only take the last form.
         teachers: names or folders.
         model: a distilled APM.
-        methods, corruptions, severities, seeds, max_images: of every sweep, instead of the suite's own.
+        methods: of a custom sweep; of a suite, those of its methods to run.
+        corruptions, severities: of what is corrupted, instead of the suite's own.
+        seeds, max_images: of every sweep, instead of the suite's own.
         batch_size, num_views, allow_chance, command: see [`EvaluationConfig`].
 
     Returns:
-        The folder with `report.md`.
+        The folder with `report.md` and, where an APM was evaluated, `model_index.json` for a model card.
 
     Raises:
         ValueError: an unknown suite, or one that lacks its data or its teacher; see also [`run_evaluation`].
@@ -147,17 +150,20 @@ def evaluate(
         raise ValueError(f"teachers: expected one or more for suite {suite!r}, got none")
     if suite in ("photos", CUSTOM) and not benchmarks:
         raise ValueError(f"data: expected labelled images for suite {suite!r}, got none")
-    given = {"methods": methods, "corruptions": corruptions, "severities": severities, "seeds": seeds}
-    changes: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values}
-    if max_images is not None:
-        changes["max_images"] = max_images
     if suite == CUSTOM:
         if not methods:
             raise ValueError("methods: expected one or more for suite 'custom', got none")
-        sweeps = [Sweep(benchmarks=tuple(benchmarks), teachers=tuple(teachers), **changes)]
+        sweeps = [Sweep(benchmarks=tuple(benchmarks), teachers=tuple(teachers), methods=tuple(methods))]
     else:
-        made = SUITES[suite]((benchmarks or ["scenes"])[0], tuple(teachers), model is not None)
-        sweeps = [replace(sweep, **changes) for sweep in made]
+        sweeps = SUITES[suite]((benchmarks or ["scenes"])[0], tuple(teachers), model is not None)
+        sweeps = _narrow(sweeps, methods)
+    for sweep_number, sweep in enumerate(sweeps):
+        corrupted = suite == CUSTOM or set(sweep.corruptions) != {CLEAN}
+        given = {"seeds": seeds, **({"corruptions": corruptions, "severities": severities} if corrupted else {})}
+        changes: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values}
+        if max_images is not None:
+            changes["max_images"] = max_images
+        sweeps[sweep_number] = replace(sweep, **changes)
     config = EvaluationConfig(
         output_dir=output_dir,
         data=places,
@@ -170,4 +176,16 @@ def evaluate(
     folder = run_evaluation(sweeps, config)
     if process_state().is_main_process:
         write_report(folder)
+        ran = {name for sweep in sweeps for name in sweep.methods}
+        if method := next((name for name in FOR_CARDS if name in ran), None):
+            write_model_index(folder, method, short_name(model or "apm"), teacher=short_name(teachers[0]))
     return folder
+
+
+def _narrow(sweeps: Sequence[Sweep], methods: Sequence[str]) -> list[Sweep]:
+    """The sweeps with these of their methods alone; all of them where none is named."""
+    known = list(dict.fromkeys(name for sweep in sweeps for name in sweep.methods))
+    if unknown := [name for name in methods if name not in known]:
+        raise ValueError(f"methods: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    chosen = [tuple(name for name in sweep.methods if name in methods or not methods) for sweep in sweeps]
+    return [replace(sweep, methods=names) for sweep, names in zip(sweeps, chosen, strict=True) if names]
