@@ -10,6 +10,7 @@ docs/test_time_training.md compares the two). Habits: "Training and adaptation, 
 
 import argparse
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,35 +29,34 @@ from apm_hf.ttt_targets import TTTTargets
 from apm_hf.zero_shot import classify
 
 Row = dict[str, Any]
+TABLES = ("teacher", "student", "copies", "grid", "short", "long")
 SHIFT = 5  # tokens of DINOv2 with registers that are no patches
 
 
-def recipes(long_steps: int, num_locations: int) -> dict[str, tuple[TTTConfig, bool]]:
-    """Name -> recipe and whether it is long."""
+def short_recipes(num_locations: int) -> dict[str, TTTConfig]:
     paper = TTTConfig.preset("paper", num_locations=num_locations)
-    reference = TTTConfig.preset("reference", num_locations=num_locations, steps=long_steps)
-    short = {
+    together = replace(paper, initializer_range=0.01, accumulate_gradients=True, carry_over=True)
+    return {
         "paper: 20 steps, N(0, 0.02), zero biases": paper,
         "+ N(0, 0.01), biases too": replace(paper, initializer_range=0.01),
         "+ N(0, 0.1): were 0.01 the variance": replace(paper, initializer_range=0.1),
         "+ gradients accumulate": replace(paper, accumulate_gradients=True),
         "+ Adam's state carried over": replace(paper, carry_over=True),
-        "+ N(0, 0.01), accumulate and carry over": replace(
-            paper, initializer_range=0.01, accumulate_gradients=True, carry_over=True
-        ),
+        "+ N(0, 0.01), accumulate and carry over": together,
     }
-    long = {
-        f"paper, {long_steps:,} steps": replace(paper, steps=long_steps),
-        "+ gradients accumulate": replace(paper, steps=long_steps, accumulate_gradients=True),
-        "+ StepLR(200, x0.1), afresh for each image": replace(paper, steps=long_steps, lr_decay_every=200),
+
+
+def long_recipes(steps: int, num_locations: int) -> dict[str, TTTConfig]:
+    paper = TTTConfig.preset("paper", num_locations=num_locations, steps=steps)
+    reference = TTTConfig.preset("reference", num_locations=num_locations, steps=steps)
+    return {
         "reference": reference,
-        "reference, gradients zeroed": replace(reference, accumulate_gradients=False),
         "reference, nothing carried over": replace(reference, carry_over=False),
+        "reference, gradients zeroed": replace(reference, accumulate_gradients=False),
         "reference, neither": replace(reference, accumulate_gradients=False, carry_over=False),
-    }
-    return {name: (config, False) for name, config in short.items()} | {
-        f"{name} ": (config, True)
-        for name, config in long.items()  # names may recur in the second table
+        f"paper, {steps:,} steps": paper,
+        "+ gradients accumulate": replace(paper, accumulate_gradients=True),
+        "+ StepLR(200, x0.1), afresh for each photo": replace(paper, lr_decay_every=200),
     }
 
 
@@ -78,25 +78,19 @@ def fit(
 
 
 def ttt_rows(
-    model: APMModel, pixels: Tensor, targets: Tensor, texts: Tensor, options: argparse.Namespace
-) -> tuple[list[Row], list[Row]]:
-    short: list[Row] = []
-    long: list[Row] = []
-    for name, (config, is_long) in (progress := tqdm(recipes(options.long_steps, options.num_locations).items())):
-        progress.set_description(name.strip())
-        count = options.num_long if is_long else options.num_photos
-        after_20, end, agrees = fit(model, pixels[:count], targets[:count], texts, config)
-        row = {
-            "recipe": name.strip(),
-            "photos": count,
+    model: APMModel, pixels: Tensor, targets: Tensor, texts: Tensor, recipes: dict[str, TTTConfig]
+) -> Iterator[Row]:
+    for name, config in recipes.items():
+        after_20, end, agrees = fit(model, pixels, targets, texts, config)
+        yield {
+            "recipe": name,
+            "photos": len(targets),
             "cosine, step 20": f"{after_20.mean():.4f}",
             "cosine, end": f"{end.mean():.4f}",
             "first photo": f"{end[0]:.4f}",
             "later photos": f"{end[1:].mean():.4f}",
             "agreement": f"{agrees.mean():.3f}",
         }
-        (long if is_long else short).append(row)
-    return short, long
 
 
 def copies(model: APMModel, pixels: Tensor, target: Tensor) -> Row:
@@ -212,18 +206,22 @@ def shifted_rows(model: APMModel, teacher: Teacher, images: list[Any], pixels: T
     return rows
 
 
-def print_table(title: str, rows: list[Row]) -> None:
-    print(f"\n{title}\n")
-    print("| " + " | ".join(rows[0]) + " |")
-    print("| --- |" + " ---: |" * (len(rows[0]) - 1))
+def print_table(title: str, rows: Iterable[Row]) -> list[Row]:
+    """A line as soon as it is there: some take minutes."""
+    printed: list[Row] = []
     for row in rows:
+        if not printed:
+            print(f"\n{title}\n\n| " + " | ".join(row) + " |\n| --- |" + " ---: |" * (len(row) - 1), flush=True)
         print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
+        printed.append(row)
+    return printed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True, help="with a text tower or class weights")
     parser.add_argument("--dataset", required=True, help="labelled photos")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which (default: all)")
     parser.add_argument("--num_photos", type=int, default=32, help="for 20 steps (default: %(default)s)")
     parser.add_argument("--num_long", type=int, default=4, help="for the long recipes (default: %(default)s)")
     parser.add_argument("--long_steps", type=int, default=1200, help="the release's (default: %(default)s)")
@@ -245,22 +243,20 @@ def main() -> None:
     pixels = matching_image_processor(teacher, model.config.image_size)(few, return_tensors="pt")["pixel_values"]
     targets = teacher.encode_images(few).image_embeds.cpu()
 
-    tables = {"The teacher's input": channel_rows(teacher, images, labels, texts)}
-    print_table(*list(tables.items())[-1])
-    for title, make in {
-        "The student's input": lambda: student_rows(
-            model, pixels[: options.num_photos], targets[: options.num_photos], texts, options
-        ),
-        "Copies": lambda: [copies(model, pixels[:1].to(teacher.device), targets[:1].to(teacher.device))],
-        "Grid targets": lambda: shifted_rows(
+    short, long = (slice(count) for count in (options.num_photos, options.num_long))
+    makers: dict[str, Callable[[], Iterable[Row]]] = {
+        "teacher": lambda: channel_rows(teacher, images, labels, texts),
+        "student": lambda: student_rows(model, pixels[short], targets[short], texts, options),
+        "copies": lambda: [copies(model, pixels[:1].to(teacher.device), targets[:1].to(teacher.device))],
+        "grid": lambda: shifted_rows(
             model, teacher, few[: options.num_grids], pixels[: options.num_grids], options.grid_steps
         ),
-    }.items():
-        tables[title] = make()
-        print_table(title, tables[title])
-    tables["20 steps"], tables["Long"] = ttt_rows(model, pixels, targets, texts, options)
-    print_table("20 steps", tables["20 steps"])
-    print_table("Long", tables["Long"])
+        "short": lambda: ttt_rows(model, pixels[short], targets[short], texts, short_recipes(options.num_locations)),
+        "long": lambda: ttt_rows(
+            model, pixels[long], targets[long], texts, long_recipes(options.long_steps, options.num_locations)
+        ),
+    }
+    tables = {name: print_table(name, makers[name]()) for name in options.tables}
     if options.output_file is not None:
         with open(options.output_file, "w") as file:
             json.dump(tables, file, indent=1)

@@ -1,5 +1,6 @@
 """Fixtures and settings for all test modules."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,18 @@ def shared_dir() -> Path:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Models that a test or a fixture of any scope draws without a seed are the same in every run."""
     set_seed(0)
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Of a process that has a CPU, no network and no settings of its user."""
+    home = tmp_path_factory.mktemp("home")
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_"))},
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }

@@ -1,7 +1,6 @@
 """A run of an evaluation: the same bytes however it was cut, killed or shared out; nothing of another run in it."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -55,21 +54,6 @@ def lines(folder, name=RESULTS):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs") / "finished")
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Of a process on the CPU, with neither network nor settings of its user."""
-    home = tmp_path_factory.mktemp("home")
-    return {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_"))},
-        "ACCELERATE_USE_CPU": "true",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
 
 
 def command(folder):

@@ -6,7 +6,6 @@ Subprocesses import everything anew, so there are two of them; the rest calls th
 import importlib.util
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -37,21 +36,6 @@ def place(tmp_path_factory):
     save_clip(folder / "clip")
     save_splits(folder / "photos", num_train=16, num_validation=5)
     return folder
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Of a process that has a CPU, no network and no settings of its user."""
-    home = tmp_path_factory.mktemp("home")
-    return {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_"))},
-        "ACCELERATE_USE_CPU": "true",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
 
 
 @pytest.fixture
