@@ -26,7 +26,7 @@ from apm_hf.distillation import matching_image_processor
 from apm_hf.teachers import Teacher
 from apm_hf.ttt import TTTStep
 from apm_hf.ttt_targets import TTTTargets
-from apm_hf.zero_shot import classify
+from apm_hf.zero_shot import class_embeds, classify
 
 Row = dict[str, Any]
 TABLES = ("teacher", "student", "copies", "grid", "short", "long")
@@ -236,8 +236,7 @@ def main() -> None:
     rows = data.dataset[:]
     images = [eight_bit_rgb(decode_image(image)) for image in rows[data.image_column]]
     labels = torch.tensor(rows[data.require_labels()])
-    names = list(dict.fromkeys(data.class_names))
-    texts = teacher.encode_text(names).cpu()[[names.index(name) for name in data.class_names]]
+    texts = class_embeds(teacher, data.class_names).cpu()
     model = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size)).to(teacher.device)
     few = images[: max(options.num_photos, options.num_long, options.num_grids)]
     pixels = matching_image_processor(teacher, model.config.image_size)(few, return_tensors="pt")["pixel_values"]

@@ -20,8 +20,8 @@ from apm_hf.evaluation.runner import (
     EvaluationConfig,
     PeakMemory,
     run_evaluation,
-    write_atomically,
 )
+from apm_hf.files import write_atomically
 
 pytest.importorskip("imagecorruptions")
 

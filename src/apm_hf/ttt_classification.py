@@ -21,7 +21,7 @@ from .distillation import matching_image_processor
 from .modeling_apm import APMModel, APMPreTrainedModel
 from .teachers import DEFAULT_TEMPLATES, Teacher
 from .ttt import Adapted, TTTConfig, adapt
-from .zero_shot import classify
+from .zero_shot import class_embeds, classify
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,7 @@ class TTTClassifier:
         self.teacher, self.model, self.config = teacher, model, config
         self.image_processor = image_processor or matching_image_processor(teacher, model.config.image_size)
         self.class_names = list(class_names)
-        # Some data sets have classes of one name, as ImageNet's two cranes: they share an embedding.
-        unique = list(dict.fromkeys(self.class_names))
-        rows = [unique.index(name) for name in self.class_names]
-        self.text_embeds = teacher.encode_text(unique, templates)[rows]  # (K, F)
+        self.text_embeds = class_embeds(teacher, self.class_names, templates)  # (K, F)
 
     def __call__(
         self, images: Sequence[Any], *, seeds: Sequence[int] | None = None, keep_machines: bool = False

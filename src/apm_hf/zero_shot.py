@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .teachers import DEFAULT_LOGIT_SCALE, DEFAULT_TEMPLATES, first_five
+from .teachers import DEFAULT_LOGIT_SCALE, DEFAULT_TEMPLATES, Teacher, first_five
 
 # Generic prompts of our own in the manner of CLIP's ensembles (arXiv:2103.00020, Sec. 3.1.4): they vary how well and
 # how closely the thing is seen, not what it is.
@@ -38,6 +38,12 @@ class Prediction:
 
     label: str
     score: float
+
+
+def class_embeds(teacher: Teacher, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
+    """`(K, F)` of [`Teacher.encode_text`] for names that may occur twice, as in ImageNet: those are equal."""
+    unique = list(dict.fromkeys(class_names))
+    return teacher.encode_text(unique, templates)[[unique.index(name) for name in class_names]]
 
 
 def classify(image_embeds: Tensor, text_embeds: Tensor, *, logit_scale: float = DEFAULT_LOGIT_SCALE) -> Tensor:

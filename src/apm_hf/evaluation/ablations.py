@@ -31,16 +31,16 @@ from tqdm import tqdm
 
 from ..configuration_apm import APMConfig
 from ..distillation import matching_image_processor
+from ..files import write_atomically
 from ..losses import rgb_targets
 from ..modeling_apm import APMModel
 from ..teachers import Teacher
 from ..ttt import Adapted, TTTConfig, adapt
 from ..ttt_targets import TTTTargets
-from ..zero_shot import classify
+from ..zero_shot import class_embeds, classify
 from .benchmarks import LabelledImages
 from .plots import _COLOURS, _error_bars, _matplotlib
-from .report import _write
-from .runner import _machine, write_atomically
+from .runner import _machine
 from .statistics import Interval, mean_interval, paired_interval
 from .tables import NOTHING, _difference, _markdown, _share
 
@@ -190,8 +190,7 @@ class AblationTask:
             side = base.grid_size
             rgb = rgb_targets(pixels, side, side, mean=mean, std=std).unflatten(1, (side, side))
             parts.append((pixels, answer.image_embeds, answer.features, rgb))
-        unique = list(dict.fromkeys(images.class_names))
-        texts = teacher.encode_text(unique, images.templates)[[unique.index(name) for name in images.class_names]]
+        texts = class_embeds(teacher, images.class_names, images.templates)
         pixels, embeds, features, rgb = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         labels = torch.as_tensor(np.asarray(images.labels)[order])
         source = {"teacher": teacher.name, "images": images.title, "num_images": len(images), "seed": seed}
@@ -380,7 +379,7 @@ def run_ablations(
             write_atomically(path, (json.dumps(line, default=str) + "\n" for line in lines.values()))
         results.append((variant, _read_row(lines[key])))
     write_atomically(folder / "ablations.md", ablation_report(results, task, base=base, recipe=recipe))
-    _write(folder / "ablations.png", draw_ablations(results, task, base=base, recipe=recipe))
+    write_atomically(folder / "ablations.png", draw_ablations(results, task, base=base, recipe=recipe))
     return results
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from ..files import write_atomically
 from .plots import Curve, Panels, draw_cost, draw_reliability, draw_severity, draw_steps
 from .results import CLEAN, Cell, Run, Scene, read_run
 from .statistics import Interval
@@ -137,8 +138,8 @@ def write_report(folder: str | os.PathLike[str]) -> list[Path]:
                 text += f"\n![{title}]({name})\n"
                 pictures[name] = png
     for name, png in pictures.items():
-        _write(folder / name, png)
-    _write(folder / "report.md", text.encode())
+        write_atomically(folder / name, png)
+    write_atomically(folder / "report.md", text.encode())
     return [folder / "report.md", *(folder / name for name in pictures)]
 
 
@@ -198,7 +199,7 @@ def write_model_index(folder: str | os.PathLike[str], method: str, model_name: s
     """Write `model_index.json`, the `model-index` of a model card; options are those of [`eval_results`]."""
     index = eval_results_to_model_index(model_name, eval_results(folder, method, **options))
     path = Path(folder) / "model_index.json"
-    _write(path, (json.dumps({"model-index": index}, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps({"model-index": index}, indent=2) + "\n").encode())
     return path
 
 
@@ -256,13 +257,3 @@ def _teacher_title(run: Run, teacher: str) -> str:
     """The last part of a path or Hub name, where that is unambiguous."""
     short = [Path(name).name for name in run.teachers()]
     return Path(teacher).name if short.count(Path(teacher).name) == 1 else teacher
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ Legend: B images of a batch, K classes, F width of the teacher's embeddings.
 """
 
 import json
-import os
 import platform
 import subprocess
 import threading
@@ -22,12 +21,13 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging
 
 from ..data.corruptions import corrupt_image, imagenet_crop
+from ..files import write_atomically
 from ..processes import process_state
 from ..teachers import Teacher, load_teacher
 from .benchmarks import LabelledImages, load_benchmark
@@ -240,11 +240,9 @@ class _Run:
         lines, costs = self._answers(cell, task, batch, labels, methods)
         if self._in_order(cell):
             embeds = batch.embeds()[:, 0].contiguous().cpu()
-            path = self._part(cell, f"{number:06d}.safetensors")
-            path.parent.mkdir(parents=True, exist_ok=True)
             seconds = torch.tensor(batch.view_seconds[0], dtype=torch.float64)
-            save_file({"image_embeds": embeds, "seconds": seconds}, f"{path}.{os.getpid()}")
-            os.replace(f"{path}.{os.getpid()}", path)
+            kept = save({"image_embeds": embeds, "seconds": seconds})
+            write_atomically(self._part(cell, f"{number:06d}.safetensors"), kept)
         write_atomically(self._part(cell, f"{number:06d}.costs.jsonl"), costs)
         # Last: this file says that the batch is done.
         write_atomically(self._part(cell, f"{number:06d}.jsonl"), lines)
@@ -380,21 +378,6 @@ class PeakMemory:
         self.stop.set()
         self.thread.join()
         self._look()
-
-
-def write_atomically(path: Path, text: str | Iterator[str]) -> None:
-    """Write beside, then rename: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            for part in [text] if isinstance(text, str) else text:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..teachers import DEFAULT_TEMPLATES, Teacher
-from ..zero_shot import ENSEMBLE_TEMPLATES
+from ..zero_shot import ENSEMBLE_TEMPLATES, class_embeds
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,11 @@ class ZeroShotTask:
         ensemble_templates: Sequence[str] = ENSEMBLE_TEMPLATES,
     ) -> "ZeroShotTask":
         """Encode the texts, once."""
-        unique = list(dict.fromkeys(class_names))  # ImageNet has two cranes: they share an embedding
-        rows = [unique.index(name) for name in class_names]
-        single = teacher.encode_text(unique, templates)
+        single = class_embeds(teacher, class_names, templates)
         # A classifier's weights are its class embeddings: it has no prompts to average.
-        ensemble = teacher.encode_text(unique, ensemble_templates) if teacher.has_text else single
+        ensemble = class_embeds(teacher, class_names, ensemble_templates) if teacher.has_text else single
         names = list(class_names), tuple(templates), tuple(ensemble_templates)
-        return cls(teacher, *names, single[rows], ensemble[rows])
+        return cls(teacher, *names, single, ensemble)
 
 
 @dataclass(frozen=True, kw_only=True)
