@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from apm_hf.islands import CLIPPED, PCAColours, cluster
+from apm_hf.islands import PCAColours, cluster
+from apm_hf.islands.colours import CLIPPED
 
 
 def features(*shape, seed=0):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .figures import load_matplotlib
 from .hub import CardFacts
 from .islands import PCAColours, cluster
 from .modeling_apm import APMModel
@@ -119,7 +120,7 @@ def _table(rows: Mapping[str, Mapping[str, float]], kind: str) -> str:
 
 
 def _draw_sights(path: Path, sights: Sequence[Sight]) -> None:
-    figure_module = _matplotlib_figure()
+    _, figure_module = load_matplotlib()
     names = list(sights[0].panels)
     figure = figure_module.Figure(figsize=(1.5 * len(names), 1.6 * len(sights) + 0.5), layout="constrained", dpi=100)
     grid = figure.subplots(len(sights), len(names), squeeze=False)
@@ -134,7 +135,7 @@ def _draw_sights(path: Path, sights: Sequence[Sight]) -> None:
 
 
 def _draw_adaptation(path: Path, losses: Mapping[str, Sequence[Tensor]]) -> None:
-    figure = _matplotlib_figure().Figure(figsize=(6, 3.5), layout="constrained", dpi=100)
+    figure = load_matplotlib()[1].Figure(figsize=(6, 3.5), layout="constrained", dpi=100)
     axes = figure.subplots()
     for name, parts in losses.items():
         values = torch.cat(list(parts)).cpu().numpy()  # (images of all conditions, steps)
@@ -145,11 +146,3 @@ def _draw_adaptation(path: Path, losses: Mapping[str, Sequence[Tensor]]) -> None
     axes.set(xlabel="step", ylabel="loss before the step (median, quartiles)", yscale="log")
     axes.legend()
     figure.savefig(path, metadata={"Software": None})
-
-
-def _matplotlib_figure() -> Any:
-    try:
-        from matplotlib import figure
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "apm_hf[viz]"') from error
-    return figure

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ..configuration_apm import APMConfig
 from ..distillation import matching_image_processor
+from ..figures import load_matplotlib
 from ..files import write_atomically
 from ..losses import rgb_targets
 from ..modeling_apm import APMModel
@@ -39,7 +40,7 @@ from ..ttt import Adapted, TTTConfig, adapt
 from ..ttt_targets import TTTTargets
 from ..zero_shot import class_embeds, classify
 from .benchmarks import LabelledImages
-from .plots import _COLOURS, _error_bars, _matplotlib
+from .plots import COLOURS, error_bars
 from .runner import _machine
 from .statistics import Interval, mean_interval, paired_interval
 from .tables import NOTHING, _difference, _markdown, _share
@@ -424,7 +425,7 @@ def ablation_report(results: Results, task: AblationTask, *, base: APMConfig, re
 
 def draw_ablations(results: Results, task: AblationTask, *, base: APMConfig, recipe: TTTConfig) -> bytes:
     """PNG, the same bytes for the same results: a panel per factor, top-1 and the cosine to the teacher by level."""
-    matplotlib, figure_module = _matplotlib()
+    matplotlib, figure_module = load_matplotlib()
     by_factor, teacher = _by_factor(results), task.teacher_accuracy()
     columns = min(4, len(by_factor))
     num_rows = math.ceil(len(by_factor) / columns)
@@ -438,15 +439,15 @@ def draw_ablations(results: Results, task: AblationTask, *, base: APMConfig, rec
                 if is_base(variant, base, recipe):
                     axes.axvspan(place - 0.3, place + 0.3, color="#EEEEEE", zorder=0, label="base")
             axes.axhline(100 * teacher.mean, color="black", linewidth=1, label="teacher, top-1")
-            style = {"color": _COLOURS[0], "marker": "o", "markersize": 4, "linestyle": "none"}
-            _error_bars(axes, places, [row.accuracy for _, row in levels], label="APM, top-1", **style)
-            style = {"color": _COLOURS[1], "marker": ".", "markersize": 4, "linestyle": "none"}
+            style = {"color": COLOURS[0], "marker": "o", "markersize": 4, "linestyle": "none"}
+            error_bars(axes, places, [row.accuracy for _, row in levels], label="APM, top-1", **style)
+            style = {"color": COLOURS[1], "marker": ".", "markersize": 4, "linestyle": "none"}
             axes.plot(places, cosines, label="cosine to the teacher x 100", **style)
             if factor not in _UNORDERED:
                 first = int(levels[0][0].level == BASE)  # has no place on the axis of the others
                 accuracies = [100 * row.accuracy.mean for _, row in levels]
-                axes.plot(places[first:], accuracies[first:], color=_COLOURS[0], linewidth=1.3)
-                axes.plot(places[first:], cosines[first:], color=_COLOURS[1], linewidth=0.7)
+                axes.plot(places[first:], accuracies[first:], color=COLOURS[0], linewidth=1.3)
+                axes.plot(places[first:], cosines[first:], color=COLOURS[1], linewidth=0.7)
             axes.set_xticks(places, [variant.level.replace(" + ", "\n") for variant, _ in levels], fontsize=7)
             axes.set_title(FACTORS[factor], fontsize=9)
             axes.set_xlim(-0.5, len(levels) - 0.5)

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from ..figures import load_matplotlib
 from .metrics import NUM_BINS, bin_numbers, expected_calibration_error
 from .statistics import Interval, mean_interval
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREYS = ("#000000", "#767676", "#A9A9A9")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 _MARKERS = "osD^vPX<>p*h"
@@ -76,7 +77,7 @@ def draw_severity(panels: Panels) -> bytes:
             for number, (method, curve) in enumerate(curves.items()):
                 # Side by side, so that intervals do not hide each other.
                 shift = 0.04 * (number - (len(curves) - 1) / 2) * min(1, 8 / len(curves))
-                _error_bars(axes, [x + shift for x in curve.x], curve.y, label=method, **styles[method])
+                error_bars(axes, [x + shift for x in curve.x], curve.y, label=method, **styles[method])
             axes.set(xlabel="severity (0: clean)", xticks=sorted({x for curve in curves.values() for x in curve.x}))
             axes.set_ylim(bottom=0)
             _finish(axes, title, panels.chance)
@@ -99,7 +100,7 @@ def draw_steps(panels: Panels) -> bytes:
                 band = ([100 * value.low for value in curve.y], [100 * value.high for value in curve.y])
                 axes.fill_between(curve.x, *band, color=line["color"], alpha=min(0.13, 0.5 / len(curves)), linewidth=0)
                 if curve.stop is not None:
-                    _error_bars(axes, [curve.stop[0]], [curve.stop[1]], **{**styles[name], "markersize": 8})
+                    error_bars(axes, [curve.stop[0]], [curve.stop[1]], **{**styles[name], "markersize": 8})
             axes.set_xlabel("gradient step")
             axes.xaxis.get_major_locator().set_params(integer=True)
             _finish(axes, title, panels.chance)
@@ -114,7 +115,7 @@ def draw_cost(panels: Panels) -> bytes:
                 if panels.methods[method]:
                     line = {key: styles[method][key] for key in ("color", "linestyle")}
                     axes.axhline(100 * point.y[0].mean, linewidth=0.7, **line)
-                _error_bars(axes, point.x, point.y, spread=point.spread, label=method, **styles[method])
+                error_bars(axes, point.x, point.y, spread=point.spread, label=method, **styles[method])
             axes.set(xlabel="seconds per image (log)", xscale="log")
             axes.tick_params(axis="x", which="both", length=3.5, pad=3.5)
             axes.xaxis.set_major_formatter(_plain_numbers())
@@ -144,7 +145,7 @@ def draw_reliability(
             filled = np.flatnonzero(shares)
             means = [100 * confidence[bins == number].mean() for number in filled]
             accuracies = [mean_interval(correct[bins == number], groups=images[bins == number]) for number in filled]
-            _error_bars(axes, means, accuracies, **{**styles[method], "linestyle": "-"})
+            error_bars(axes, means, accuracies, **{**styles[method], "linestyle": "-"})
             error = expected_calibration_error(confidence, correct)
             axes.set_title(f"{_wrapped(method)}\nECE {100 * error:.1f} %", fontsize=9)
             axes.set(xlim=(0, 100), ylim=(0, 102), xticks=range(0, 101, 25), yticks=range(0, 101, 25), aspect="equal")
@@ -157,7 +158,7 @@ def draw_reliability(
         return _png(figure, grid)
 
 
-def _error_bars(axes: Any, x: Sequence[float], y: Sequence[Interval], *, spread: Any = None, **style: Any) -> None:
+def error_bars(axes: Any, x: Sequence[float], y: Sequence[Interval], *, spread: Any = None, **style: Any) -> None:
     means = [100 * value.mean for value in y]
     below = [100 * (value.mean - value.low) for value in y]
     above = [100 * (value.high - value.mean) for value in y]
@@ -182,7 +183,7 @@ def _styles(methods: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
     styles = {}
     for name, is_reference in methods.items():
         number = next(reference if is_reference else own)
-        colours = _GREYS if is_reference else _COLOURS
+        colours = _GREYS if is_reference else COLOURS
         styles[name] = {
             "color": colours[number % len(colours)],
             "linestyle": _DASHES[(number if is_reference else number // len(colours)) % len(_DASHES)],
@@ -206,7 +207,7 @@ def _figure(
 
     Wide panels have accuracies of their own; others share one axis.
     """
-    matplotlib, figure_module = _matplotlib()
+    matplotlib, figure_module = load_matplotlib()
     columns = min(len(panels), max(2, min(4, math.ceil(len(panels) ** 0.5))))
     rows = math.ceil(len(panels) / columns)
     width, height = (1.5 * _PANEL, 1.25 * _PANEL) if wide else (_PANEL, _PANEL)
@@ -254,13 +255,3 @@ def _png(figure: Any, grid: Sequence[Any]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        import matplotlib.lines
-        import matplotlib.style
-        from matplotlib import figure
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "apm_hf[viz]"') from error
-    return matplotlib, figure

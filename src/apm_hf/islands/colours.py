@@ -1,7 +1,4 @@
-"""Islands of agreement: neighbouring locations whose features agree, made visible.
-
-Source: the islands are GLOM's (arXiv:2102.12627); the colours are the first three principal components, as in
-DINOv2 (arXiv:2304.07193, Fig. 1).
+"""Features -> colours: the first three principal components, as in DINOv2 (arXiv:2304.07193, Fig. 1).
 
 Legend: B images, L locations, F feature width, (rows, cols) a map of locations, row-major.
 """
@@ -48,19 +45,3 @@ class PCAColours:
         """Colours `(..., 3)` in [0, 1] of features `(..., F)`."""
         projected = (features.detach().double().cpu() - self.mean) @ self.directions
         return ((projected - self.low) / (self.high - self.low).clamp_min(1e-12)).clamp(0, 1).float().numpy()
-
-
-def cluster(features: Tensor, num_clusters: int, *, seed: int = 0) -> np.ndarray:
-    """K-means on features of norm 1: `(L,)` cluster indices for features `(L, F)`.
-
-    Raises:
-        ValueError: for more clusters than locations.
-    """
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError('clustering needs scikit-learn: pip install "apm_hf[viz]"') from error
-    if not 1 <= num_clusters <= len(features):
-        raise ValueError(f"num_clusters: expected 1 to {len(features)}, the number of locations, got {num_clusters}")
-    normalised = torch.nn.functional.normalize(features.detach().float().cpu(), dim=-1).numpy()
-    return KMeans(num_clusters, n_init=4, random_state=seed).fit_predict(normalised)
