@@ -62,10 +62,16 @@ class APMConfig(PreTrainedConfig):
             the trigger column from the caller, as a rule the teacher's own embedding (the paper's T_vit).
         trigger_size (`int`, *optional*): D, for `trigger_source="embedding"`, where it defaults to `feature_size`.
         local_patch (`bool`, defaults to `False`): put the image patch around each location into its query (I_xy).
+        local_patch_scales (`list[int]`, defaults to `[1]`): the windows of the local patch, in patches: scale s is a
+            window of s * patch_size pixels, averaged over s x s pixels, so that every scale is seen in patch_size x
+            patch_size samples: fine in the middle, coarse around it.
         position_size (`int`, defaults to 1024): P, width of the 2-D sin-cos position code; a multiple of 4.
         hidden_sizes (`list[int]`): widths of the MLP's layers, each Linear + activation.
         hidden_act (`str`, defaults to `"relu"`): activation of the MLP.
         feature_size (`int`, defaults to 1024): F, width of the teacher's features.
+        num_levels (`int`, defaults to 0): also predict so many levels per location, GLOM's column of embeddings
+            (arXiv:2102.12627), as a rule the teacher's layers from low (parts) to high (wholes).
+        level_size (`int`, *optional*): width of a level; `feature_size` by default.
         use_rgb_head (`bool`, defaults to `True`): also decode the colour of each location.
         rgb_hidden_sizes (`list[int]`): widths of the RGB head's hidden layers.
         pooling (`str`, defaults to `"mean"`): `"mean"` (paper) or `"attention"`.
@@ -98,10 +104,13 @@ class APMConfig(PreTrainedConfig):
     trigger_source: str = "conv"
     trigger_size: int | None = None
     local_patch: bool = False
+    local_patch_scales: list[int] | tuple[int, ...] = (1,)
     position_size: int = 1024
     hidden_sizes: list[int] | tuple[int, ...] = (4096, 4096, 4096, 2048, 1024)
     hidden_act: str = "relu"
     feature_size: int = 1024
+    num_levels: int = 0
+    level_size: int | None = None
     use_rgb_head: bool = True
     rgb_hidden_sizes: list[int] | tuple[int, ...] = (256, 256)
     pooling: str = "mean"
@@ -115,6 +124,7 @@ class APMConfig(PreTrainedConfig):
         self._reject_unknown_fields(kwargs)
         self.hidden_sizes = list(self.hidden_sizes)
         self.rgb_hidden_sizes = list(self.rgb_hidden_sizes)
+        self.local_patch_scales = list(self.local_patch_scales)
         if isinstance(self.text_config, dict):
             if "model_type" not in self.text_config:
                 raise ValueError(f"text_config: expected a key 'model_type', got {sorted(self.text_config)}")
@@ -157,6 +167,18 @@ class APMConfig(PreTrainedConfig):
             )
         if self.trigger_size is not None and self.trigger_size < 1:
             raise ValueError(f"trigger_size: expected a positive integer, got {self.trigger_size}")
+        scales = self.local_patch_scales
+        if not scales or len(set(scales)) < len(scales) or any(s < 1 or self.image_size % s for s in scales):
+            raise ValueError(
+                f"local_patch_scales: expected different divisors of image_size={self.image_size}, got {list(scales)}"
+            )
+        if self.num_levels < 0:
+            raise ValueError(f"num_levels: expected 0 or more, got {self.num_levels}")
+        if self.level_size is not None and (self.level_size < 1 or not self.num_levels):
+            raise ValueError(
+                f"level_size: expected a positive integer beside num_levels >= 1, got {self.level_size} "
+                f"with num_levels={self.num_levels}"
+            )
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             raise ValueError(f"hidden_sizes: expected at least one positive width, got {list(self.hidden_sizes)}")
         if any(size < 1 for size in self.rgb_hidden_sizes):
@@ -215,7 +237,13 @@ class APMConfig(PreTrainedConfig):
     @property
     def local_patch_width(self) -> int:
         """Q, the width of the local patch in the query; 0 without it."""
-        return self.num_channels * self.patch_size**2 if self.local_patch else 0
+        scales = len(self.local_patch_scales)
+        return self.num_channels * self.patch_size**2 * scales if self.local_patch else 0
+
+    @property
+    def level_width(self) -> int:
+        """Width of one level."""
+        return self.feature_size if self.level_size is None else self.level_size
 
     @property
     def query_width(self) -> int:

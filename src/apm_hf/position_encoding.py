@@ -63,16 +63,20 @@ def position_code(coordinates: Tensor, rows: int, cols: int, size: int) -> Tenso
     return torch.cat([sincos_code(column, size // 2), sincos_code(row, size // 2)], dim=-1)
 
 
-def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int) -> Tensor:
+def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, scale: int = 1) -> Tensor:
     """The window around each location, sampled bilinearly, zero outside the image.
 
     Args:
         pixel_values: `(B, C, S, S)`.
         coordinates: `(1 or B, L, 2)`, (y, x) in [-1, 1].
+        patch_size: samples along a side of the window.
+        scale: the window is `scale * patch_size` pixels wide, and its samples are means of `scale` x `scale` pixels;
+            S is a multiple of it.
 
     Returns:
-        `(B, L, C * patch_size**2)`, channels first; at a cell's centre it is the cell's own patch.
+        `(B, L, C * patch_size**2)`, channels first; at a cell's centre, with scale 1, it is the cell's own patch.
     """
+    pixel_values = F.avg_pool2d(pixel_values, scale) if scale > 1 else pixel_values
     batch_size, _, height, width = pixel_values.shape
     offsets = torch.arange(patch_size, dtype=coordinates.dtype, device=coordinates.device) - (patch_size - 1) / 2
     y = coordinates[..., 0, None] + offsets * (2 / height)  # (1 or B, L, patch)

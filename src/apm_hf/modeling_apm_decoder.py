@@ -1,0 +1,173 @@
+"""The query and the shared MLP that answers it, chunk by chunk.
+
+The first Linear acts on [trigger ; local patch ; position] and is computed in parts: the trigger's once per image, the
+position's once per row and once per column, the patch's as a convolution. No concatenation is built.
+
+Source: arXiv:2410.20535, section 3 and Fig. 1.
+
+Legend: B images, L locations, D trigger width, Q local-patch width, P position width, H a layer's width, F feature
+width, N levels, (rows, cols) the grid; locations are row-major; coordinates are (y, x) in [-1, 1].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from .configuration_apm import APMConfig
+from .position_encoding import grid_coordinates, position_code, sample_patches, sincos_code
+
+
+@dataclass
+class APMQuery:
+    """Trigger columns paired with locations, not yet written out (the unfolding of arXiv:2410.20535, Fig. 1).
+
+    Args:
+        trigger_column: `(B, D)`.
+        grid_size: rows and columns of the grid.
+        pixel_values: `(B, C, S, S)`, where the query holds the local patch.
+        coordinates: `(1 or B, L, 2)`, or None for the cells `start` to `stop` of the grid, row-major.
+    """
+
+    trigger_column: Tensor
+    grid_size: int
+    pixel_values: Tensor | None = None
+    coordinates: Tensor | None = None
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def num_locations(self) -> int:
+        return self.stop - self.start if self.coordinates is None else self.coordinates.shape[1]
+
+    def chunk(self, start: int, stop: int) -> "APMQuery":
+        """The same query for its locations `start` to `stop`."""
+        if self.coordinates is None:
+            start, stop, coordinates = self.start + start, self.start + stop, None
+        else:
+            coordinates = self.coordinates[:, start:stop]
+        return APMQuery(self.trigger_column, self.grid_size, self.pixel_values, coordinates, start, stop)
+
+    def locations(self) -> Tensor:
+        """`(1 or B, L, 2)`, the coordinates asked for."""
+        if self.coordinates is not None:
+            return self.coordinates
+        device = self.trigger_column.device
+        return grid_coordinates(self.grid_size, self.grid_size, device=device)[None, self.start : self.stop]
+
+
+class APMQueryLinear(nn.Linear):
+    """A Linear over [features ; trigger ; local patch ; position] that is computed in parts.
+
+    `weight` is `(H, F' + D + Q + P)` as if the input had been concatenated, so checkpoints stay plain; F' is 0 in the
+    MLP and the feature width in the RGB head, whose input is [feature ; query].
+    """
+
+    def __init__(self, config: APMConfig, out_features: int, *, feature_size: int = 0):
+        super().__init__(feature_size + config.query_width, out_features)
+        self.patch_size, self.num_channels = config.patch_size, config.num_channels
+        self.scales = config.local_patch_scales
+        self.position_size = config.position_size
+        self.widths = [feature_size, config.trigger_width, config.local_patch_width, config.position_size]
+
+    def forward(self, query: APMQuery, features: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """`(B, L, H)`, for `features` `(B, L, F')`."""
+        from_features, from_trigger, from_patch, from_position = self.weight.split(self.widths, dim=1)
+        hidden = F.linear(query.trigger_column, from_trigger, self.bias)[:, None]  # (B, D) -> (B, 1, H)
+        hidden = hidden + self.positions(query, from_position)  # (1 or B, L, H) -> (B, L, H)
+        if query.pixel_values is not None:
+            hidden = hidden + self.patches(query, query.pixel_values, from_patch)
+        if features is not None:
+            hidden = hidden + F.linear(features, from_features)
+        return hidden
+
+    def positions(self, query: APMQuery, weight: Tensor) -> Tensor:
+        """`(1 or B, L, H)`: on the grid the code is separable: rows + cols products serve all locations."""
+        size = query.grid_size
+        if query.coordinates is not None:
+            return F.linear(position_code(query.coordinates, size, size, self.position_size).to(weight.dtype), weight)
+        first, last = query.start // size, (query.stop - 1) // size + 1
+        from_column, from_row = weight.split(self.position_size // 2, dim=1)
+        code = sincos_code(torch.arange(size, device=weight.device), self.position_size // 2).to(weight.dtype)
+        by_row, by_column = F.linear(code[first:last], from_row), F.linear(code, from_column)
+        hidden = (by_row[:, None] + by_column[None]).flatten(0, 1)  # (rows, 1, H) + (1, cols, H) -> (rows * cols, H)
+        return hidden[None, query.start - first * size : query.stop - first * size]
+
+    def patches(self, query: APMQuery, pixel_values: Tensor, weight: Tensor) -> Tensor:
+        """`(B, L, H)`: the product with the patch around each location, summed over the scales."""
+        weights = weight.chunk(len(self.scales), dim=1)
+        parts = [self._patch(query, pixel_values, *pair) for pair in zip(weights, self.scales, strict=True)]
+        return sum(parts[1:], start=parts[0])
+
+    def _patch(self, query: APMQuery, pixel_values: Tensor, weight: Tensor, scale: int) -> Tensor:
+        """On the grid it is a convolution, of the averaged image, where the windows begin at whole pixels of it."""
+        size, patch = query.grid_size, self.patch_size
+        if query.coordinates is not None or (scale > 1 and patch % (2 * scale)):
+            return F.linear(sample_patches(pixel_values, query.locations(), patch, scale), weight)
+        first, last = query.start // size, (query.stop - 1) // size + 1
+        stride = patch // scale
+        margin = (patch - stride) // 2  # of the window around its cell
+        averaged = F.avg_pool2d(pixel_values, scale) if scale > 1 else pixel_values
+        averaged = F.pad(averaged, (margin,) * 4) if margin else averaged
+        kernel = weight.unflatten(1, (self.num_channels, patch, patch))  # (H, Q) -> (H, C, patch, patch)
+        hidden = F.conv2d(averaged[:, :, first * stride : (last - 1) * stride + patch], kernel, stride=stride)
+        hidden = hidden.flatten(2).transpose(1, 2)  # (B, H, rows, cols) -> (B, rows * cols, H)
+        return hidden[:, query.start - first * size : query.stop - first * size]
+
+
+class APMDecoder(nn.Module):
+    """The shared MLP and its heads. One call answers one chunk of locations, so checkpointing it bounds memory."""
+
+    gradient_checkpointing = False  # set by transformers' `gradient_checkpointing_enable`
+
+    def __init__(self, config: APMConfig):
+        super().__init__()
+        widths = config.hidden_sizes
+        self.layers = nn.ModuleList([APMQueryLinear(config, widths[0])])
+        self.layers.extend(nn.Linear(width, next_width) for width, next_width in zip(widths, widths[1:], strict=False))
+        self.activation = ACT2FN[config.hidden_act]
+        self.feature_head = nn.Linear(widths[-1], config.feature_size)
+        self.num_levels = config.num_levels
+        self.level_head = nn.Linear(widths[-1], config.num_levels * config.level_width) if config.num_levels else None
+        self.rgb_head = APMRGBHead(config) if config.use_rgb_head else None
+
+    def hidden(self, query: APMQuery, kept: list[Tensor] | None = None) -> Tensor:
+        """`(B, L, hidden_sizes[-1])`; the layers' answers, this one included, are added to `kept`."""
+        hidden = self.activation(self.layers[0](query))
+        for layer in self.layers[1:]:
+            if kept is not None:
+                kept.append(hidden)
+            hidden = self.activation(layer(hidden))
+        if kept is not None:
+            kept.append(hidden)
+        return hidden
+
+    def forward(self, query: APMQuery, output_hidden_states: bool) -> dict[str, Tensor]:
+        """Fields of [`APMModelOutput`], each layer of the MLP as `hidden_states.i`."""
+        kept: list[Tensor] = []
+        hidden = self.hidden(query, kept if output_hidden_states else None)
+        answers = {"last_hidden_state": self.feature_head(hidden)}
+        if self.rgb_head is not None:
+            answers["rgb"] = self.rgb_head(answers["last_hidden_state"], query)
+        if self.level_head is not None:
+            answers["levels"] = self.level_head(hidden).unflatten(-1, (self.num_levels, -1))  # (B, L, N, level_size)
+        return answers | {f"hidden_states.{index}": states for index, states in enumerate(kept)}
+
+
+class APMRGBHead(nn.Module):
+    """[feature ; query] -> colour >= 0."""
+
+    def __init__(self, config: APMConfig):
+        super().__init__()
+        widths = [*config.rgb_hidden_sizes, 3]
+        self.layers = nn.ModuleList([APMQueryLinear(config, widths[0], feature_size=config.feature_size)])
+        self.layers.extend(nn.Linear(width, next_width) for width, next_width in zip(widths, widths[1:], strict=False))
+
+    def forward(self, features: Tensor, query: APMQuery) -> Tensor:
+        """`(B, L, 3)` for features `(B, L, F)`."""
+        rgb = self.layers[0](query, features).relu()
+        for layer in self.layers[1:]:
+            rgb = layer(rgb).relu()
+        return rgb
