@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from apm_hf import APMConfig, APMModel
+from apm_hf.position_encoding import grid_coordinates
 from apm_hf.ttt import TTTConfig, adapt, bytes_per_image
 from apm_hf.ttt_machines import FITS, learning_modules
 from apm_hf.ttt_targets import TTTTargets
@@ -168,11 +169,16 @@ def test_bfloat16_products_are_close_and_not_the_same():
 # --- targets ------------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_of_targets_is_their_weighted_losses():
-    model, (images, views) = small_model(), problem()
+@pytest.mark.parametrize("grid", [(6, 6), (3, 3), (4, 5)])
+@pytest.mark.parametrize(
+    "options", [{}, {"local_patch": True}, {"local_patch": True, "local_patch_scales": [1, 2, 3]}]
+)
+def test_a_mixture_of_targets_is_their_weighted_losses_at_the_centres_of_the_targets_cells(scales, grid):
+    options = {} if scales is None else {"local_patch": True, "local_patch_scales": scales}
+    model, (images, views) = small_model(**options), problem()
     generator = torch.Generator().manual_seed(3)
     views = torch.stack([views, torch.randn(views.shape, generator=generator)], dim=1)  # (B, 2, F)
-    features, rgb = (torch.rand(3, 6, 6, width, generator=generator) for width in (F_WIDTH, 3))
+    features, rgb = (torch.rand(3, *grid, width, generator=generator) for width in (F_WIDTH, 3))
     weights = torch.tensor([0.25, 2.0])
     targets = TTTTargets(
         image_embeds=views, embed_weights=weights, features=features, rgb=rgb, grid_weight=0.5, rgb_weight=3.0
@@ -182,21 +188,32 @@ def test_a_mixture_of_targets_is_their_weighted_losses():
     for index in range(3):
         machine.load_state_dict(model.state_dict())
         optimizer = torch.optim.Adam(machine.parameters(), lr=1e-3)
-        # 6 x 6 cells onto 3 x 3: a cell's centre lies between four of the target's.
-        grid, colours = (F.avg_pool2d(part[index].movedim(-1, 0), 2).flatten(1).T for part in (features, rgb))
         for step in range(5):
-            answer = machine(images[index : index + 1])
+            answer = machine(images[index : index + 1], grid_coordinates(*grid))
             loss = sum(
                 weight * F.mse_loss(answer.pooler_output[0], view)
                 for weight, view in zip(weights, views[index], strict=True)
             )
-            loss = loss + 0.5 * F.mse_loss(answer.last_hidden_state[0], grid) + 3 * F.mse_loss(answer.rgb[0], colours)
+            loss = loss + 0.5 * F.mse_loss(answer.last_hidden_state[0], features[index].flatten(0, 1))
+            loss = loss + 3 * F.mse_loss(answer.rgb[0], rgb[index].flatten(0, 1))
             assert adapted.losses[index, step].item() == pytest.approx(loss.item(), rel=1e-4)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     assert not torch.equal(adapted.state_dict(0)["decoder.rgb_head.layers.0.weight"],
                            model.state_dict()["decoder.rgb_head.layers.0.weight"])  # fmt: skip
+
+
+def test_colours_on_another_grid_are_interpolated_to_that_of_the_features():
+    model, (images, _) = small_model(), problem()
+    generator = torch.Generator().manual_seed(3)
+    features, rgb = (torch.rand(3, size, size, width, generator=generator) for size, width in ((3, F_WIDTH), (6, 3)))
+    # 6 x 6 cells onto 3 x 3: a cell's centre lies between four of the target's.
+    coarse = F.avg_pool2d(rgb.movedim(-1, 1), 2).movedim(1, -1)
+    first, second = (
+        adapt(model, images, TTTTargets(features=features, rgb=colours), config=recipe()) for colours in (rgb, coarse)
+    )
+    torch.testing.assert_close(first.losses, second.losses)
 
 
 def test_features_alone_are_a_target():

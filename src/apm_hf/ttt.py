@@ -314,16 +314,17 @@ class _Fit:
     ) -> tuple[Tensor, Tensor, Tensor, list[Callable[[], dict[str, Tensor]]]]:
         """Embeddings `(B, F)`, losses `(B, steps)`, steps taken `(B,)` and what gives each machine's weights."""
         config, num_images = self.config, len(seeds)
-        sampler = _Sampler(seeds, self.model.config.num_locations, config.num_locations)
+        grid = self.targets.grid
+        sampler = _Sampler(seeds, _num_asked(self.model, self.targets), config.num_locations)
         own = self.own_seeds and config.start == "random"
         start = _initial_weights(self.model, config, sampler.generators, seeds, own)
         device = next(iter(start.values())).device
         machines = Machines(
             self.model.config, start, self.learning, inputs[0], inputs[1], num_images,
-            rank=config.rank, alpha=config.alpha, own=own,
+            grid=grid, rank=config.rank, alpha=config.alpha, own=own,
             accumulate=config.accumulate_gradients, dtype=_DTYPES[config.dtype],
         )  # fmt: skip
-        targets = GridTargets(self.targets, self.model.config.grid_size, device, rows)
+        targets = GridTargets(self.targets, device, rows)
         self._set_optimizer(machines)
         stopper = self._stopper(num_images)
         fitted = torch.arange(num_images)  # the images still fitted; the stacked weights are theirs
@@ -558,15 +559,21 @@ def bytes_per_image(model: APMModel, config: TTTConfig, targets: TTTTargets, *, 
         how = learning.get(name.rpartition(".")[0])
         blocks = how == "blocks" and parameter.ndim > 1
         learnt += (config.rank * len(parameter) if blocks else parameter.numel()) if how else 0
-    num_asked = config.num_locations or architecture.num_locations
+    num_cells = _num_asked(model, targets)
+    num_asked = config.num_locations or num_cells
     ahead = _PREPARED_STEPS if config.num_locations else 1
     widths = [*architecture.hidden_sizes, architecture.feature_size]
-    grids = architecture.num_channels * architecture.image_size**2 * (2 + 2 * architecture.local_patch)
-    grids += architecture.num_locations * architecture.feature_size * (1 + targets.everywhere)
+    grids = architecture.num_channels * architecture.image_size**2 * 2
+    grids += num_cells * (2 * architecture.local_patch_width + architecture.feature_size * (1 + targets.everywhere))
     # Weights, gradients and Adam's two moments; activations, their gradients and what Linear and ReLU save of them.
     elements = 4 * learnt + whole * (distinct and config.start == "random")
     elements += num_asked * (4 * sum(widths) + ahead * max(widths)) + grids
     return 4 * elements
+
+
+def _num_asked(model: APMModel, targets: TTTTargets) -> int:
+    """Locations that are fitted to: the cells of the target's grid, else of the machine's."""
+    return model.config.num_locations if targets.grid is None else targets.grid[0] * targets.grid[1]
 
 
 def _seeds(
@@ -593,7 +600,7 @@ def _check(
     trigger_column: Tensor | None,
     text_embeds: Tensor | None,
 ) -> None:
-    num_locations, feature_size = model.config.num_locations, model.config.feature_size
+    num_locations, feature_size = _num_asked(model, targets), model.config.feature_size
     num_images, named = len(targets), targets.tensors()
     if num_images == 0:
         raise ValueError("targets: expected at least one image, got none")

@@ -8,7 +8,8 @@ on how many stand beside it; products of very few rows take another path in the 
 Source: arXiv:2410.20535, section 4.
 
 Legend: B machines, one an image, n locations asked, H a layer's width, F feature width, R blocks, (rows, cols) the
-grid. Locations are indices of grid cells, row-major: `(n,)`, `(B, n)` or None for the whole grid.
+grid asked about, the machine's own or its target's. Locations are indices of its cells, row-major: `(n,)`, `(B, n)` or
+None for the whole grid.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,14 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .configuration_apm import APMConfig
-from .position_encoding import cell_centres, coordinates_to_indices, grid_coordinates, position_code, sincos_code
+from .position_encoding import (
+    cell_centres,
+    coordinates_to_indices,
+    grid_coordinates,
+    position_code,
+    sample_patches,
+    sincos_code,
+)
 from .ttt_targets import at
 
 # Elements in 64 bytes, what BLAS libraries align to: patches are padded to a multiple of them.
@@ -238,7 +246,7 @@ class StackedQueryLinear:
 
     def __init__(
         self, name: str, start: dict[str, Tensor], how: str | None, shared: _Shared, config: APMConfig, *,
-        feature_size: int = 0,
+        grid: tuple[int, int], feature_size: int = 0,
     ):  # fmt: skip
         half = config.position_size // 2
         widths = {
@@ -252,13 +260,15 @@ class StackedQueryLinear:
                 has_bias = part == "trigger"
                 self.parts[part] = StackedLinear(name, start, how, shared, columns=columns, has_bias=has_bias)
             first += width
-        self.grid_size = config.grid_size
-        device = start[f"{name}.weight"].device
-        size = config.grid_size
-        self.code = sincos_code(torch.arange(size, device=device), half)[None]  # (1, rows, P / 2)
-        # A coordinate's index is an integer but for rounding, which Adam makes whole steps of where the code is 0.
-        indices = coordinates_to_indices(cell_centres(size, device=device)[:, None].expand(-1, 2), size, size)[:, 0]
-        self.code_asked = sincos_code(indices, half)  # (rows, P / 2): as the model computes it for coordinates
+        device, size = start[f"{name}.weight"].device, config.grid_size
+        self.num_cols = grid[1]
+        # By row and by column, (1, rows, P / 2) and (1, cols, P / 2), as the model computes it for coordinates: a
+        # coordinate's index is an integer but for rounding, which Adam makes whole steps of where the code is 0.
+        self.codes_asked = tuple(sincos_code(_indices(number, size, device), half)[None] for number in grid)
+        # As the model computes it for its whole grid.
+        self.codes = self.codes_asked
+        if grid == (size, size):
+            self.codes = (sincos_code(torch.arange(size, device=device), half)[None],) * 2
 
     def __call__(
         self, trigger: Tensor, patches: Tensor | None, where: Tensor | None, features: Tensor | None
@@ -272,12 +282,13 @@ class StackedQueryLinear:
     def _positions(self, where: Tensor | None) -> Tensor:
         row, column = self.parts["row"], self.parts["column"]
         if where is None:  # rows + cols products serve all locations
-            return (row(self.code)[:, :, None] + column(self.code)[:, None]).flatten(1, 2)
-        rows, columns = (where if where.ndim == 2 else where[None]) // self.grid_size, where % self.grid_size
+            return (row(self.codes[0])[:, :, None] + column(self.codes[1])[:, None]).flatten(1, 2)
+        rows, columns = (where if where.ndim == 2 else where[None]) // self.num_cols, where % self.num_cols
         columns = columns if columns.ndim == 2 else columns[None]
+        code_of_row, code_of_column = self.codes_asked
         if row.how is None and not row.shared.own:
-            return row(self.code_asked[None])[0][rows] + column(self.code_asked[None])[0][columns]
-        return row(self.code_asked[rows]) + column(self.code_asked[columns])
+            return row(code_of_row)[0][rows] + column(code_of_column)[0][columns]
+        return row(code_of_row[0][rows]) + column(code_of_column[0][columns])
 
 
 class Machines:
@@ -289,6 +300,7 @@ class Machines:
         learning: see `learning_modules`.
         pixel_values: `(B, C, S, S)`, or None where the trigger column is given and there is no local patch.
         trigger_column: `(B, D)`, for `trigger_source="embedding"`.
+        grid: asked about, (rows, cols); None is the machine's own.
         rank, alpha: of modules that learn in blocks.
         own: every machine starts from weights of its own: `start` holds `(B, ...)`, not `(1, ...)`.
         accumulate: never forget gradients.
@@ -304,6 +316,7 @@ class Machines:
         trigger_column: Tensor | None,
         num_machines: int,
         *,
+        grid: tuple[int, int] | None = None,
         rank: int = 1,
         alpha: float = 1.0,
         own: bool = False,
@@ -311,6 +324,8 @@ class Machines:
         dtype: torch.dtype = torch.float32,
     ):
         self.config, self.start = config, start
+        own_grid = (config.grid_size, config.grid_size)
+        grid = own_grid if grid is None else grid
         device = next(iter(start.values())).device
         anchor = torch.zeros((), device=device, requires_grad=True)
         shared = _Shared(num_machines, anchor, accumulate, dtype, rank, alpha, own)
@@ -320,7 +335,8 @@ class Machines:
             return StackedLinear(name, start, learning.get(name), shared)
 
         def query_linear(name: str, feature_size: int = 0) -> StackedQueryLinear:
-            return StackedQueryLinear(name, start, learning.get(name), shared, config, feature_size=feature_size)
+            how = learning.get(name)
+            return StackedQueryLinear(name, start, how, shared, config, grid=grid, feature_size=feature_size)
 
         self.first = query_linear("decoder.layers.0")
         self.chain = [linear(f"decoder.layers.{index}") for index in range(1, len(config.hidden_sizes))]
@@ -328,7 +344,7 @@ class Machines:
         # The trigger's convolution and the pooling are small, and pooling is where rounding would hurt.
         precise = _Shared(num_machines, anchor, accumulate, torch.float32, rank, alpha, own)
         self.trigger = linear("trigger", precise) if config.trigger_source == "conv" else None
-        self.pooler = _StackedPooler(config, start, learning, precise) if config.pooling == "attention" else None
+        self.pooler = _StackedPooler(config, start, learning, precise, grid) if config.pooling == "attention" else None
         self.colours: list[StackedLinear] = []
         self.first_colours: StackedQueryLinear | None = None
         if "decoder.rgb_head.layers.0" in learning:
@@ -336,10 +352,21 @@ class Machines:
             self.colours = [
                 linear(f"decoder.rgb_head.layers.{index}") for index in range(1, len(config.rgb_hidden_sizes) + 1)
             ]
-        self.patches = None  # (B, L, Q): every cell's own pixels, channels first
-        if pixel_values is not None and (self.trigger is not None or config.local_patch):
-            self.patches = F.unfold(pixel_values, config.patch_size, stride=config.patch_size).mT
-            self.patches = F.pad(self.patches, (0, -self.patches.shape[2] % ALIGNED)).contiguous()
+        # What the convolution multiplies, and what is in the queries: (B, L, C * patch**2) and (B, L, Q).
+        self.cells = self.patches = None
+        if pixel_values is not None:
+            one_window = config.local_patch and config.local_patch_scales == [1] and grid == own_grid
+            if self.trigger is not None or one_window:
+                self.cells = _aligned(F.unfold(pixel_values, config.patch_size, stride=config.patch_size).mT)
+            if one_window:
+                self.patches = self.cells
+            elif config.local_patch:
+                coordinates = grid_coordinates(*grid, device=device)[None]
+                windows = [
+                    sample_patches(pixel_values, coordinates, config.patch_size, scale)
+                    for scale in config.local_patch_scales
+                ]
+                self.patches = _aligned(torch.cat(windows, dim=-1))
         self.trigger_column = trigger_column
         # How many Linears of the chain stand still, counted from the image on; None: the first layer learns.
         self.num_still: int | None = None
@@ -384,16 +411,15 @@ class Machines:
         return self.chain[self.num_still].prepare(hidden) if self.num_still < len(self.chain) else (hidden,)
 
     def _first_layer(self, trigger: Tensor, where: Tensor | None) -> Tensor:
-        patches = self.patches if self.config.local_patch else None
-        return self.first(trigger, patches, where, None)
+        return self.first(trigger, self.patches, where, None)
 
     def _trigger(self) -> Tensor:
         """`(B, 1, D)`."""
         if self.trigger is None:
             assert self.trigger_column is not None
             return self.trigger_column[:, None]
-        assert self.patches is not None
-        return self.trigger(self.patches).mT.flatten(1)[:, None]  # (B, L, T) -> (B, T, L) -> (B, 1, D)
+        assert self.cells is not None
+        return self.trigger(self.cells).mT.flatten(1)[:, None]  # (B, L, T) -> (B, T, L) -> (B, 1, D)
 
     def __call__(
         self, where: Tensor | None, prepared: Any, *, everywhere: bool
@@ -419,8 +445,7 @@ class Machines:
         pooled = _mean(features) if self.pooler is None else self.pooler(features, where)
         if self.first_colours is None or trigger is None:
             return features, pooled, None
-        patches = self.patches if self.config.local_patch else None
-        rgb = self.first_colours(trigger, patches, where, features).relu()
+        rgb = self.first_colours(trigger, self.patches, where, features).relu()
         for layer in self.colours:
             rgb = layer(rgb).relu()
         return features, pooled, rgb.float()
@@ -433,7 +458,9 @@ class Machines:
             linear.keep(kept)
         if self.pooler is not None:
             self.pooler.keep(kept)
-        self.patches = None if self.patches is None else self.patches[kept]
+        shared_cells = self.patches is self.cells
+        self.cells = None if self.cells is None else self.cells[kept]
+        self.patches = self.cells if shared_cells else None if self.patches is None else self.patches[kept]
         self.trigger_column = None if self.trigger_column is None else self.trigger_column[kept]
 
     def release(self) -> None:
@@ -459,7 +486,10 @@ class Machines:
 class _StackedPooler:
     """`APMAttentionPooling` of B machines."""
 
-    def __init__(self, config: APMConfig, start: dict[str, Tensor], learning: dict[str, str], shared: _Shared):
+    def __init__(
+        self, config: APMConfig, start: dict[str, Tensor], learning: dict[str, str], shared: _Shared,
+        grid: tuple[int, int],
+    ):  # fmt: skip
         self.num_heads, self.shared = config.pooling_num_heads, shared
         self.linears = {
             name: StackedLinear(f"pooler.{name}", start, learning.get(f"pooler.{name}"), shared)
@@ -476,9 +506,7 @@ class _StackedPooler:
             }
         self.probe = None if self.leaves else self._probe(self.weights)
         size, device = config.grid_size, start["pooler.query"].device
-        self.code = position_code(
-            grid_coordinates(size, size, device=device), size, size, config.feature_size
-        )  # (L, F)
+        self.code = position_code(grid_coordinates(*grid, device=device), size, size, config.feature_size)  # (L, F)
 
     def _probe(self, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What features are compared with, `(1 or B, heads, F)`, and a shift `(1 or B, heads, 1)`."""
@@ -508,3 +536,13 @@ def _mean(values: Tensor) -> Tensor:
     """`(B, F)` of `(B, n, F)`, summed in an order that does not depend on B."""
     weights = values.new_full((len(values), 1, values.shape[1]), 1 / values.shape[1])
     return torch.bmm(weights, values)[:, 0]
+
+
+def _aligned(patches: Tensor) -> Tensor:
+    return F.pad(patches, (0, -patches.shape[2] % ALIGNED)).contiguous()
+
+
+def _indices(number: int, size: int, device: torch.device) -> Tensor:
+    """`(number,)`, where the centres of so many cells lie on an axis of `size` cells."""
+    centres = cell_centres(number, device=device)[:, None].expand(-1, 2)
+    return coordinates_to_indices(centres, size, size)[:, 0]

@@ -22,9 +22,10 @@ class TTTTargets:
     Args:
         image_embeds: for the pooled feature: `(B, F)`, or `(B, T, F)` for several views or teachers of one width.
         embed_weights: `(T,)`, of these; equal ones by default, which sum to 1.
-        features: for the features of the locations asked: `(B, rows, cols, F)`, interpolated bilinearly between the
-            target's cells where its grid is not the machine's.
-        rgb: for their colours: `(B, rows, cols, 3)`, in [0, 1]. The RGB head is then fitted too.
+        features: for the features of locations: `(B, rows, cols, F)`; the machine is asked at the centres of these
+            cells, wherever its own grid lies, so that no target is interpolated.
+        rgb: for their colours: `(B, rows, cols, 3)`, in [0, 1]. The RGB head is then fitted too. Interpolated
+            bilinearly where `features` have another grid.
         cls_weight, grid_weight, rgb_weight: of the three.
 
     Raises:
@@ -72,21 +73,30 @@ class TTTTargets:
         return {name: values for name, values in named.items() if values is not None}
 
     @property
+    def grid(self) -> tuple[int, int] | None:
+        """(rows, cols) of the locations' targets; None without any."""
+        for values in (self.features, self.rgb):
+            if values is not None:
+                return values.shape[1], values.shape[2]
+        return None
+
+    @property
     def everywhere(self) -> bool:
         """Whether locations have targets of their own."""
         return self.features is not None or self.rgb is not None
 
 
 class GridTargets:
-    """The same, at every cell of the machine's grid, float32 on its device, for the images in a group."""
+    """The same, location by location, float32 on the machine's device, for the images in a group."""
 
-    def __init__(self, targets: TTTTargets, grid_size: int, device: torch.device, rows: slice):
+    def __init__(self, targets: TTTTargets, device: torch.device, rows: slice):
         def gridded(values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
             values = values[rows].to(device, torch.float32, copy=True).movedim(-1, 1)  # (B, F, rows, cols)
-            if values.shape[-2:] != (grid_size, grid_size):
-                values = F.interpolate(values, (grid_size, grid_size), mode="bilinear", align_corners=False)
+            assert targets.grid is not None
+            if values.shape[-2:] != targets.grid:
+                values = F.interpolate(values, targets.grid, mode="bilinear", align_corners=False)
             return values.flatten(2).mT.contiguous()  # (B, L, F)
 
         self.features, self.rgb = gridded(targets.features), gridded(targets.rgb)
