@@ -23,7 +23,8 @@ from transformers import AutoImageProcessor, AutoModel
 from apm_hf import distillation, load_teacher
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.targets import TargetCache
-from apm_hf.distillation import DistillationConfig, TargetMaker, ask, distill, matching_image_processor
+from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
+from apm_hf.distillation_targets import TargetMaker, ask
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.losses import DistillationTargets, LossWeights
 from apm_hf.position_encoding import grid_coordinates
@@ -314,9 +315,9 @@ def test_fewer_images_than_a_batch_are_enough(tmp_path):
 def test_places_are_drawn_afresh_at_each_step_and_are_some_of_the_teachers(tmp_path, monkeypatch):
     drawn = []
 
-    def recorded(machine, pixel_values, targets, grid, *, locations=None):
+    def recorded(*inputs, locations=None, **options):
         drawn.append(locations)
-        return ask(machine, pixel_values, targets, grid, locations=locations)
+        return ask(*inputs, locations=locations, **options)
 
     monkeypatch.setattr(distillation, "ask", recorded)
     run(tmp_path, random_targets(8), num_locations=5, max_steps=6)
@@ -327,9 +328,9 @@ def test_places_are_drawn_afresh_at_each_step_and_are_some_of_the_teachers(tmp_p
 def test_the_loss_at_some_places_is_against_the_teachers_answers_there(tmp_path, monkeypatch):
     data, machine, drawn = random_targets(8), student(), []
 
-    def recorded(asked, pixel_values, targets, grid, *, locations=None):
+    def recorded(*inputs, locations=None, **options):
         drawn.append(locations)
-        return ask(asked, pixel_values, targets, grid, locations=locations)
+        return ask(*inputs, locations=locations, **options)
 
     monkeypatch.setattr(distillation, "ask", recorded)
     with torch.no_grad():
@@ -404,7 +405,7 @@ def test_colour_targets_are_the_pictures_own_colours_in_the_order_of_the_pixels(
     processor = APMImageProcessorPil(**PIXELS, **options)
     inputs = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
     teacher_pixels = noise(1, 3, TEACHER_SIZE, TEACHER_SIZE, seed=0)
-    targets, grid = TargetMaker(clip, processor)({"pixel_values": inputs, "teacher_pixel_values": teacher_pixels})
+    targets, _, grid = TargetMaker(clip, processor)({"pixel_values": inputs, "teacher_pixel_values": teacher_pixels})
     assert grid == GRID and targets.rgb.shape == (1, 16, 3)
     expected = torch.tensor([(255, 51, 0), (0, 204, 102), (26, 0, 230), (0, 0, 0)]) / 255
     if options.get("do_flip_channel_order"):
@@ -416,7 +417,7 @@ def test_colour_targets_are_the_pictures_own_colours_in_the_order_of_the_pixels(
 def test_targets_are_what_the_teacher_says_row_major(clip):
     pixels = noise(2, 3, TEACHER_SIZE, TEACHER_SIZE, seed=0)
     batch = {"pixel_values": noise(2, 3, STUDENT_SIZE, STUDENT_SIZE, seed=1), "teacher_pixel_values": pixels}
-    targets, grid = TargetMaker(clip, APMImageProcessorPil(**PIXELS))(batch)
+    targets, _, grid = TargetMaker(clip, APMImageProcessorPil(**PIXELS))(batch)
     answer = clip.encode_images(pixel_values=pixels)
     assert grid == GRID and torch.equal(targets.image_embeds, answer.image_embeds)
     assert torch.equal(targets.features[:, 6], answer.features[:, 1, 2])
@@ -426,7 +427,7 @@ def test_targets_are_what_the_teacher_says_row_major(clip):
 def test_targets_in_the_batch_come_before_the_teachers(clip):
     cache = random_targets(2, grid=(2, 3))
     batch = torch.utils.data.default_collate([cache[0], cache[1]])
-    targets, grid = TargetMaker(clip, APMImageProcessorPil(**PIXELS))(batch)
+    targets, _, grid = TargetMaker(clip, APMImageProcessorPil(**PIXELS))(batch)
     assert grid == (2, 3) and torch.equal(targets.features, cache.features.flatten(1, 2))
     assert torch.equal(targets.image_embeds, cache.image_embeds)
     assert targets.rgb.shape == (2, 6, 3)
@@ -631,7 +632,7 @@ def test_a_stream_of_photos_trains_like_the_photos_in_order(tmp_path, clip, monk
         ({"num_locations": 0}, "num_locations: expected a positive number or None, got 0"),
         ({"mixed_precision": "fp8"}, "mixed_precision: expected no, bf16 or fp16, got 'fp8'"),
         ({"grid_weight": -1.0}, "loss weights: expected numbers >= 0"),
-        ({"grid_weight": 0.0, "cls_weight": 0.0, "rgb_weight": 0.0}, "one of them positive"),
+        ({"grid_weight": 0.0, "cls_weight": 0.0, "rgb_weight": 0.0}, "one of grid, cls and rgb positive"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings, message):

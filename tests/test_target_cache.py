@@ -7,6 +7,7 @@ import torch
 from apm_hf import load_teacher
 from apm_hf.data import targets
 from apm_hf.data.targets import TargetCache
+from apm_hf.dense_targets import encode_densely
 from apm_hf.distillation import matching_image_processor
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip
 
@@ -76,3 +77,20 @@ def test_a_single_image_has_no_other_ones_answer_to_take():
 def test_no_image_is_an_error(teacher):
     with pytest.raises(ValueError, match="at least one image"):
         TargetCache.build([], teacher, matching_image_processor(teacher, STUDENT_SIZE))
+
+
+def test_levels_and_finer_grids_are_kept_beside_the_image_that_they_are_of(teacher):
+    images = [photo(seed) for seed in range(3)]
+    image_processor = matching_image_processor(teacher, STUDENT_SIZE)
+    cache = TargetCache.build(images, teacher, image_processor, factor=2, layers=[1, 2], dtype=torch.float16)
+    side = 2 * TEACHER_GRID
+    assert cache.features.shape == (3, side, side, FEATURE_SIZE) and cache.features.dtype == torch.float16
+    levels = cache[1]["levels"].float()
+    assert levels.shape == (2, side, side, 16)
+    torch.testing.assert_close(levels.mean(-1), torch.zeros(2, side, side), atol=2e-3, rtol=0)
+    torch.testing.assert_close(levels.var(-1, correction=0), torch.ones(2, side, side), atol=0.02, rtol=0)
+    answer = encode_densely(teacher, teacher.pixel_values(images[1]), 2, layers=[1, 2])
+    torch.testing.assert_close(cache[1]["features"].float(), answer.features[0], atol=0.01, rtol=0.01)
+    shuffled = cache.shuffled(0)
+    wrong = int(shuffled.order[1])
+    assert wrong != 1 and torch.equal(shuffled[1]["levels"], cache[wrong]["levels"])

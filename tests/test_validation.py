@@ -34,7 +34,7 @@ def answers_and_targets(*, offset=0.0, rgb=True, num_images=NUM_IMAGES):
 
 def part(outputs, targets, rows):
     outputs = APMModelOutput(**{name: value[rows] for name, value in outputs.items()})
-    return outputs, DistillationTargets(*(value[rows] for value in vars(targets).values()))
+    return outputs, DistillationTargets(*(value[rows] for value in vars(targets).values() if value is not None))
 
 
 def compute(outputs, targets, batches):

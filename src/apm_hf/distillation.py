@@ -1,9 +1,7 @@
 """Distillation: many images, one student, through Accelerate. The same loop runs on one CPU and on many GPUs.
 
 Source: arXiv:2410.20535, section 3, the grid recipe: mean squared errors to the teacher's patch features and to the
-image's own colours, Adam 1e-4, batch 64. The student is asked at the centres of the teacher's patches, wherever its
-own grid lies, so targets are never interpolated.
-
+image's own colours, Adam 1e-4, batch 64.
 Legend: B images in a process's batch, L locations, F feature width, (rows, cols) the teacher's grid.
 """
 
@@ -22,10 +20,10 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
+from .distillation_targets import TargetMaker, ask
 from .image_processing_apm import APMImageProcessor
-from .losses import DistillationTargets, LossWeights, distillation_losses, rgb_targets
-from .modeling_apm import APMModel, APMModelOutput
-from .position_encoding import grid_coordinates
+from .losses import DistillationTargets, LossWeights, distillation_losses
+from .modeling_apm import APMModel
 from .processes import on_cpu
 from .teachers import Teacher
 from .validation import ValidationMetrics, validation_picture
@@ -56,6 +54,13 @@ class DistillationConfig:
     grid_weight: float = field(default=1.0, metadata={"help": "weight of L_grid, the teacher's patch features"})
     cls_weight: float = field(default=1.0, metadata={"help": "weight of L_cls, the teacher's image embedding"})
     rgb_weight: float = field(default=1.0, metadata={"help": "weight of L_rgb, the image's own colours"})
+    level_layers: list[int] | None = field(
+        default=None, metadata={"help": "teacher layers, low to high, that the student's levels are distilled from"}
+    )
+    level_weight: float = field(default=1.0, metadata={"help": "weight of L_level, where there are levels"})
+    jitter: bool = field(
+        default=False, metadata={"help": "move the teacher's grid by a random part of a patch at every step"}
+    )
     mixed_precision: str | None = field(
         default=None, metadata={"help": "no, bf16 or fp16; by default bf16 where a GPU supports it, else no"}
     )
@@ -85,7 +90,7 @@ class DistillationConfig:
 
     @property
     def loss_weights(self) -> LossWeights:
-        return LossWeights(self.grid_weight, self.cls_weight, self.rgb_weight)
+        return LossWeights(self.grid_weight, self.cls_weight, self.rgb_weight, self.level_weight)
 
 
 @dataclass(frozen=True)
@@ -101,43 +106,6 @@ class DistillationResult:
     student: APMModel
     metrics: list[dict[str, float]]
     output_dir: Path
-
-
-class TargetMaker:
-    """A batch of the data loader -> what the student should answer.
-
-    Args:
-        teacher: asked for every batch that does not carry its targets already, as `image_embeds` `(B, F)` and
-            `features` `(B, rows, cols, F)`.
-        image_processor: the student's; its normalisation is undone for the colours.
-    """
-
-    def __init__(self, teacher: Teacher | None, image_processor: Any):
-        self.teacher = teacher
-        normalised = image_processor.do_normalize and not getattr(image_processor, "do_min_max", False)
-        mean = image_processor.image_mean if normalised else (0.0, 0.0, 0.0)
-        std = image_processor.image_std if normalised else (1.0, 1.0, 1.0)
-        mean, std = (values if isinstance(values, list | tuple) else (values,) * 3 for values in (mean, std))
-        order = (2, 1, 0) if getattr(image_processor, "do_flip_channel_order", False) else (0, 1, 2)
-        self.mean = torch.tensor([mean[i] for i in order])
-        self.std = torch.tensor([std[i] for i in order])
-
-    def __call__(self, batch: dict[str, Tensor]) -> tuple[DistillationTargets, tuple[int, int]]:
-        """The targets at every patch of the teacher, row-major, and the teacher's grid."""
-        if "features" in batch:
-            image_embeds, features = batch["image_embeds"], batch["features"]
-        elif self.teacher is not None:
-            answer = self.teacher.encode_images(pixel_values=batch["teacher_pixel_values"])
-            assert answer.image_embeds is not None and answer.features is not None
-            image_embeds, features = answer.image_embeds, answer.features
-        else:
-            raise ValueError(f"expected a teacher, or batches with image_embeds and features, got {sorted(batch)}")
-        rows, cols = features.shape[1:3]
-        pixels = batch["pixel_values"]
-        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
-        rgb = rgb_targets(pixels, rows, cols, mean=mean, std=std)
-        features = features.flatten(1, 2).to(pixels.device)  # (B, rows, cols, F) -> (B, L, F)
-        return DistillationTargets(image_embeds.to(pixels.device), features, rgb), (rows, cols)
 
 
 def distill(
@@ -170,6 +138,11 @@ def distill(
         raise ValueError(
             f"feature_size: expected the teacher's {teacher.feature_size}, got {student.config.feature_size}"
         )
+    num_layers, num_levels = len(config.level_layers or ()), student.config.num_levels
+    if teacher is not None and config.level_weight and num_layers != num_levels:
+        raise ValueError(
+            f"level_layers: expected as many layers as the student has levels, {num_levels}, got {config.level_layers}"
+        )
     run = _Run(student, train_data, config, image_processor, teacher, validation_data, collate_fn)
     return run()
 
@@ -199,7 +172,9 @@ class _Run:
         self.config, self.image_processor, self.feature_size = config, image_processor, student.config.feature_size
         self.output_dir = Path(config.output_dir)
         # A loss of weight 0 leaves its head without gradient, which DDP must be told.
-        unused = not all((config.grid_weight, config.cls_weight, config.rgb_weight)) or not student.config.use_rgb_head
+        weights = (config.grid_weight, config.cls_weight, config.rgb_weight)
+        unused = not all(weights) or not student.config.use_rgb_head
+        unused = unused or bool(student.config.num_levels and not config.level_weight)
         self.accelerator = Accelerator(
             cpu=on_cpu(),
             # Passes are counted through the ends of epochs, so that a step is always as many images.
@@ -211,7 +186,7 @@ class _Run:
             project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
-        self.targets = TargetMaker(teacher, image_processor)
+        self.targets = TargetMaker(teacher, image_processor, layers=config.level_layers)
         optimizer = torch.optim.Adam(student.parameters(), lr=config.learning_rate)
         # Accelerate steps the schedule once per process.
         processes = self.accelerator.num_processes
@@ -279,25 +254,31 @@ class _Run:
         accelerator.end_training()  # leaves the process group: nobody can be waited for afterwards
         return result
 
-    def _targets(self, batch: dict[str, Tensor]) -> tuple[DistillationTargets, tuple[int, int]]:
-        targets, grid = self.targets(batch)
+    def _targets(
+        self, batch: dict[str, Tensor], shift: tuple[float, float] = (0.0, 0.0)
+    ) -> tuple[DistillationTargets, Tensor | None, tuple[int, int]]:
+        targets, coordinates, grid = self.targets(batch, shift=shift)
         if targets.features.shape[-1] != self.feature_size:
             raise ValueError(
                 f"feature_size: expected the targets' {targets.features.shape[-1]}, got {self.feature_size}"
             )
-        return targets, grid
+        return targets, coordinates, grid
 
     def _step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         config, accelerator = self.config, self.accelerator
-        targets, grid = self._targets(batch)
+        # One draw for the whole step, the same in every process, afresh from (seed, step): a resumed run draws what
+        # the uninterrupted one would have drawn.
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        shift = (0.0, 0.0)
+        if config.jitter:
+            down, right = (torch.rand(2, generator=generator) - 0.5).tolist()
+            shift = (down, right)
+        targets, coordinates, grid = self._targets(batch, shift)
         locations = None
         if config.num_locations is not None and config.num_locations < grid[0] * grid[1]:
-            # One subset for the whole step, the same in every process, drawn afresh from (seed, step): a resumed run
-            # draws what the uninterrupted one would have drawn.
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             locations = torch.randperm(grid[0] * grid[1], generator=generator)[: config.num_locations]
             locations = locations.to(accelerator.device)
-        outputs = ask(self.student, batch["pixel_values"], targets, grid, locations=locations)
+        outputs = ask(self.student, batch["pixel_values"], targets, grid, coordinates=coordinates, locations=locations)
         losses = distillation_losses(outputs, targets.at(locations), config.loss_weights)
         if not torch.isfinite(losses["loss"]):
             raise ValueError(f"step {step}: the loss is {losses['loss'].item()}; lower --learning_rate")
@@ -339,7 +320,7 @@ class _Run:
         self.student.eval()
         metrics = ValidationMetrics()
         for index, batch in enumerate(self.validation_loader):
-            targets, grid = self._targets(batch)
+            targets, _, grid = self._targets(batch)
             outputs = ask(self.student, batch["pixel_values"], targets, grid)
             gathered = self.accelerator.gather_for_metrics(metrics.statistics(outputs, targets))
             metrics.add(gathered)
@@ -399,24 +380,6 @@ class _Run:
             (self.output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
         return DistillationResult(student.eval(), self.metrics, self.output_dir)
-
-
-def ask(
-    student: Any,
-    pixel_values: Tensor,
-    targets: DistillationTargets,
-    grid: tuple[int, int],
-    *,
-    locations: Tensor | None = None,
-) -> APMModelOutput:
-    """Ask the student at the centres of the teacher's patches: `(B, L, ...)`, or those with indices `locations`."""
-    config = getattr(student, "module", student).config
-    trigger_column = targets.image_embeds if config.trigger_source == "embedding" else None
-    coordinates: Tensor | None = None  # the student's own grid, which costs less
-    if locations is not None or grid != (config.grid_size, config.grid_size):
-        every = grid_coordinates(*grid, device=pixel_values.device)
-        coordinates = every if locations is None else every[locations]
-    return student(pixel_values, coordinates, trigger_column=trigger_column)
 
 
 def matching_image_processor(teacher: Teacher, image_size: int, **options: Any) -> Any:

@@ -133,8 +133,7 @@ class Teacher:
         if (images is None) == (pixel_values is None):
             raise ValueError("Expected exactly one of `images` and `pixel_values`.")
         if pixel_values is None:
-            rgb_images = [_to_rgb(image, index) for index, image in enumerate(_as_list(images))]
-            pixel_values = self.image_processor(images=rgb_images, return_tensors="pt")["pixel_values"]
+            pixel_values = self.pixel_values(images)
         self._check_pixel_values(pixel_values)
         num_layers = self._tower.config.num_hidden_layers
         if layers is not None and (not layers or any(layer not in range(num_layers + 1) for layer in layers)):
@@ -159,6 +158,11 @@ class Teacher:
         for key, target in targets.items():
             _check_finite(target, f"{key} of teacher '{self.name}' in {self.dtype}")
         return TeacherOutput(**{key: _ordinary(target) for key, target in targets.items()})
+
+    def pixel_values(self, images: Any) -> Tensor:
+        """`(B, 3, H, W)`, what `image_processor` makes of images as `encode_images` takes them."""
+        rgb_images = [_to_rgb(image, index) for index, image in enumerate(_as_list(images))]
+        return self.image_processor(images=rgb_images, return_tensors="pt")["pixel_values"]
 
     def encode_text(self, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
         """Embed class names: as prompts, or as the class weights of a classifier that has such labels.

@@ -40,6 +40,9 @@ class ValidationMetrics:
         }
         if outputs.rgb is not None:
             statistics["rgb_mse"] = (outputs.rgb.float() - targets.rgb.float()).square().mean(dim=(1, 2))
+        if outputs.levels is not None and targets.levels is not None:
+            cosines = F.cosine_similarity(outputs.levels.float(), targets.levels.float(), dim=-1)  # (B, L, N)
+            statistics["level_cosine"] = cosines.mean(dim=(1, 2))
         return statistics
 
     def add(self, statistics: dict[str, Tensor]) -> None:
@@ -58,7 +61,7 @@ class ValidationMetrics:
             raise ValueError("validation: expected at least one image, got none")
         variance = self.sums["square"] - self.sums["total"].square().sum() / self.sums["count"]
         values = {"feature_r2": (1 - self.sums["error"] / variance).item()}
-        for name in ("feature_cosine", "embed_cosine", "rgb_mse"):
+        for name in ("feature_cosine", "embed_cosine", "rgb_mse", "level_cosine"):
             if name in self.sums:
                 values[name] = (self.sums[name] / self.num_images).item()
         return values
