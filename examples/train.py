@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser, set_seed
 
 from apm_hf import APMConfig, APMModel, load_teacher
+from apm_hf.data.augmentation import RandomCrops
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DistillationConfig, DistillationResult, distill, matching_image_processor
@@ -28,6 +29,7 @@ class ScriptConfig:
     """What is distilled, into what, on which images."""
 
     teacher: str = field(metadata={"help": "name or folder of the teacher, e.g. openai/clip-vit-large-patch14"})
+    teacher_dtype: str | None = field(default=None, metadata={"help": "bfloat16, ...; see load_teacher"})
     dataset: str = field(metadata={"help": "a Hub dataset, org/name or org/name:config, a folder or a parquet file"})
     preset: str = field(default="tiny", metadata={"help": "architecture: dinov2-large, clip-ttt or tiny"})
     config_overrides: str = field(
@@ -40,6 +42,7 @@ class ScriptConfig:
     validation_split: str | None = field(default=None, metadata={"help": "by default found, or held out"})
     image_column: str | None = field(default=None, metadata={"help": "by default found"})
     label_column: str | None = field(default=None, metadata={"help": "by default found; not used in training"})
+    random_crops: bool = field(default=False, metadata={"help": "show random parts of images, mirrored half the time"})
     streaming: bool = field(default=False, metadata={"help": "read the dataset while training"})
     max_images: int | None = field(default=None, metadata={"help": "train on so many images"})
     max_validation_images: int = field(default=256, metadata={"help": "validate on so many images"})
@@ -51,8 +54,10 @@ def run(script: ScriptConfig, config: DistillationConfig) -> DistillationResult:
     if script.push_to_hub and script.hub_model_id is None:
         raise ValueError("--push_to_hub: expected --hub_model_id user/name, got none")
     set_seed(config.seed)
-    teacher = load_teacher(script.teacher)
+    teacher = load_teacher(script.teacher, dtype=script.teacher_dtype)
     overrides = {"feature_size": teacher.feature_size, **json.loads(script.config_overrides)}
+    if config.level_layers:
+        overrides = {"num_levels": len(config.level_layers), "level_size": teacher.hidden_size, **overrides}
     student = APMModel(APMConfig.preset(script.preset, **overrides))
     image_processor = matching_image_processor(
         teacher, student.config.image_size, **json.loads(script.image_processor)
@@ -68,10 +73,15 @@ def run(script: ScriptConfig, config: DistillationConfig) -> DistillationResult:
         max_validation_images=script.max_validation_images,
         seed=config.seed,
     )
+    images = train.dataset
+    if script.random_crops:
+        if script.streaming:
+            raise ValueError("--random_crops: expected a data set that is not streamed")
+        images = RandomCrops(images, train.image_column, seed=config.seed)
     collator = ImageCollator(image_processor, train.image_column, teacher_image_processor=teacher.image_processor)
     result = distill(
         student,
-        train.dataset,
+        images,
         config=config,
         image_processor=image_processor,
         teacher=teacher,

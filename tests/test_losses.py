@@ -89,7 +89,7 @@ def test_a_student_without_colours_needs_a_colour_weight_of_zero():
     [{"grid": -1.0}, {"cls": math.nan}, {"rgb": math.inf}, {"grid": 0.0, "cls": 0.0, "rgb": 0.0}],
 )
 def test_weights_are_not_negative_and_not_all_zero(weights):
-    with pytest.raises(ValueError, match="loss weights: expected numbers >= 0, one of grid, cls and rgb positive, got"):
+    with pytest.raises(ValueError, match="expected numbers >= 0, one of grid, cls and rgb positive, got LossWeights"):
         LossWeights(**weights)
 
 

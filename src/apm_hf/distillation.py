@@ -193,7 +193,7 @@ class _Run:
         scheduler = get_cosine_schedule_with_warmup(
             optimizer, config.warmup_steps * processes, config.max_steps * processes
         )
-        streaming = isinstance(train_data, IterableDataset)
+        self.train_data, streaming = train_data, isinstance(train_data, IterableDataset)
         if not streaming and len(train_data) == 0:
             raise ValueError("train_data: expected at least one image, got none")
         self.sampler = None if streaming else _EpochSampler(len(train_data), config.seed)
@@ -296,6 +296,8 @@ class _Run:
             if self.sampler is not None:
                 self.sampler.epoch = self.epoch
             self.train_loader.set_epoch(self.epoch)
+            if self.sampler is not None and hasattr(self.train_data, "set_epoch"):  # e.g. random crops
+                self.train_data.set_epoch(self.epoch)
             loader = self.train_loader
             if self.batch:
                 loader = self.accelerator.skip_first_batches(loader, self.batch)

@@ -64,7 +64,7 @@ class Teacher:
     Attributes:
         name: What `load_teacher` was given.
         model, image_processor, tokenizer: The Hugging Face objects; `tokenizer` is None without a text tower.
-        feature_size: F.
+        feature_size, hidden_size: F and C.
         image_size: Side in pixels of what `image_processor` makes of a square image.
         patch_size: Side of a patch in pixels.
         has_text: Whether there is a text tower, so that `encode_text` takes any words.
@@ -80,7 +80,8 @@ class Teacher:
         heads = [getattr(model, head) for head in _HEADS if hasattr(model, head)]
         self._tower = model.vision_model if self.has_text else model.base_model if heads else model
         self._layout = VISION_TOWERS[self._tower.config.model_type]
-        self.feature_size: int = self._tower.config.hidden_size
+        self.hidden_size: int = self._tower.config.hidden_size
+        self.feature_size = self.hidden_size
         self.logit_scale = DEFAULT_LOGIT_SCALE
         if self._dual_encoder is not None:
             self.feature_size = self._dual_encoder.feature_size(model.config)

@@ -1,0 +1,68 @@
+"""Peak memory of asking one image about very many locations, beyond what the answers themselves take.
+
+    python benchmarks/memory.py --preset tiny --num_locations 1048576
+    python benchmarks/memory.py --preset dinov2-large --num_locations 65536
+
+The bound is the chunk's, whatever the number of locations. On the CPU the peak is the process's resident memory (Linux's
+VmHWM) over what it held before the query, with weights loaded and one small query made; on a GPU it is the allocator's.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from apm_hf import APMConfig, APMModel
+from apm_hf.position_encoding import grid_coordinates
+
+MEBIBYTE = 2**20
+
+
+def resident(field: str) -> int:
+    """Bytes: `VmRSS` now, `VmHWM` at most since the process began."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+@torch.no_grad()
+def measure(preset: str, num_locations: int, *, local_patch: bool, chunk_size: int | None) -> dict[str, object]:
+    """Mebibytes of the answers and of the peak beyond them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = APMModel(APMConfig.preset(preset, local_patch=local_patch)).to(device).eval()
+    side = model.config.image_size
+    pixel_values = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    rows = 2 ** ((num_locations.bit_length() - 1) // 2)
+    coordinates = grid_coordinates(rows, num_locations // rows, device=device)
+    model(pixel_values, coordinates[:64], chunk_size=32)  # libraries' own buffers
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = resident("VmRSS")
+    outputs = model(pixel_values, coordinates, chunk_size=chunk_size)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
+    answers = sum(values.numel() * values.element_size() for values in outputs.values() if torch.is_tensor(values))
+    return {
+        "preset": preset,
+        "num_locations": len(coordinates),
+        "local_patch": local_patch,
+        "answers_mib": round(answers / MEBIBYTE, 1),
+        "beyond_mib": round((peak - before - answers) / MEBIBYTE, 1),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--num_locations", type=int, default=2**20, help="a power of 2, or a multiple of one")
+    parser.add_argument("--local_patch", action="store_true")
+    parser.add_argument("--chunk_size", type=int)
+    options = parser.parse_args()
+    print(json.dumps(measure(**vars(options))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Other views of training images: random crops and mirror images, reproducible whatever the order they are asked in.
+
+A student that is distilled from few images learns more from them this way; its teacher sees the same view.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from torch.utils.data import Dataset
+
+from .images import decode_image
+
+_ASPECT = 4 / 3  # crops are at most so much wider or taller than the picture is
+
+
+class RandomCrops(Dataset):
+    """Rows of a data set, every image cropped and perhaps mirrored; which way depends on (seed, epoch, row) alone.
+
+    Args:
+        dataset: rows with images, by index.
+        image_column: its column of images, decoded or not.
+        min_area: the smallest share of a picture's area that a crop keeps; 1 only mirrors.
+        seed: of the views.
+
+    Raises:
+        ValueError: for a share outside (0, 1].
+    """
+
+    def __init__(self, dataset: Any, image_column: str, *, min_area: float = 0.3, seed: int = 0) -> None:
+        if not 0 < min_area <= 1:
+            raise ValueError(f"min_area: expected a share above 0 and at most 1, got {min_area}")
+        self.dataset, self.image_column = dataset, image_column
+        self.min_area, self.seed, self.epoch = min_area, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other views from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: Mapping[str, Any] = self.dataset[index]
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        return {**row, self.image_column: self._view(decode_image(row[self.image_column]), rng)}
+
+    def _view(self, image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
+        area = rng.uniform(self.min_area, 1)
+        stretch = np.exp(rng.uniform(-np.log(_ASPECT), np.log(_ASPECT)) / 2)
+        shares = np.minimum(np.sqrt(area) * np.array([stretch, 1 / stretch]), 1)  # of width and height
+        size = np.maximum(1, np.round(shares * image.size)).astype(int)
+        left, top = (int(rng.integers(0, whole - part + 1)) for whole, part in zip(image.size, size, strict=True))
+        view = image.crop((left, top, left + int(size[0]), top + int(size[1])))
+        return view.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else view
