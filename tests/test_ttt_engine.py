@@ -110,7 +110,7 @@ def test_groups_and_threads_change_no_bit():
 
 def naive_fit(model, image, target, config):
     """A plain loop over the weights that `config.fit` names; a product of rank R is written out where it learns."""
-    learning = learning_modules(model.config, config.fit, colours=False)
+    learning = learning_modules(model.config, config.fit)
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     learnt, deltas = {}, {}
     for name, weight in weights.items():
@@ -170,9 +170,7 @@ def test_bfloat16_products_are_close_and_not_the_same():
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (3, 3), (4, 5)])
-@pytest.mark.parametrize(
-    "options", [{}, {"local_patch": True}, {"local_patch": True, "local_patch_scales": [1, 2, 3]}]
-)
+@pytest.mark.parametrize("scales", [None, [1], [1, 2, 3]])
 def test_a_mixture_of_targets_is_their_weighted_losses_at_the_centres_of_the_targets_cells(scales, grid):
     options = {} if scales is None else {"local_patch": True, "local_patch_scales": scales}
     model, (images, views) = small_model(**options), problem()
@@ -204,6 +202,39 @@ def test_a_mixture_of_targets_is_their_weighted_losses_at_the_centres_of_the_tar
                            model.state_dict()["decoder.rgb_head.layers.0.weight"])  # fmt: skip
 
 
+@pytest.mark.parametrize("fit", ["all", "low_rank", "heads"])
+def test_levels_are_a_target(fit):
+    """What learns beside the head of levels, and what it learns, is held against a plain loop."""
+    model, (images, _) = small_model(num_levels=2, level_size=12), problem()
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(3, 4, 5, F_WIDTH, generator=generator)
+    levels = torch.randn(3, 2, 4, 5, 12, generator=generator)
+    targets = TTTTargets(features=features, levels=levels, level_weight=2.0)
+    adapted = adapt(model, images, targets, config=recipe(learning_rate=1e-3, fit=fit, steps=40, num_locations=16))
+    plain = adapt(model, images, TTTTargets(features=features), config=recipe(fit=fit))
+    head = "decoder.level_head.weight"
+    assert torch.equal(plain.state_dict(0)[head], model.state_dict()[head])
+    assert not torch.equal(adapted.state_dict(0)[head], model.state_dict()[head])
+    answer = adapted.query(grid_coordinates(4, 5)).levels
+    before = model(images, grid_coordinates(4, 5)).levels
+    wanted = levels.flatten(2, 3).transpose(1, 2)  # (B, N, rows, cols, C) -> (B, L, N, C)
+    assert F.mse_loss(answer, wanted) < 0.9 * F.mse_loss(before, wanted)
+    if fit == "all":
+        machine, optimizer = model, torch.optim.Adam(model.parameters(), lr=1e-3)
+        few = adapt(model, images[:1], TTTTargets(features=features[:1], levels=levels[:1], level_weight=2.0),
+                    config=recipe(learning_rate=1e-3, steps=4))  # fmt: skip
+        for step in range(4):
+            outputs = machine(images[:1], grid_coordinates(4, 5))
+            loss = F.mse_loss(outputs.last_hidden_state[0], features[0].flatten(0, 1))
+            loss = loss + 2 * F.mse_loss(outputs.levels[0], wanted[0])
+            assert few.losses[0, step].item() == pytest.approx(loss.item(), rel=1e-4)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with pytest.raises(ValueError, match=r"levels: expected shape \(B, 2, rows, cols, 12\), got \(3, 1, 4, 5, 12\)"):
+        adapt(model, images, TTTTargets(levels=levels[:, :1]), config=recipe())
+
+
 def test_colours_on_another_grid_are_interpolated_to_that_of_the_features():
     model, (images, _) = small_model(), problem()
     generator = torch.Generator().manual_seed(3)
@@ -228,7 +259,7 @@ def test_features_alone_are_a_target():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "expected image_embeds, features or rgb, got none"),
+        ({}, "expected image_embeds, features, rgb or levels, got none"),
         ({"image_embeds": torch.ones(3)}, r"image_embeds: expected \(2, 3\) dimensions"),
         ({"features": torch.ones(3, 9, F_WIDTH)}, "features: expected"),
         ({"rgb": torch.ones(3, 3, 3, 4)}, r"rgb: expected shape \(B, rows, cols, 3\)"),

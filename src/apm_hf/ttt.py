@@ -306,7 +306,7 @@ class _Fit:
         self.model, self.config, self.targets, self.callback = model, config, targets, callback
         self.text_embeds = None if text_embeds is None else torch.nn.functional.normalize(text_embeds, dim=-1)
         self.keep_machines, self.own_seeds = keep_machines, own_seeds
-        self.learning = learning_modules(model.config, config.fit, colours=targets.rgb is not None)
+        self.learning = learning_modules(model.config, config.fit, targets.tensors())
         self.optimizer: torch.optim.Optimizer | None = None
 
     def __call__(
@@ -339,8 +339,8 @@ class _Fit:
                 places = [sampler(device, fitted) for _ in range(min(_PREPARED_STEPS, config.steps - step))]
                 ahead = list(zip(places, machines.prepare(places), strict=True))
             where, still = ahead.pop(0)
-            features, pooled, rgb = machines(where, still, everywhere=self.targets.everywhere)
-            loss = targets.loss(features, pooled, rgb, where)
+            answers = machines(where, still, everywhere=self.targets.everywhere)
+            loss, pooled = targets.loss(answers, where), answers.pooled
             losses[fitted, step] = loss.detach()
             if self.callback is not None:
                 self._call_back(step, rows, fitted, loss, pooled, machines, start)
@@ -364,7 +364,7 @@ class _Fit:
                 (where, still), *ahead = [_select(entry, kept, num, selected) for entry in [(where, still), *ahead]]
         if len(fitted):
             with torch.no_grad():
-                embeds[fitted] = machines(where, still, everywhere=self.targets.everywhere)[1]
+                embeds[fitted] = machines(where, still, everywhere=self.targets.everywhere).pooled
             leaves |= _leaves(machines, fitted, torch.ones(len(fitted), dtype=torch.bool))
         machines.release()
         if not self.keep_machines:
@@ -552,7 +552,7 @@ def _group_size(
 def bytes_per_image(model: APMModel, config: TTTConfig, targets: TTTTargets, *, distinct: bool) -> int:
     """An estimate of what fitting one image takes; `distinct` where every image has a seed, so weights, of its own."""
     architecture = model.config
-    learning = learning_modules(architecture, config.fit, colours=targets.rgb is not None)
+    learning = learning_modules(architecture, config.fit, targets.tensors())
     whole = sum(parameter.numel() for parameter in model.parameters())
     learnt = 0
     for name, parameter in model.named_parameters():
@@ -604,14 +604,19 @@ def _check(
     num_images, named = len(targets), targets.tensors()
     if num_images == 0:
         raise ValueError("targets: expected at least one image, got none")
-    for name in named.keys() - {"rgb"}:
+    levels = (model.config.num_levels, model.config.level_width)
+    if targets.levels is not None and (targets.levels.shape[1], targets.levels.shape[-1]) != levels:
+        raise ValueError(
+            f"levels: expected shape (B, {levels[0]}, rows, cols, {levels[1]}), got {tuple(targets.levels.shape)}"
+        )
+    for name in named.keys() - {"rgb", "levels"}:
         if named[name].shape[-1] != feature_size:
             shape = {"image_embeds": f"(B, {feature_size})", "features": f"(B, rows, cols, {feature_size})"}[name]
             raise ValueError(f"targets: expected shape {shape} with B >= 1, got {tuple(named[name].shape)}")
     if targets.rgb is not None and not model.config.use_rgb_head:
         raise ValueError("rgb: expected a machine with use_rgb_head=True, got one without")
     if config.fit == "trigger":
-        learning_modules(model.config, config.fit, colours=False)  # says what is missing
+        learning_modules(model.config, config.fit)  # says what is missing
     if config.num_locations is not None and config.num_locations > num_locations:
         raise ValueError(
             f"num_locations: expected at most the grid's {num_locations} locations, got {config.num_locations}"

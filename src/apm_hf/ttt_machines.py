@@ -12,7 +12,7 @@ grid asked about, the machine's own or its target's. Locations are indices of it
 None for the whole grid.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -31,7 +31,7 @@ from .position_encoding import (
     sample_patches,
     sincos_code,
 )
-from .ttt_targets import at
+from .ttt_targets import Answers, at
 
 # Elements in 64 bytes, what BLAS libraries align to: patches are padded to a multiple of them.
 ALIGNED = 16
@@ -42,20 +42,23 @@ MIN_ROWS = 16
 FITS = ("all", "last_layers", "low_rank", "heads", "trigger", "output_bias")
 
 
-def learning_modules(config: APMConfig, fit: str, *, colours: bool) -> dict[str, str]:
-    """Which modules learn, and how, for one of `FITS`; the RGB head only where colours are asked for.
+def learning_modules(config: APMConfig, fit: str, targets: Collection[str] = ()) -> dict[str, str]:
+    """Which modules learn, and how, for one of `FITS`; with `"rgb"` and `"levels"` among the targets, their heads too.
 
     Raises:
         ValueError: where the machine has nothing of that kind.
     """
     last, head = f"decoder.layers.{len(config.hidden_sizes) - 1}", "decoder.feature_head"
     values = ["pooler.v_proj", "pooler.out_proj"] if config.pooling == "attention" else []
+    asked_for = {"decoder.level_head": "all"} if "levels" in targets else {}
+    if "rgb" in targets:
+        asked_for |= {f"decoder.rgb_head.layers.{index}": "all" for index in range(len(config.rgb_hidden_sizes) + 1)}
     if fit == "trigger":
         if config.trigger_source != "conv":
             raise ValueError("fit='trigger': expected trigger_source='conv', got a machine without a convolution")
-        return {"trigger": "all"}
+        return {"trigger": "all"} | asked_for
     if fit == "output_bias":
-        return {values[-1] if values else head: "bias"}
+        return {values[-1] if values else head: "bias"} | asked_for
     how = "blocks" if fit == "low_rank" else "all"
     if fit == "all":
         learning = [f"decoder.layers.{index}" for index in range(len(config.hidden_sizes))] + [head]
@@ -63,10 +66,7 @@ def learning_modules(config: APMConfig, fit: str, *, colours: bool) -> dict[str,
         learning += ["pooler", "pooler.q_proj", "pooler.k_proj", *values] if values else []
     else:
         learning = [head] if fit == "heads" else [last, head]
-    modules = dict.fromkeys(learning, how) | dict.fromkeys(values, "all")
-    if colours:
-        modules |= {f"decoder.rgb_head.layers.{index}": "all" for index in range(len(config.rgb_hidden_sizes) + 1)}
-    return modules
+    return dict.fromkeys(learning, how) | dict.fromkeys(values, "all") | asked_for
 
 
 class _Product(torch.autograd.Function):
@@ -367,18 +367,20 @@ class Machines:
                     for scale in config.local_patch_scales
                 ]
                 self.patches = _aligned(torch.cat(windows, dim=-1))
+        self.levels = linear("decoder.level_head") if "decoder.level_head" in learning else None
         self.trigger_column = trigger_column
         # How many Linears of the chain stand still, counted from the image on; None: the first layer learns.
         self.num_still: int | None = None
         trigger_learns = self.trigger is not None and self.trigger.how is not None
-        if not trigger_learns and self.first.parts["trigger"].how is None:
+        # Levels are read from the last layer's answers, which what is prepared may not hold.
+        if not trigger_learns and self.first.parts["trigger"].how is None and self.levels is None:
             self.num_still = next((k for k, layer in enumerate(self.chain) if layer.how), len(self.chain))
 
     def linears(self) -> Iterator[StackedLinear]:
         for owner in (self.first, self.first_colours):
             yield from owner.parts.values() if owner is not None else ()
         yield from [*self.chain, *self.colours]
-        yield from () if self.trigger is None else (self.trigger,)
+        yield from (layer for layer in (self.trigger, self.levels) if layer is not None)
         yield from () if self.pooler is None else self.pooler.linears.values()
 
     def leaves(self) -> dict[str, Tensor]:
@@ -421,10 +423,8 @@ class Machines:
         assert self.cells is not None
         return self.trigger(self.cells).mT.flatten(1)[:, None]  # (B, L, T) -> (B, T, L) -> (B, 1, D)
 
-    def __call__(
-        self, where: Tensor | None, prepared: Any, *, everywhere: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Features `(B, n, F)` (None where only their mean is needed), their pooling `(B, F)`, colours `(B, n, 3)`."""
+    def __call__(self, where: Tensor | None, prepared: Any, *, everywhere: bool) -> Answers:
+        """At `where`, from what `prepare` gave for it; `everywhere`: whether locations have targets of their own."""
         trigger = None
         if self.num_still is None or (everywhere and self.first_colours is not None):
             trigger = self._trigger()  # once a step: a product's gradient is written, not added
@@ -440,15 +440,18 @@ class Machines:
         for layer in rest[:-1]:
             hidden = self.activation(layer(hidden))
         if self.pooler is None and not everywhere and rest:  # the mean commutes with the feature head
-            return None, rest[-1](_mean(hidden)[:, None])[:, 0].float(), None
+            return Answers(rest[-1](_mean(hidden)[:, None])[:, 0].float())
+        levels = None
+        if self.levels is not None:
+            levels = self.levels(hidden).float().unflatten(-1, (self.config.num_levels, -1))  # (B, n, N, C)
         features = (rest[-1](hidden) if rest else hidden).float()
         pooled = _mean(features) if self.pooler is None else self.pooler(features, where)
         if self.first_colours is None or trigger is None:
-            return features, pooled, None
+            return Answers(pooled, features, levels=levels)
         rgb = self.first_colours(trigger, self.patches, where, features).relu()
         for layer in self.colours:
             rgb = layer(rgb).relu()
-        return features, pooled, rgb.float()
+        return Answers(pooled, features, rgb.float(), levels)
 
     def keep(self, kept: Tensor) -> None:
         """Go on with these machines alone, `(B',)` indices; the leaves are new tensors."""

@@ -2,7 +2,8 @@
 
 Source: arXiv:2410.20535, section 4 (the pooled embedding); sections 3.2 and 3.3 for features and colours.
 
-Legend: B images, T targets an image (views, teachers), L locations, F feature width, (rows, cols) a target's grid.
+Legend: B images, T targets an image (views, teachers), L locations, N levels, C a level's width, F feature width,
+(rows, cols) a target's grid.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,9 @@ class TTTTargets:
             cells, wherever its own grid lies, so that no target is interpolated.
         rgb: for their colours: `(B, rows, cols, 3)`, in [0, 1]. The RGB head is then fitted too. Interpolated
             bilinearly where `features` have another grid.
-        cls_weight, grid_weight, rgb_weight: of the three.
+        levels: for the levels of locations: `(B, N, rows, cols, C)`, normalised by [`normalise_levels`]; the head of
+            levels is then fitted too. Interpolated bilinearly where `features` have another grid.
+        cls_weight, grid_weight, rgb_weight, level_weight: of the four.
 
     Raises:
         ValueError: for shapes that do not fit each other, or no target at all.
@@ -36,15 +39,17 @@ class TTTTargets:
     embed_weights: Tensor | None = None
     features: Tensor | None = None
     rgb: Tensor | None = None
+    levels: Tensor | None = None
     cls_weight: float = 1.0
     grid_weight: float = 1.0
     rgb_weight: float = 1.0
+    level_weight: float = 1.0
 
     def __post_init__(self) -> None:
         given = self.tensors()
         if not given:
-            raise ValueError("targets: expected image_embeds, features or rgb, got none of them")
-        for name, dims in (("image_embeds", (2, 3)), ("features", (4,)), ("rgb", (4,))):
+            raise ValueError("targets: expected image_embeds, features, rgb or levels, got none of them")
+        for name, dims in (("image_embeds", (2, 3)), ("features", (4,)), ("rgb", (4,)), ("levels", (5,))):
             if name in given and given[name].ndim not in dims:
                 raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(given[name].shape)}")
         if "rgb" in given and given["rgb"].shape[-1] != 3:
@@ -60,7 +65,7 @@ class TTTTargets:
                 raise ValueError(
                     f"embed_weights: expected shape ({num_targets},), got {tuple(self.embed_weights.shape)}"
                 )
-        for name in ("cls_weight", "grid_weight", "rgb_weight"):
+        for name in ("cls_weight", "grid_weight", "rgb_weight", "level_weight"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a positive finite number, got {getattr(self, name)}")
 
@@ -69,21 +74,43 @@ class TTTTargets:
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are given."""
-        named = {"image_embeds": self.image_embeds, "features": self.features, "rgb": self.rgb}
+        named = {
+            "image_embeds": self.image_embeds,
+            "features": self.features,
+            "rgb": self.rgb,
+            "levels": self.levels,
+        }
         return {name: values for name, values in named.items() if values is not None}
 
     @property
     def grid(self) -> tuple[int, int] | None:
         """(rows, cols) of the locations' targets; None without any."""
-        for values in (self.features, self.rgb):
+        for values in (self.features, self.rgb, self.levels):
             if values is not None:
-                return values.shape[1], values.shape[2]
+                return values.shape[-3], values.shape[-2]
         return None
 
     @property
     def everywhere(self) -> bool:
         """Whether locations have targets of their own."""
-        return self.features is not None or self.rgb is not None
+        return self.grid is not None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What B machines say at one step.
+
+    Args:
+        pooled: `(B, F)`.
+        features: `(B, n, F)`; None where only their mean is needed.
+        rgb: `(B, n, 3)`, where there are targets for it.
+        levels: `(B, n, N, C)`, likewise.
+    """
+
+    pooled: Tensor
+    features: Tensor | None = None
+    rgb: Tensor | None = None
+    levels: Tensor | None = None
 
 
 class GridTargets:
@@ -99,7 +126,12 @@ class GridTargets:
                 values = F.interpolate(values, targets.grid, mode="bilinear", align_corners=False)
             return values.flatten(2).mT.contiguous()  # (B, L, F)
 
-        self.features, self.rgb = gridded(targets.features), gridded(targets.rgb)
+        self.features, self.rgb, self.levels = gridded(targets.features), gridded(targets.rgb), None
+        if targets.levels is not None:
+            num_levels = targets.levels.shape[1]
+            columns = gridded(targets.levels.movedim(1, -2).flatten(-2))  # (B, N, rows, cols, C) -> (B, L, N * C)
+            assert columns is not None
+            self.levels = columns.unflatten(-1, (num_levels, -1))
         self.embeds, self.embed_weights = None, None
         if targets.image_embeds is not None:
             # Copies, since what was made in inference mode cannot be differentiated through.
@@ -109,22 +141,23 @@ class GridTargets:
             weights = torch.full((num_targets,), 1 / num_targets)
             weights = weights if targets.embed_weights is None else targets.embed_weights
             self.embed_weights = weights.to(device, torch.float32)
-        self.weights = (targets.cls_weight, targets.grid_weight, targets.rgb_weight)
+        self.cls_weight = targets.cls_weight
+        self.weights = {"features": targets.grid_weight, "rgb": targets.rgb_weight, "levels": targets.level_weight}
 
-    def loss(self, features: Tensor | None, pooled: Tensor, rgb: Tensor | None, where: Tensor | None) -> Tensor:
+    def loss(self, answers: Answers, where: Tensor | None) -> Tensor:
         """`(B,)` for what the machines answer at these locations."""
-        cls_weight, grid_weight, rgb_weight = self.weights
+        pooled = answers.pooled
         terms = []
         if self.embeds is not None and self.embed_weights is not None:
             if self.embeds.shape[1] == 1:
                 error = (pooled - self.embeds[:, 0]).square().mean(dim=1) * self.embed_weights
             else:
                 error = ((pooled[:, None] - self.embeds).square().mean(dim=2) * self.embed_weights).sum(dim=1)
-            terms.append(cls_weight * error)
-        for weight, answers, wanted in ((grid_weight, features, self.features), (rgb_weight, rgb, self.rgb)):
+            terms.append(self.cls_weight * error)
+        for name, weight in self.weights.items():
+            answer, wanted = getattr(answers, name), getattr(self, name)
             if wanted is not None:
-                assert answers is not None
-                terms.append(weight * (answers - at(wanted, where)).square().mean(dim=2).mean(dim=1))
+                terms.append(weight * (answer - at(wanted, where)).square().flatten(2).mean(dim=2).mean(dim=1))
         total = terms[0]
         for term in terms[1:]:
             total = total + term
@@ -132,8 +165,8 @@ class GridTargets:
 
     def keep(self, kept: Tensor) -> None:
         """Go on with these images alone, `(B',)` indices."""
-        self.embeds, self.features, self.rgb = (
-            None if values is None else values[kept] for values in (self.embeds, self.features, self.rgb)
+        self.embeds, self.features, self.rgb, self.levels = (
+            None if values is None else values[kept] for values in (self.embeds, self.features, self.rgb, self.levels)
         )
 
 
@@ -178,7 +211,7 @@ class Stopper:
 
 
 def at(values: Tensor, where: Tensor | None) -> Tensor:
-    """`(B, n, F)` of `(B, L, F)`."""
+    """`(B, n, ...)` of `(B, L, ...)`."""
     if where is None:
         return values
     if where.ndim == 1:
