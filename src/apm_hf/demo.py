@@ -94,10 +94,13 @@ def run_demo(config: DemoConfig) -> DemoResult:
     """
     teacher = load_teacher(config.teacher)
     train_images, test_images, labels, class_names = _load(config)
-    architecture = demo_architecture(teacher.feature_size)
+    layers = demo_layers(teacher)
+    architecture = demo_architecture(teacher.feature_size, num_levels=len(layers), level_size=teacher.hidden_size)
     image_processor = matching_image_processor(teacher, architecture.image_size)
 
-    cache = TargetCache.build(train_images, teacher, image_processor, description="teacher")
+    cache = TargetCache.build(
+        train_images, teacher, image_processor, layers=layers, dtype=torch.float16, description="teacher"
+    )
     output_dir = Path(config.output_dir)
     student = _distil(architecture, cache, image_processor, config, output_dir)
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,15 +121,25 @@ def run_demo(config: DemoConfig) -> DemoResult:
     return DemoResult(test.rows, table, files, output_dir)
 
 
-def demo_architecture(feature_size: int) -> APMConfig:
+def demo_layers(teacher: Teacher) -> list[int]:
+    """Three of the teacher's layers, low to high: parts, more, wholes."""
+    return sorted({max(1, round(share * teacher.num_layers)) for share in (0.2, 0.6, 1.0)})
+
+
+def demo_architecture(feature_size: int, **overrides: Any) -> APMConfig:
     """The `tiny` preset with more to tell images and places apart.
 
     Attention pools, since the mean of the features cannot be the teacher's image embedding while the features
     themselves are the teacher's patches; with mean pooling, L_grid and L_cls pull against each other.
     """
-    return APMConfig.preset(
-        "tiny", feature_size=feature_size, trigger_channels=4, local_patch=True, pooling="attention"
-    )
+    fields = {
+        "feature_size": feature_size,
+        "trigger_channels": 4,
+        "local_patch": True,
+        "local_patch_scales": [1, 2],
+        "pooling": "attention",
+    }
+    return APMConfig.preset("tiny", **{**fields, **overrides})
 
 
 class _Test:

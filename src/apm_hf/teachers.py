@@ -65,6 +65,7 @@ class Teacher:
         name: What `load_teacher` was given.
         model, image_processor, tokenizer: The Hugging Face objects; `tokenizer` is None without a text tower.
         feature_size, hidden_size: F and C.
+        num_layers: Layers of the vision tower.
         image_size: Side in pixels of what `image_processor` makes of a square image.
         patch_size: Side of a patch in pixels.
         has_text: Whether there is a text tower, so that `encode_text` takes any words.
@@ -80,6 +81,7 @@ class Teacher:
         heads = [getattr(model, head) for head in _HEADS if hasattr(model, head)]
         self._tower = model.vision_model if self.has_text else model.base_model if heads else model
         self._layout = VISION_TOWERS[self._tower.config.model_type]
+        self.num_layers: int = self._tower.config.num_hidden_layers
         self.hidden_size: int = self._tower.config.hidden_size
         self.feature_size = self.hidden_size
         self.logit_scale = DEFAULT_LOGIT_SCALE
@@ -136,9 +138,8 @@ class Teacher:
         if pixel_values is None:
             pixel_values = self.pixel_values(images)
         self._check_pixel_values(pixel_values)
-        num_layers = self._tower.config.num_hidden_layers
-        if layers is not None and (not layers or any(layer not in range(num_layers + 1) for layer in layers)):
-            raise ValueError(f"Expected `layers` from 0 to {num_layers} for teacher '{self.name}', got {layers}.")
+        if layers is not None and (not layers or any(layer not in range(self.num_layers + 1) for layer in layers)):
+            raise ValueError(f"Expected `layers` from 0 to {self.num_layers} for teacher '{self.name}', got {layers}.")
         grid = (pixel_values.shape[-2] // self.patch_size, pixel_values.shape[-1] // self.patch_size)
 
         with torch.inference_mode():
