@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from apm_hf import APMConfig, APMModel, load_teacher
+from apm_hf import APMConfig, APMImageProcessor, APMModel, load_teacher
 from apm_hf.dense_targets import moved
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
 from apm_hf.distillation_targets import TargetMaker, ask
@@ -161,3 +161,29 @@ def test_a_student_needs_a_level_for_every_layer(tmp_path, clip):
             student(num_levels=2), Pictures(), config=config, teacher=clip,
             image_processor=matching_image_processor(clip, STUDENT_SIZE),
         )  # fmt: skip
+
+
+def test_levels_without_targets_are_refused_unless_they_are_to_stay_as_they_are(tmp_path):
+    class Cached(Pictures):
+        def __getitem__(self, index):
+            answer = {
+                "image_embeds": noise(FEATURE_SIZE, seed=index),
+                "features": noise(4, 4, FEATURE_SIZE, seed=index),
+            }
+            return answer | {"pixel_values": noise(3, STUDENT_SIZE, STUDENT_SIZE, seed=index)}
+
+    machine = student(num_levels=2)
+    before = machine.decoder.level_head.weight.detach().clone()
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "batch_size": 4,
+        "report_to": "none",
+        "checkpoint_steps": 0,
+    }
+    image_processor = APMImageProcessor(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE})
+    with pytest.raises(ValueError, match="levels: expected targets for the student's 2 levels, got none"):
+        distill(machine, Cached(), config=DistillationConfig(**settings), image_processor=image_processor)
+    config = DistillationConfig(**settings, level_weight=0.0)
+    result = distill(machine, Cached(), config=config, image_processor=image_processor)
+    assert torch.equal(result.student.decoder.level_head.weight, before)

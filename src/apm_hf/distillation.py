@@ -169,7 +169,7 @@ class _Run:
             from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
         except ImportError as error:
             raise ImportError('distillation needs the package `accelerate`: pip install "apm_hf[train]"') from error
-        self.config, self.image_processor, self.feature_size = config, image_processor, student.config.feature_size
+        self.config, self.image_processor, self.architecture = config, image_processor, student.config
         self.output_dir = Path(config.output_dir)
         # A loss of weight 0 leaves its head without gradient, which DDP must be told.
         weights = (config.grid_weight, config.cls_weight, config.rgb_weight)
@@ -258,9 +258,13 @@ class _Run:
         self, batch: dict[str, Tensor], shift: tuple[float, float] = (0.0, 0.0)
     ) -> tuple[DistillationTargets, Tensor | None, tuple[int, int]]:
         targets, coordinates, grid = self.targets(batch, shift=shift)
-        if targets.features.shape[-1] != self.feature_size:
+        feature_size, num_levels = self.architecture.feature_size, self.architecture.num_levels
+        if targets.features.shape[-1] != feature_size:
+            raise ValueError(f"feature_size: expected the targets' {targets.features.shape[-1]}, got {feature_size}")
+        if num_levels and targets.levels is None and self.config.level_weight:
             raise ValueError(
-                f"feature_size: expected the targets' {targets.features.shape[-1]}, got {self.feature_size}"
+                f"levels: expected targets for the student's {num_levels} levels, got none; give level_layers, or "
+                "level_weight=0 to leave them as they are"
             )
         return targets, coordinates, grid
 
