@@ -3,8 +3,9 @@
     python benchmarks/memory.py --preset tiny --num_locations 1048576
     python benchmarks/memory.py --preset dinov2-large --num_locations 65536
 
-The bound is the chunk's, whatever the number of locations. On the CPU the peak is the process's resident memory (Linux's
-VmHWM) over what it held before the query, with weights loaded and one small query made; on a GPU it is the allocator's.
+The bound is the chunk's, whatever the number of locations. On the CPU the peak is the process's resident memory
+(Linux's VmHWM) over what it held before the query, with weights loaded and one small query made; on a GPU it is the
+allocator's.
 """
 
 import argparse

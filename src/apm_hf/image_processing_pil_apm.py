@@ -13,12 +13,16 @@ How pixels are read, whatever they come in (`read_image`). The type decides the 
   With `do_rescale=False` fractions stay fractions, as elsewhere in transformers.
 * Transparency is composited on white, EXIF orientation applied, one channel repeated; 4 array channels are RGBA.
 
-Legend: B images, C channels (1, 3 or 4), (H, W) the input's and (S_h, S_w) the output's height and width.
+Label maps travel both ways: `segmentation_maps` become `labels` as the picture becomes `pixel_values`, and
+`post_process_semantic_segmentation` puts a model's answer back where it was seen.
+
+Legend: B images, C channels (1, 3 or 4), (H, W) the input's and (S_h, S_w) the output's height and width, K classes.
 """
 
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
@@ -43,6 +48,8 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 CHANNEL_COUNTS = (1, 3, 4)
 MODES_WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa")
 FLOAT_SLACK = 1e-3  # of full scale: what interpolation and half precision add to a correct image
+IGNORE_INDEX = 255  # no label, as for the models' losses
+STRIP_ELEMENTS = 2**24  # logits that are resized at a time, so that a photo of many classes fits into memory
 
 
 class APMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -204,6 +211,46 @@ def _flatten(images: Any, label: str = "images") -> Iterator[tuple[str, Any]]:
         yield from _flatten(image, f"{label}[{index}]")
 
 
+def _label_maps(maps: Any) -> list[np.ndarray]:
+    """One map, a batch or a list of them -> `(rows, cols)` integers each."""
+    if isinstance(maps, list | tuple) or getattr(maps, "ndim", 2) == 3:
+        return [label_map for item in maps for label_map in _label_maps(item)]
+    array = maps.detach().cpu().numpy() if isinstance(maps, Tensor) else np.asarray(maps)
+    if array.ndim != 2 or array.dtype.kind not in "iub" or not array.size:
+        raise ValueError(f"segmentation_maps: expected integers (rows, cols), got {array.dtype} {array.shape}.")
+    return [array]
+
+
+@dataclass(frozen=True)
+class _SeenSide:
+    """One side of what a model sees of a picture: `length` pixels from `start` on, of the `resized` ones."""
+
+    start: int
+    length: int
+    resized: int
+
+    def sources(self, size: int) -> np.ndarray:
+        """`(length,)`: in which of the picture's `size` cells each seen pixel's centre lies; outside them: none."""
+        doubled = 2 * (self.start + np.arange(self.length)) + 1  # integers, since centres may fall on cells' borders
+        return doubled * size // (2 * self.resized)
+
+    def places(self, size: int) -> Tensor:
+        """`(size,)`: where what is seen, [-1, 1], has the centres of the picture's `size` cells; float64."""
+        centres = (torch.arange(size, dtype=torch.float64) + 0.5) * self.resized / size
+        return 2 * (centres - self.start) / self.length - 1
+
+
+def _resized_argmax(logits: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """`(H, W)`, classes at the rows `y` `(H,)` and columns `x` `(W,)`, in [-1, 1], of bilinear logits `(K, h, w)`."""
+    logits, y, x = logits[None].float(), y.to(logits.device, torch.float32), x.to(logits.device, torch.float32)
+    strips = []
+    for rows in y.split(max(1, STRIP_ELEMENTS // (logits.shape[1] * len(x)))):
+        grid = torch.stack(torch.meshgrid(rows, x, indexing="ij")[::-1], dim=-1)  # grid_sample takes (x, y)
+        strip = F.grid_sample(logits, grid[None], padding_mode="border", align_corners=False)
+        strips.append(strip[0].argmax(dim=0))
+    return torch.cat(strips)
+
+
 class APMImageProcessorBase(BaseImageProcessor):
     """Defaults, input checks and errors of both backends; a backend brings `process_image` and `_preprocess`."""
 
@@ -243,6 +290,113 @@ class APMImageProcessorBase(BaseImageProcessor):
             except ValueError as error:
                 raise ValueError(f"{label}: {error}") from error
         return prepared
+
+    def preprocess(
+        self, images: Any, segmentation_maps: Any = None, **kwargs: Unpack[APMImageProcessorKwargs]
+    ) -> BatchFeature:
+        """Turn images, and maps of their pixels' labels, into a model's input.
+
+        Args:
+            images: see the class.
+            segmentation_maps: a map for every image, `(rows, cols)` integers at any resolution, as arrays, tensors or
+                PIL images of one channel (with a palette: its indices); one map, a list, or a batch.
+            **kwargs: options instead of the processor's own.
+
+        Returns:
+            `pixel_values`; with maps also `labels` `(B, S_h, S_w)` int64, the label at every pixel's centre, and 255
+            where a crop or padding reaches beyond the picture.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def _preprocess_image_like_inputs(self, images: Any, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
+        images = self._prepare_image_like_inputs(images, **kwargs)
+        batch = self._preprocess(images, **kwargs)
+        if segmentation_maps is None:
+            return batch
+        maps = _label_maps(segmentation_maps)
+        if len(maps) != len(images):
+            raise ValueError(f"segmentation_maps: expected one for each of {len(images)} images, got {len(maps)}.")
+        labels = []
+        for image, label_map in zip(images, maps, strict=True):
+            sides = self._seen_sides(*image.shape[-2:], **kwargs)
+            rows, cols = (side.sources(size) for side, size in zip(sides, label_map.shape, strict=True))
+            seen = np.full((len(rows), len(cols)), IGNORE_INDEX, dtype=np.int64)
+            inside = [(index >= 0) & (index < size) for index, size in zip((rows, cols), label_map.shape, strict=True)]
+            seen[np.ix_(*inside)] = label_map[np.ix_(rows[inside[0]], cols[inside[1]])]
+            labels.append(seen)
+        return BatchFeature({**batch, "labels": labels}, tensor_type=kwargs.get("return_tensors"))
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, *, outside: int | None = None
+    ) -> list[Tensor]:
+        """Label maps of the pictures that a model has seen through this processor.
+
+        Resizing, centre crop and padding are undone, by the processor's own options; logits are resized bilinearly.
+
+        Args:
+            outputs: of a model, with `logits` `(B, K, h, w)`.
+            target_sizes: (height, width) of each picture; None leaves the map of what was seen as it is.
+            outside: label for pixels that the centre crop cut off, e.g. 255. None refuses pictures with such pixels:
+                `pipeline("image-segmentation")` has names for the classes alone.
+
+        Returns:
+            B maps `(height, width)`, int64, on the logits' device.
+
+        Raises:
+            ValueError: not one size for each map, or cut-off pixels without `outside`.
+        """
+        logits = outputs.logits
+        if target_sizes is None:
+            return list(logits.argmax(dim=1))
+        if len(target_sizes) != len(logits):
+            raise ValueError(f"target_sizes: expected {len(logits)} (height, width), got {len(target_sizes)}.")
+        options = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        maps = []
+        for image_logits, size in zip(logits, target_sizes, strict=True):
+            height, width = (int(side) for side in size)
+            rows, cols = self._seen_sides(height, width, **options)
+            y, x = rows.places(height), cols.places(width)
+            unseen = (y.abs() > 1)[:, None] | (x.abs() > 1)  # (H, W)
+            if outside is None and unseen.any():
+                raise ValueError(
+                    f"target_sizes: the centre crop cuts {int(unseen.sum())} pixels off a picture of "
+                    f"({height}, {width}), and nothing is known about them; expected `outside`, the label to give "
+                    "them, or an image processor with do_center_crop=False whose `size` has a height and a width."
+                )
+            labels = _resized_argmax(image_logits, y, x)
+            maps.append(labels if outside is None else labels.masked_fill(unseen.to(labels.device), outside))
+        return maps
+
+    def _seen_sides(
+        self,
+        height: int,
+        width: int,
+        *,
+        do_resize: bool | None,
+        size: SizeDict,
+        do_center_crop: bool | None,
+        crop_size: SizeDict,
+        do_pad: bool | None = None,
+        pad_size: SizeDict | None = None,
+        **kwargs: Any,
+    ) -> tuple[_SeenSide, _SeenSide]:
+        """Which rows and which columns of a picture the model sees: the geometry of both backends' `_preprocess`."""
+        resized = (height, width)
+        if do_resize:
+            plane = np.zeros((1, height, width), dtype=np.uint8)  # transformers turns `size` into a height and width
+            resized = PilBackend.resize(self, plane, size, resample=PILImageResampling.NEAREST).shape[1:]
+        if do_pad and pad_size is None:
+            raise ValueError("pad_size: expected a size for label maps, since a batch's largest image tells it else.")
+        sides = []
+        for name, pixels in zip(("height", "width"), resized, strict=True):
+            start, length = 0, pixels
+            if do_center_crop:
+                length = getattr(crop_size, name)
+                start = int((pixels - length) / 2)  # towards zero: negative where zeros were put around the image
+            if do_pad:
+                length = getattr(pad_size, name)
+            sides.append(_SeenSide(start, length, pixels))
+        return sides[0], sides[1]
 
     def _validate_preprocess_kwargs(self, **kwargs: Unpack[APMImageProcessorKwargs]) -> None:
         super()._validate_preprocess_kwargs(**kwargs)

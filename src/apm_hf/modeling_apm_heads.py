@@ -86,10 +86,21 @@ class APMForImageClassification(APMPreTrainedModel):
 
 
 class APMForSemanticSegmentation(APMPreTrainedModel):
-    """A linear classifier on the feature of every location; the map may be asked for at any resolution."""
+    """A linear classifier on the feature of every location; the map may be asked for at any resolution.
 
-    def __init__(self, config: APMConfig):
+    To train the classifier alone, `model.apm.requires_grad_(False)`: the machine is then asked without gradients, in
+    chunks, so that `output_size` may be that of the labels, whatever the memory.
+
+    Args:
+        output_size: (height, width) of maps where a call names none; None is the grid. It describes a use of the
+            machine and not the machine, hence is no part of the configuration and is not saved:
+            `from_pretrained(..., output_size=(480, 640))` or `model.output_size = ...` sets it, and for a folder
+            `pipeline("image-segmentation", folder, model_kwargs={"output_size": (480, 640)})`.
+    """
+
+    def __init__(self, config: APMConfig, *, output_size: tuple[int, int] | None = None):
         super().__init__(config)
+        self.output_size = output_size
         self.num_labels = config.num_labels
         self.apm = APMModel(config)
         self.classifier = nn.Linear(config.feature_size, config.num_labels)
@@ -112,22 +123,26 @@ class APMForSemanticSegmentation(APMPreTrainedModel):
             pixel_values: `(B, C, S, S)`.
             labels: `(B, height', width')`, class indices, 255 where there is none; the logits are interpolated
                 bilinearly to their size for the loss.
-            output_size: (height, width) of the map of queries; None is the grid itself.
+            output_size: (height, width) of the map of queries; None is the model's own, by default the grid itself.
             trigger_column, chunk_size, output_hidden_states: as in [`APMModel.forward`].
         """
         grid = self.config.grid_size
+        output_size = output_size if output_size is not None else self.output_size
         height, width = output_size if output_size is not None else (grid, grid)
         if height < 1 or width < 1:
             raise ValueError(f"output_size: expected a positive (height, width), got {output_size}")
         coordinates = None if output_size is None else grid_coordinates(height, width, device=self.device)
-        outputs = self.apm(
-            pixel_values,
-            coordinates,
-            trigger_column=trigger_column,
-            chunk_size=chunk_size,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        sources = (pixel_values, trigger_column, *self.apm.parameters())
+        is_frozen = not any(source is not None and source.requires_grad for source in sources)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+            outputs = self.apm(
+                pixel_values,
+                coordinates,
+                trigger_column=trigger_column,
+                chunk_size=chunk_size,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+            )
         logits = self.classifier(outputs.last_hidden_state)  # (B, L, num_labels)
         logits = logits.transpose(1, 2).unflatten(2, (height, width))  # -> (B, num_labels, height, width)
         loss = None

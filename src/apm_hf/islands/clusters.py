@@ -1,24 +1,71 @@
-"""Features -> clusters: which locations agree.
+"""Features -> clusters: which locations agree, wherever they lie.
 
-Legend: L locations, F feature width.
+Legend: L locations, F feature width, (rows, cols) a map of locations, row-major.
 """
+
+import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
+# Locations normalised and assigned at a time.
+CHUNK_LOCATIONS = 2**16
 
-def cluster(features: Tensor, num_clusters: int, *, seed: int = 0) -> np.ndarray:
-    """K-means on features of norm 1: `(L,)` cluster indices for features `(L, F)`.
+
+def cluster(features: Tensor, num_clusters: int, *, seed: int = 0, max_locations: int = 4096) -> np.ndarray:
+    """K-means on features of norm 1, so on directions.
+
+    Args:
+        features: `(..., F)`, e.g. `(L, F)` or `(rows, cols, F)`.
+        num_clusters: the number of clusters; fewer are found where fewer features differ.
+        seed: of the centres' start and of the subset.
+        max_locations: centres are fitted on so many locations at most, a random subset; all locations are then
+            assigned to their nearest centre.
+
+    Returns:
+        `(...)`, integers from 0 in the order of the clusters' sizes, the largest first.
 
     Raises:
-        ValueError: for more clusters than locations.
+        ValueError: for more clusters than locations, or than `max_locations`; for features that are not finite.
     """
     try:
         from sklearn.cluster import KMeans
+        from sklearn.exceptions import ConvergenceWarning
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise ImportError('clustering needs scikit-learn: pip install "apm_hf[viz]"') from error
-    if not 1 <= num_clusters <= len(features):
-        raise ValueError(f"num_clusters: expected 1 to {len(features)}, the number of locations, got {num_clusters}")
-    normalised = torch.nn.functional.normalize(features.detach().float().cpu(), dim=-1).numpy()
-    return KMeans(num_clusters, n_init=4, random_state=seed).fit_predict(normalised)
+    flat = features.detach().flatten(0, -2)  # (..., F) -> (L, F)
+    check_finite(flat)
+    if not 1 <= num_clusters <= len(flat):
+        raise ValueError(f"num_clusters: expected 1 to {len(flat)}, the number of locations, got {num_clusters}")
+    if max_locations < num_clusters:
+        raise ValueError(f"max_locations: expected at least num_clusters={num_clusters}, got {max_locations}")
+    fitted = flat
+    if len(flat) > max_locations:
+        order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
+        fitted = flat[order[:max_locations].to(flat.device)]
+    # Of several threads, the one that is done first adds its part to the centres first: one keeps the last bit.
+    with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct features than clusters
+        kmeans = KMeans(num_clusters, n_init=4, random_state=seed).fit(unit_features(fitted))
+        labels = [kmeans.predict(unit_features(chunk)) for chunk in flat.split(CHUNK_LOCATIONS)]
+    return order_by_size(np.concatenate(labels)).reshape(features.shape[:-1])
+
+
+def order_by_size(labels: np.ndarray) -> np.ndarray:
+    """The same partition `(...)`, numbered from 0 by size, the largest first; of equals, the one that occurs first."""
+    _, first, inverse, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.empty(len(sizes), dtype=np.int64)
+    rank[np.lexsort((first, -sizes))] = np.arange(len(sizes))
+    return rank[inverse.reshape(labels.shape)]
+
+
+def unit_features(features: Tensor) -> np.ndarray:
+    """Features `(..., F)` of norm 1, float32, on the CPU; zeros stay zeros."""
+    return torch.nn.functional.normalize(features.detach().float().cpu(), dim=-1).numpy()
+
+
+def check_finite(features: Tensor) -> None:
+    if not features.isfinite().all():
+        raise ValueError("features: expected finite numbers, got NaN or infinity")
