@@ -1,4 +1,4 @@
-"""`apm classify`, called in this process, with a tiny teacher and a tiny machine from folders."""
+"""`apm classify`, `islands` and `interpolate`, called in this process: tiny teachers and machines from folders."""
 
 import logging
 import re
@@ -160,9 +160,11 @@ def test_a_teacher_without_classes_of_its_own_needs_labels(apm, place):
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--help"], 0, ["demo", "classify"]),
+        (["--help"], 0, ["demo", "classify", "islands", "interpolate", "evaluate"]),
         (["classify", "--help"], 0, ["PHOTO", "--teacher", "--labels", "--preset", "reference", "--steps"]),
         (["demo", "--help"], 0, ["--output_dir", "--max_steps"]),
+        (["islands", "--help"], 0, ["PHOTO", "--model", "--teacher", "--movie", "--heights", "--point", "--text"]),
+        (["interpolate", "--help"], 0, ["PHOTO", "--blending", "--patches", "--frames"]),
         ([], 2, []),
         (["classify"], 2, []),
         (["nonsense"], 2, []),
@@ -180,3 +182,93 @@ def test_help_and_wrong_usage(capsys, arguments, status, words):
 def test_the_command_of_the_readme_adapts_a_fresh_machine(apm):
     status, lines, _ = apm("0.png", "--teacher", "clip", "--labels", "labels.txt", "--steps", "1", defaults=False)
     assert status == 0 and len(predictions(lines, "0.png")) == 3
+
+
+@pytest.fixture
+def pictures(place, tmp_path, caplog, capfd):
+    """Run a command that draws: status, files by name, logged lines."""
+    caplog.set_level(logging.INFO, logger="apm_hf")
+
+    def run(command, *arguments, folder="pictures"):
+        arguments = [str(place / argument) if (place / argument).exists() else argument for argument in arguments]
+        caplog.clear()
+        status = main([command, *arguments, "--output_dir", str(tmp_path / folder)])
+        assert not capfd.readouterr().out
+        files = {path.name: path for path in sorted((tmp_path / folder).glob("*"))}
+        return status, files, [record.getMessage() for record in caplog.records if record.name == "apm_hf"]
+
+    return run
+
+
+def test_islands_without_options_are_the_demo_s_and_the_files_are_named(pictures):
+    status, files, logged = pictures("islands", "0.png", "--size", "16", "--heights", "2", "4")
+    assert status == 0 and list(files) == ["islands.png"]
+    assert "know drawn scenes only" in logged[0] and logged[-1] == f"pictures: {files['islands.png']}"
+
+
+def test_islands_of_a_model_alone_and_the_same_bytes_again(pictures):
+    arguments = ("0.png", "--model", "apm", "--size", "16", "--heights", "2", "4", "--point", "-0.5", "0.25")
+    (status, first, logged), (_, second, _) = (pictures("islands", *arguments, folder=name) for name in "ab")
+    assert status == 0 and len(logged) == 1
+    assert first["islands.png"].read_bytes() == second["islands.png"].read_bytes()
+
+
+def test_a_fresh_machine_is_fitted_to_the_photo_and_filmed(pictures):
+    arguments = ("0.png", "--teacher", "clip", "--steps", "4", "--size", "16", "--text", "a cat", "--movie")
+    status, files, logged = pictures("islands", *arguments)
+    assert status == 0 and {"islands.png", "islands.gif"} <= set(files)
+    assert all(str(path) in logged[-1] for path in files.values())
+
+
+def test_a_model_is_adapted_to_the_photo(pictures):
+    arguments = ("0.png", "--model", "apm", "--teacher", "clip", "--size", "16", "--heights", "2", "4", "--steps", "9")
+    plain, adapted = (
+        pictures("islands", *arguments, *more, folder=name)[1]["islands.png"].read_bytes()
+        for name, more in (("plain", ()), ("adapted", ("--adapt",)))
+    )
+    assert plain != adapted
+
+
+@pytest.mark.parametrize("options", [(), ("--trigger_only", "--blending", "spherical")])
+def test_two_photos_are_interpolated_between(pictures, options):
+    arguments = ("0.png", "1.png", "--teacher", "clip", "--steps", "2", "--size", "12", "--frames", "3", *options)
+    status, files, logged = pictures("interpolate", *arguments)
+    assert status == 0 and {"interpolation.png", "interpolation.gif"} <= set(files)
+    assert all(str(path) in logged[-1] for path in files.values())
+
+
+def test_interpolation_of_a_model_alone_gives_the_same_bytes_again(pictures):
+    arguments = ("0.png", "1.png", "--model", "apm", "--size", "12", "--frames", "3")
+    first, second = (pictures("interpolate", *arguments, folder=name)[1] for name in "ab")
+    assert first and [path.read_bytes() for path in first.values()] == [path.read_bytes() for path in second.values()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("islands", "broken.jpg"), "broken.jpg: cannot decode"),
+        (("islands", "nowhere.jpg"), "nowhere.jpg: cannot decode"),
+        (("islands", "float.tiff"), "float.tiff: expected floating-point pixels"),
+        (("islands", "0.png", "--size", "4"), "size: expected at least 8 locations along the longer side, got 4"),
+        (("islands", "0.png", "--heights", "6", "2"), "heights: expected ascending"),
+        (("islands", "0.png", "--size", "8", "--heights", "900"), "num_regions: expected 1 to"),
+        (("islands", "0.png", "--colours", "rainbow"), "colours: expected one of"),
+        (("islands", "0.png", "--point", "2", "0"), "points: expected (y, x) in [-1, 1]"),
+        (("islands", "0.png", "--steps", "0"), "--steps: expected a positive number"),
+        (("islands", "0.png", "--model", "clip"), "--model: expected an APM"),
+        (("islands", "0.png", "--model", "apm", "--adapt"), "--adapt, --movie: expected --teacher"),
+        (("islands", "0.png", "--model", "apm", "--movie"), "--adapt, --movie: expected --teacher"),
+        (("islands", "0.png", "--model", "apm", "--text", "a cat"), "--text: expected a teacher with a text tower"),
+        (("islands", "0.png", "--teacher", "classifier", "--text", "a cat"), "--text: expected a teacher with"),
+        (("islands", "0.png", "--model", "apm", "--fresh"), "--fresh: expected no --model"),
+        (("interpolate", "0.png", "broken.jpg"), "broken.jpg: cannot decode"),
+        (("interpolate", "0.png", "1.png", "--frames", "1"), "steps: expected at least 2"),
+        (("interpolate", "0.png", "1.png", "--blending", "cubic"), "blending: expected one of"),
+        (("interpolate", "0.png", "1.png", "--model", "apm", "--trigger_only"), "--trigger_only: expected a fresh"),
+    ],
+)
+def test_what_the_user_can_mend_in_a_picture_is_one_line(pictures, arguments, message):
+    status, files, logged = pictures(*arguments)
+    assert status == 1 and not files
+    errors = [line for line in logged if line.startswith(f"apm {arguments[0]}: ")]
+    assert len(errors) == 1 and message in errors[0] and "\n" not in errors[0]

@@ -1,0 +1,69 @@
+"""`apm interpolate`: what an APM sees between two photos, as a strip and a movie."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from .machines import add_machine_options, describe, load_machine, read_photo
+
+logger = logging.getLogger("apm_hf")
+
+HELP = "blend the trigger columns of two photos: colours and features on the way, as a strip and a movie"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photos", nargs=2, metavar="PHOTO", help="image files; drawn in the first one's shape")
+    parser.add_argument("--output_dir", required=True, help="where the pictures go")
+    add_machine_options(parser)
+    parser.add_argument("--steps", type=int, default=300, help="of a fresh machine's fit (default: %(default)s)")
+    parser.add_argument(
+        "--trigger_only", action="store_true", help="the fresh machine sees no pixels beside the trigger column"
+    )
+    parser.add_argument("--frames", type=int, default=25, help="from photo to photo (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=192, help="locations along the longer side (default: %(default)s)")
+    parser.add_argument("--blending", default="linear", help="of the columns: linear or spherical (default: linear)")
+    parser.add_argument(
+        "--patches", default="blend", help="of machines that see local patches: blend, a or b (default: %(default)s)"
+    )
+    parser.add_argument("--fps", type=float, default=10, help="frames a second (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..interpolation_pictures import InterpolationConfig, interpolation_picture
+    from ..photo_machine import fit_photos, map_size, teacher_features
+
+    config = InterpolationConfig(
+        steps=options.frames, size=options.size, blending=options.blending, patches=options.patches, fps=options.fps
+    )
+    if options.steps < 1:
+        raise ValueError(f"--steps: expected a positive number, got {options.steps}")
+    first, second = (read_photo(path) for path in options.photos)
+    machine = load_machine(options, local_patch=not options.trigger_only)
+    if options.trigger_only and not machine.is_fresh:
+        raise ValueError("--trigger_only: expected a fresh machine, so --teacher without --model, or --fresh")
+    model, pixel_values = machine.model, machine.pixel_values([first, second])
+    columns = machine.trigger_column([first, second])
+    what = "not fitted to these photos"
+    if machine.is_fresh:
+        assert machine.teacher is not None
+        features = teacher_features(machine.teacher, [first, second], fine=True)
+        model = fit_photos(
+            model, pixel_values, features, machine.image_processor, steps=options.steps, seed=options.seed
+        )
+        what = f"distilled on these photos alone in {options.steps} steps"
+    if model.config.local_patch:
+        local = {"blend": "of both photos, cross-faded", "a": "of photo A alone", "b": "of photo B alone"}
+        what += f"; local patches {local[options.patches]}"
+    files = interpolation_picture(
+        (first, second),
+        Path(options.output_dir),
+        model,
+        pixel_values,
+        map_size(first, config.size),
+        config=config,
+        trigger_columns=None if columns is None else (columns[:1], columns[1:]),
+        caption=describe(machine, what),
+    )
+    logger.info("pictures: " + ", ".join(map(str, files)))
+    return 0

@@ -1,0 +1,126 @@
+"""`apm islands`: the islands of a photo, with what they have to be compared with, and how they come about."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .machines import Machine, add_machine_options, describe, load_machine, read_photo
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from ..islands.pictures import IslandsConfig
+    from ..modeling_apm import APMModel
+
+logger = logging.getLogger("apm_hf")
+
+HELP = "draw the parts and wholes an APM sees in a photo, beside its controls"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photo", metavar="PHOTO", help="image file")
+    parser.add_argument("--output_dir", required=True, help="where the pictures go")
+    add_machine_options(parser)
+    parser.add_argument(
+        "--adapt", action="store_true", help="fit the --model to the teacher's answers about the photo"
+    )
+    parser.add_argument("--movie", action="store_true", help="also a movie over the steps of the fit; means --adapt")
+    parser.add_argument("--steps", type=int, default=300, help="of the fit (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="locations along the longer side (default: %(default)s)")
+    parser.add_argument(
+        "--heights", type=int, nargs="+", default=[2, 6, 20], help="numbers of regions (default: %(default)s)"
+    )
+    parser.add_argument("--colours", default="pca", help="of the features: pca, tsne or umap (default: %(default)s)")
+    parser.add_argument(
+        "--point", type=float, nargs=2, action="append", default=[], metavar=("Y", "X"),
+        help="in [-1, 1]: where else does it look like there? may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", action="append", default=[], help="where is it? for a teacher that reads; repeatable"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..islands.pictures import IslandsConfig, islands_picture
+    from ..photo_machine import teacher_features
+
+    config = IslandsConfig(
+        size=options.size,
+        heights=options.heights,
+        colours=options.colours,
+        points=[(y, x) for y, x in options.point],
+        seed=options.seed,
+    )
+    if options.steps < 1:
+        raise ValueError(f"--steps: expected a positive number, got {options.steps}")
+    photo = read_photo(options.photo)
+    machine = load_machine(options)
+    teacher = machine.teacher
+    fits = machine.is_fresh or options.adapt or options.movie
+    if fits and teacher is None:
+        raise ValueError("--adapt, --movie: expected --teacher, to whose answers the machine is fitted")
+    if options.text and (teacher is None or not teacher.has_text):
+        raise ValueError(f"--text: expected a teacher with a text tower, got {options.teacher}")
+    pixel_values, trigger_column = machine.pixel_values([photo]), machine.trigger_column([photo])
+    features, texts = None, {}
+    if teacher is not None:
+        features = teacher_features(teacher, [photo], fine=machine.is_fresh)
+    if teacher is not None and options.text:
+        texts = dict(zip(options.text, teacher.encode_text(options.text, ("{}",)), strict=True))
+    model, movie = machine.model, list[Path]()
+    if fits:
+        assert features is not None
+        model, movie = _fit(machine, photo, pixel_values, features, trigger_column, config, options)
+    picture = islands_picture(
+        photo,
+        Path(options.output_dir),
+        model,
+        pixel_values,
+        config=config,
+        trigger_column=trigger_column,
+        teacher_features=None if features is None else features[0],
+        text_embeds=texts,
+        caption=describe(
+            machine, f"fitted to this photo in {options.steps} steps" if fits else "not fitted to this photo"
+        ),
+    )
+    logger.info("pictures: " + ", ".join(map(str, [picture, *movie])))
+    return 0
+
+
+def _fit(
+    machine: Machine,
+    photo: "Image.Image",
+    pixel_values: "Tensor",
+    features: "Tensor",
+    trigger_column: "Tensor | None",
+    config: "IslandsConfig",
+    options: argparse.Namespace,
+) -> tuple["APMModel", list[Path]]:
+    """The machine fitted to the photo, and the files of the movie, if one is asked for."""
+    from ..islands.movie import IslandsMovie
+    from ..photo_machine import fit_photo, photo_colours
+
+    movie = None
+    if options.movie:
+        movie = IslandsMovie(
+            photo, pixel_values, features[0], options.steps, config=config, trigger_column=trigger_column
+        )
+    rows, cols = features.shape[1:3]
+    model = fit_photo(
+        machine.model,
+        pixel_values,
+        features,
+        photo_colours(photo, (rows, cols)) if machine.model.config.use_rgb_head else None,
+        steps=options.steps,
+        trigger_column=trigger_column,
+        seed=options.seed,
+        on_step=None if movie is None else movie.on_step,
+    )
+    if movie is None:
+        return model, []
+    movie.on_step(options.steps, model)
+    return model, movie.write(Path(options.output_dir))

@@ -1,0 +1,180 @@
+"""The islands of a photo as a figure, with what they have to be compared with.
+
+A figure without its controls shows little: some of what looks like islands is the position code, which is smooth. So
+beside every machine stand one with random weights and the machine itself shown the photo's pixels in random order,
+from which it can know nothing but positions.
+
+Source: the islands are GLOM's (arXiv:2102.12627); an APM's, arXiv:2410.20535, section 4.
+
+Legend: F feature width, (rows, cols) a map of locations, row-major; coordinates are (y, x) in [-1, 1].
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..figures import png_bytes
+from ..files import write_atomically
+from ..modeling_apm import APMModel
+from ..photo_machine import ask_map, map_size, random_machine
+from .colours import METHODS, PCAColours, embed_colours
+from .maps import ask, feature_map, upsample
+from .panels import Panel, draw_panels, draw_regions
+from .similarity import similarity_map
+from .tree import RegionTree, tree_colours
+
+# Trees are fitted on maps of so many locations along the longer side: seconds, where finer maps take minutes.
+_TREE_SIZE = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class IslandsConfig:
+    """What is drawn of a photo's islands.
+
+    Args:
+        size: locations along the longer side of the maps.
+        heights: numbers of regions at which the tree is cut, ascending: wholes, parts, parts of parts.
+        colours: of the features: `"pca"`, `"tsne"` or `"umap"`.
+        points: (y, x) in [-1, 1]; for each a map of what is similar to it.
+        seed: of the controls and of t-SNE and UMAP.
+
+    Raises:
+        ValueError: for a value outside its range; says what was expected.
+    """
+
+    size: int = 256
+    heights: Sequence[int] = (2, 6, 20)
+    colours: str = "pca"
+    points: Sequence[tuple[float, float]] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise ValueError(f"size: expected at least 8 locations along the longer side, got {self.size}")
+        if not self.heights or min(self.heights) < 1 or list(self.heights) != sorted(set(self.heights)):
+            raise ValueError(f"heights: expected ascending numbers of regions, got {list(self.heights)}")
+        if any(max(abs(y), abs(x)) > 1 for y, x in self.points):
+            raise ValueError(f"points: expected (y, x) in [-1, 1], got {list(self.points)}")
+        if self.colours not in METHODS:
+            raise ValueError(f"colours: expected one of {list(METHODS)}, got {self.colours!r}")
+
+
+def islands_picture(
+    photo: Image.Image,
+    output_dir: Path,
+    model: APMModel,
+    pixel_values: Tensor,
+    *,
+    config: IslandsConfig,
+    trigger_column: Tensor | None = None,
+    teacher_features: Tensor | None = None,
+    text_embeds: Mapping[str, Tensor] | None = None,
+    caption: str = "",
+) -> Path:
+    """Write `islands.png`: photo, features and tree above; below, what they are compared with.
+
+    The controls are a machine with random weights (`random`) and the same machine shown the photo's pixels, or its
+    trigger column, in random order (`shuffled`); each has colours of its own, in which it shows the most.
+
+    Args:
+        photo: as a person sees it.
+        model: answers.
+        pixel_values: `(1, C, S, S)`, the photo as the machine sees it.
+        trigger_column: `(1, D)`, for `trigger_source="embedding"`.
+        teacher_features: `(rows, cols, F)`, the teacher's own grid; shown, and the machine's error to it.
+        text_embeds: `(F,)` each, by text; for each a map of what is similar to it.
+        caption: below the figure.
+
+    Raises:
+        ValueError: for more regions than locations.
+    """
+    size = map_size(photo, config.size)
+    features, rgb = _one_map(model, pixel_values, size, trigger_column)
+    colours = PCAColours.fit(features)
+    shown = colours(features)
+    if config.colours != "pca":
+        shown = embed_colours(features, method=config.colours, seed=config.seed)
+    name = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[config.colours]
+    picture = np.asarray(photo)
+    above = [Panel("photo", picture), Panel(f"features ({name})", shown)]
+    tree_size = map_size(photo, min(config.size, _TREE_SIZE))
+    cuts = RegionTree.fit(_one_map(model, pixel_values, tree_size, trigger_column)[0]).cuts(config.heights)
+    above += [
+        Panel(_region_title(config.heights, index), draw_regions(picture, cut, fill))
+        for index, (cut, fill) in enumerate(zip(cuts, tree_colours(cuts), strict=True))
+    ]
+    below = []
+    if teacher_features is not None:
+        below.append(Panel("teacher, upsampled", colours(upsample(teacher_features, size))))
+        errors = error_map(model, pixel_values, teacher_features, trigger_column=trigger_column).cpu().numpy()
+        unit = f"1 - cosine, mean {errors.mean():.3f}"
+        below.append(Panel("error to teacher", errors, unit, colormap="magma", smooth=False))
+    if rgb is not None:
+        below.append(Panel("RGB decoded", rgb.float().cpu().numpy()))
+    below += _controls(model, pixel_values, size, trigger_column, config.seed)
+    for point in config.points:
+        there = ask(model, pixel_values, torch.tensor([point]), trigger_column=trigger_column).last_hidden_state
+        assert there is not None
+        similar = similarity_map(features[None], there)[0, 0].cpu().numpy()
+        below.append(Panel("like the point", similar, "cosine", point=point))
+    for text, embeds in (text_embeds or {}).items():
+        below.append(Panel(f"“{text}”", similarity_map(features[None], embeds)[0, 0].cpu().numpy(), "cosine"))
+    path = output_dir / "islands.png"
+    write_atomically(path, png_bytes(draw_panels([above, below], size[0] / size[1], caption)))
+    return path
+
+
+def error_map(model: APMModel, pixel_values: Tensor, teacher_features: Tensor, **options: Any) -> Tensor:
+    """Cosine error, 1 - cosine, of the machine at the centres of the teacher's patches: `(rows, cols)`, float32.
+
+    Args:
+        teacher_features: `(rows, cols, F)`.
+        **options: of [`feature_map`].
+    """
+    rows, cols = teacher_features.shape[:2]
+    answers = feature_map(model, pixel_values, (rows, cols), **options)[0]
+    return 1 - F.cosine_similarity(answers.float(), teacher_features.to(answers.device).float(), dim=-1)
+
+
+def shuffled(values: Tensor, start_dim: int, *, seed: int) -> Tensor:
+    """The same values in a random order within the dimensions from `start_dim` on; the same order for all others."""
+    flat = values.flatten(start_dim)
+    order = torch.randperm(flat.shape[-1], generator=torch.Generator().manual_seed(seed))
+    return flat[..., order.to(values.device)].view_as(values)
+
+
+def _controls(
+    model: APMModel, pixel_values: Tensor, size: tuple[int, int], trigger_column: Tensor | None, seed: int
+) -> list[Panel]:
+    random = random_machine(model.config, seed=seed).to(model.device)
+    noise = shuffled(pixel_values, 2, seed=seed)
+    column = None if trigger_column is None else shuffled(trigger_column, 1, seed=seed)
+    panels = []
+    for name, machine, pixels, trigger in (
+        ("random", random, pixel_values, trigger_column),
+        ("shuffled", model, noise, column),
+    ):
+        answers, _ = _one_map(machine, pixels, size, trigger)
+        # Colours of its own, in which a control shows the most.
+        panels.append(Panel(f"control: {name}", PCAColours.fit(answers)(answers)))
+    return panels
+
+
+def _one_map(
+    model: APMModel, pixel_values: Tensor, size: tuple[int, int], trigger_column: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Features `(rows, cols, F)` and colours `(rows, cols, 3)` or None of one image."""
+    features, rgb = ask_map(model, pixel_values, size, trigger_column=trigger_column)
+    return features[0], None if rgb is None else rgb[0]
+
+
+def _region_title(heights: Sequence[int], index: int) -> str:
+    names = ("wholes", "parts", "sub-parts")
+    return f"{names[index]} ({heights[index]})" if len(heights) == len(names) else f"{heights[index]} regions"
