@@ -378,7 +378,9 @@ def test_without_a_model_a_fresh_machine_is_adapted_and_nothing_is_said_to_be_di
     )
     results = json.loads((folder / "results.json").read_text())
     expected = set(methods.TITLES) - set(methods.OF_DISTILLED)
-    assert set(results["data"]["stripes"]["rows"]) == expected and results["model"] is None
+    found = results["data"]["stripes"]
+    assert set(found["rows"]) == expected and results["model"] is None
+    assert {entry["whose"] for entry in found["agreement"]} == {"teacher", "APM random"}
 
 
 def test_by_default_the_embedded_teacher_and_model_are_scored_on_scenes(tmp_path):

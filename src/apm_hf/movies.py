@@ -55,7 +55,7 @@ def write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
     reduced: dict[bytes, Image.Image] = {}  # movies that go there and back show most frames twice
     for frame in frames:
         if (key := frame.tobytes()) not in reduced:
-            reduced[key] = Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+            reduced[key] = _reduce(frame, palette)
     images = [reduced[frame.tobytes()] for frame in frames]
     file = io.BytesIO()
     milliseconds = 10 * round(_HUNDREDTHS / fps)
@@ -96,13 +96,24 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def _palette(frames: np.ndarray) -> Image.Image:
-    """The best 256 colours for all frames, from evenly spaced pixels of them; white, which margins have, is one."""
+    """The best 256 colours for all frames, from evenly spaced pixels of them; white, which margins have, is the last."""
     pixels = frames.reshape(-1, 3)  # (T, H, W, 3) -> (T * H * W, 3)
     pixels = pixels[:: -(-len(pixels) // _PALETTE_PIXELS)]
     colours = Image.fromarray(pixels[None]).quantize(_NUM_COLOURS - 1, Image.Quantize.MEDIANCUT).getpalette()
+    white = [255] * (3 * _NUM_COLOURS - len(colours or []))  # there may be fewer colours
     palette = Image.new("P", (1, 1))
-    palette.putpalette([*(colours or []), 255, 255, 255])
+    palette.putpalette([*(colours or []), *white])
     return palette
+
+
+def _reduce(frame: np.ndarray, palette: Image.Image) -> Image.Image:
+    """A frame `(H, W, 3)` in the palette's colours, dithered."""
+    image = Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    # Pillow looks colours up roughly, and would tint white margins.
+    indices = np.where((frame == 255).all(axis=-1), _NUM_COLOURS - 1, np.asarray(image)).astype(np.uint8)
+    reduced = Image.fromarray(indices).convert("P")
+    reduced.putpalette(palette.getpalette() or [])
+    return reduced
 
 
 def _check(frames: np.ndarray, fps: float) -> None:

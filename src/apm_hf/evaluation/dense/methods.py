@@ -172,7 +172,7 @@ def slic_segments(
     try:
         from skimage.segmentation import slic
     except ImportError as error:
-        raise ImportError('SLIC needs scikit-image: pip install "apm_hf[eval]"') from error
+        raise ImportError('SLIC needs scikit-image: pip install "apm_hf[viz]"') from error
     height, width = size
     small = np.asarray(image.resize((width, height), PIL.Image.Resampling.BILINEAR))
     labels = np.zeros(size, dtype=np.int64)
@@ -208,7 +208,7 @@ def titles(machines: Machines) -> dict[str, str]:
 
 
 def make_jobs(machines: Machines, rows: Sequence[str]) -> list[Job]:
-    """The jobs that make these rows; agreement of the levels of random weights comes with their features'."""
+    """The jobs that make these rows; agreement of the levels of random weights comes with both."""
     model = machines.model
     same_maps = tuple(name for name in OF_SAME_MAPS if name in rows)
     adapting = {"ttt": repr(machines.ttt), "ttt_factor": machines.ttt_factor}
@@ -218,7 +218,9 @@ def make_jobs(machines: Machines, rows: Sequence[str]) -> list[Job]:
         jobs.append(Job(name, (name,), maps, subject=("teacher", f"level {number}"), depends_on={"layer": layer}))
     moved = partial(machines.teacher_maps, factor=MOVED_FACTOR)
     jobs.append(Job("teacher_moved", ("teacher_moved",), moved))
-    jobs.append(Job("apm", same_maps, partial(machines.apm_maps, model=model), subject=("APM", "features")))
+    if same_maps:
+        subject = ("APM", "features") if "apm" in rows else None
+        jobs.append(Job("apm", same_maps, partial(machines.apm_maps, model=model), subject=subject))
     for level in range(model.config.num_levels):
         name, maps = f"apm_level_{level + 1}", partial(machines.apm_maps, model=model, level=level)
         jobs.append(Job(name, (name,), maps, subject=("APM", f"level {level + 1}")))
@@ -232,8 +234,9 @@ def make_jobs(machines: Machines, rows: Sequence[str]) -> list[Job]:
             maps = partial(machines.apm_maps, model=drawn, level=level)
             if level is None:
                 jobs.append(Job("apm_random", ("apm_random",), maps, subject=("APM random", "features")))
-            else:  # of the levels, agreement alone
+            else:  # agreement alone
                 name = f"apm_random_level_{level + 1}"
                 jobs.append(Job(name, (), maps, subject=("APM random", f"level {level + 1}")))
     jobs.append(Job("random", ("random",), segments=random_segments))
-    return [job for job in jobs if not job.rows or set(job.rows) & set(rows)]
+    levels_asked = any(name.startswith("apm_level_") for name in rows)
+    return [job for job in jobs if set(job.rows) & set(rows) or (not job.rows and levels_asked)]

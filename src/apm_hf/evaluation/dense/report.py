@@ -23,9 +23,10 @@ Segments are resized to the mask's own resolution and compared there. Void pixel
 mask is a single segment. Figures are means over images, with 95 % intervals from the bootstrap over images.
 
 Controls: *image shuffled* is what the APM says about another image (mean of {shuffles} orders); *position only*, the
-mean of its answers about all other images, place by place: the most that position alone can say on this set; *masks
-shuffled*, its segments against another image's mask (image shuffled but for the number of segments, which is that of
-the image shown); *random segments*, cells around random places (mean of {shuffles} draws).
+mean of its answers about all other images, place by place, which only position tells apart (no upper bound: image
+shuffled may score higher); *masks shuffled*, its segments against another image's mask (image shuffled but for the
+number of segments, which is that of the image shown); *random segments*, cells around random places (mean of
+{shuffles} draws).
 """
 
 
@@ -117,8 +118,8 @@ def _section(name: str, summary: Mapping[str, Any], settings: Mapping[str, Any])
         )
     if summary["comparisons"]:
         text += (
-            "\nDifference to the teacher's upsampled grid, image by image, and how many times a control's ARI that "
-            f"is (where the control is above chance):\n\n{_comparisons(summary)}"
+            "\nDifference to the teacher's upsampled grid, image by image, and how many times a control's ARI it is, "
+            f"where the control is above chance:\n\n{_comparisons(summary)}"
         )
     if summary["agreement"]:
         text += (
@@ -164,9 +165,10 @@ def _comparisons(summary: Mapping[str, Any]) -> str:
         for key, title in differences.items()
     ]
     for key, title in ratios.items():
-        found_ratios = [found["ratios"].get(key) for found in compared.values()]
-        rows.append([title, *(NOTHING if ratio is None else f"{ratio:.2f}" for ratio in found_ratios)])
-    return _markdown(["", *(summary["rows"][name]["title"] for name in compared)], rows)
+        multiples = [found["ratios"].get(key) for found in compared.values()]
+        rows.append([title, *(NOTHING if multiple is None else f"{multiple:.2f}" for multiple in multiples)])
+    known = [row for row in rows if set(row[1:]) != {NOTHING}]
+    return _markdown(["", *(summary["rows"][name]["title"] for name in compared)], known)
 
 
 def _agreement(summary: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from transformers import AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
+from ...demo import demo_layers
 from ...demo_assets import DEMO_MODEL, DEMO_TEACHER
 from ...files import write_atomically
 from ...modeling_apm import APMModel
@@ -76,8 +77,8 @@ def evaluate_islands(
         masks: `"whole=COLUMN"`, `"part=COLUMN"`, where they are not found by name.
         map_size: side of everybody's maps; by default 96 for scenes, else 112.
         segments: how many for every image, instead of as many as its mask has.
-        level_layers: the teacher's layers that the model's levels were distilled from; by default spread evenly over
-            its depth.
+        level_layers: the teacher's layers that the model's levels were distilled from; by default the demo's for its
+            own model, for others spread evenly over the teacher's depth.
         ttt: of the rows that adapt; `start` is set by the row.
         ttt_factor: how many times as fine as the teacher's grid their targets are: `factor**2` passes of the teacher.
         batch_size: images at a time.
@@ -197,7 +198,10 @@ def _load_machines(
     if num_levels and level_layers and len(level_layers) != num_levels:
         raise ValueError(f"level_layers: expected one per level, {num_levels}, got {list(level_layers)}")
     if num_levels and not level_layers:
-        level_layers = [round(number * num_layers / num_levels) for number in range(1, num_levels + 1)]
+        if model_name == DEMO_MODEL:
+            level_layers = demo_layers(teacher)
+        else:
+            level_layers = [round(number * num_layers / num_levels) for number in range(1, num_levels + 1)]
         logger.info(f"no level_layers: levels are compared with the teacher's layers {level_layers}")
     return Machines(
         teacher=teacher,
