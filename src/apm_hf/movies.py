@@ -96,7 +96,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def _palette(frames: np.ndarray) -> Image.Image:
-    """The best 256 colours for all frames, from evenly spaced pixels of them; white, which margins have, is the last."""
+    """The best 256 colours for all frames, from evenly spaced pixels of them; the last is white, as margins are."""
     pixels = frames.reshape(-1, 3)  # (T, H, W, 3) -> (T * H * W, 3)
     pixels = pixels[:: -(-len(pixels) // _PALETTE_PIXELS)]
     colours = Image.fromarray(pixels[None]).quantize(_NUM_COLOURS - 1, Image.Quantize.MEDIANCUT).getpalette()
