@@ -16,9 +16,9 @@ How it is measured:
 * Test-time training fits a machine to the teacher's grid of the very image that is then scored, without its mask: it
   may use what the teacher may. The masks' number of segments is all that any method is told of them.
 * Controls: random weights; another image's pixels; the leave-one-out mean of the APM's own answers, which only
-  position tells apart (no upper bound: another image's own segments may score higher); segments against another
-  image's mask; random segments. A distilled APM, too, has seen the images only if they were in its training set:
-  scenes are drawn from another stream than the demo's.
+  position tells apart (no upper bound: another image's segments may score higher); segments against another
+  image's mask; random segments. Images that a model was distilled from are not held back: choose
+  others. Scenes are drawn from another stream than the demo's.
 
 Each interval is the bootstrap's over images; differences to the teacher are taken image by image.
 
