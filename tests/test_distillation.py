@@ -10,10 +10,12 @@ import copy
 import json
 import logging
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from torch.nn import functional as F
@@ -561,6 +563,25 @@ def test_a_new_run_does_not_resume_from_the_checkpoints_of_an_old_one(tmp_path):
     forget_accelerate()
     whole = run(tmp_path / "whole", data, **settings)
     assert largest_difference(weights_of(whole), weights_of(resumed)) == 0
+
+
+def test_what_wraps_the_student_dies_before_the_process_group(tmp_path, monkeypatch):
+    # The other way round, a wrapper for several processes waits in its destructor for a thread that waits for it.
+    wrappers, alive, end_training = [], [], Accelerator.end_training
+
+    def prepare_model(accelerator, model, *args, **kwargs):
+        wrapper = torch.nn.DataParallel(model)
+        wrappers.append(weakref.ref(wrapper))
+        return wrapper
+
+    def remember(accelerator):
+        alive.extend(wrapper() is not None for wrapper in wrappers)
+        end_training(accelerator)
+
+    monkeypatch.setattr(Accelerator, "prepare_model", prepare_model)
+    monkeypatch.setattr(Accelerator, "end_training", remember)
+    run(tmp_path, random_targets(8), max_steps=1)
+    assert alive == [False]
 
 
 # --- precision, streams, the folder that is left --------------------------------------------------------------------

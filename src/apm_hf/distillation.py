@@ -251,6 +251,11 @@ class _Run:
                 break
         progress.close()
         result = self._finish()
+        # A wrapper for several processes that outlives its process group takes it along when it dies, without letting
+        # go of the interpreter: a thread of the group that waits for it at that moment is waited for until for ever.
+        self.student, self.optimizer, self.scheduler = accelerator.free_memory(
+            self.student, self.optimizer, self.scheduler
+        )
         accelerator.end_training()  # leaves the process group: nobody can be waited for afterwards
         return result
 
