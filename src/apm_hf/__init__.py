@@ -52,6 +52,9 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": APMImageProcessor, "pil": APMImageProcessorPil},
     exist_ok=True,
 )
+# What is saved takes its code along, for those who load it with `trust_remote_code=True`.
+for _travelling in (APMConfig, APMImageProcessor, APMImageProcessorPil):
+    _travelling.register_for_auto_class()
 PIPELINE_REGISTRY.register_pipeline(
     "apm-zero-shot-image-classification",
     TestTimeTrainingPipeline,

@@ -32,6 +32,43 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Where the Auto classes find APM's in a folder or repository whose files stand beside this one: what is loaded with
+# `trust_remote_code=True` by those who have not installed the package.
+AUTO_MAP: dict[str, Any] = {
+    "AutoConfig": "configuration_apm.APMConfig",
+    "AutoModel": "modeling_apm.APMModel",
+    "AutoModelForImageClassification": "modeling_apm_heads.APMForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_apm_heads.APMForSemanticSegmentation",
+    "AutoModelForZeroShotImageClassification": "modeling_apm_heads.APMForZeroShotImageClassification",
+    "AutoImageProcessor": {
+        "torchvision": "image_processing_apm.APMImageProcessor",
+        "pil": "image_processing_pil_apm.APMImageProcessorPil",
+    },
+}
+
+
+def travelling_classes() -> dict[str, Any]:
+    """The classes that `AUTO_MAP` names.
+
+    transformers copies, and fetches, the files it finds in import lines such as these: thanks to them every saved
+    configuration takes all of APM's code along.
+    """
+    from .image_processing_apm import APMImageProcessor
+    from .image_processing_pil_apm import APMImageProcessorPil
+    from .modeling_apm import APMModel
+    from .modeling_apm_heads import APMForImageClassification, APMForSemanticSegmentation
+    from .modeling_apm_heads import APMForZeroShotImageClassification  # isort: skip
+
+    return {
+        "AutoConfig": APMConfig,
+        "AutoModel": APMModel,
+        "AutoModelForImageClassification": APMForImageClassification,
+        "AutoModelForSemanticSegmentation": APMForSemanticSegmentation,
+        "AutoModelForZeroShotImageClassification": APMForZeroShotImageClassification,
+        "AutoImageProcessor": {"torchvision": APMImageProcessor, "pil": APMImageProcessorPil},
+    }
+
+
 # Keyword arguments that transformers itself gives to a config beside the declared fields.
 _TRANSFORMERS_KWARGS = {
     "attn_implementation",
@@ -198,6 +235,12 @@ class APMConfig(PreTrainedConfig):
                     f"feature_size: expected a multiple of 4 with pooling='attention', got {self.feature_size}"
                 )
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        # Whatever was saved before, the files that are written now lie in this folder; a subclass keeps its own entry.
+        own = {name: path for name, path in (getattr(self, "auto_map", None) or {}).items() if "--" not in path}
+        self.auto_map = {**AUTO_MAP, **own}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def _expect_one_of(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ValueError(f"{name}: expected one of {list(choices)}, got {getattr(self, name)!r}")
@@ -251,4 +294,4 @@ class APMConfig(PreTrainedConfig):
         return self.trigger_width + self.local_patch_width + self.position_size
 
 
-__all__ = ["APMConfig", "PRESETS"]
+__all__ = ["AUTO_MAP", "APMConfig", "PRESETS", "travelling_classes"]

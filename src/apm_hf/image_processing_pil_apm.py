@@ -45,6 +45,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .configuration_apm import AUTO_MAP
+
 CHANNEL_COUNTS = (1, 3, 4)
 MODES_WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa")
 FLOAT_SLACK = 1e-3  # of full scale: what interpolation and half precision add to a correct image
@@ -266,6 +268,14 @@ class APMImageProcessorBase(BaseImageProcessor):
     do_convert_rgb = True
     do_min_max = False
     do_flip_channel_order = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options; a published processor can be loaded on either backend, whichever it was saved by."""
+        options = super().to_dict()
+        classes = AUTO_MAP["AutoImageProcessor"]
+        if f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}" in classes.values():
+            options["auto_map"] = {"AutoImageProcessor": dict(classes)}
+        return options
 
     def fetch_images(self, image: Any) -> Any:
         """Open a path with PIL, so that its mode is kept; transformers fetches URLs and base64 text (as RGB)."""

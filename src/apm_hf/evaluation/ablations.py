@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from .. import provenance
 from ..configuration_apm import APMConfig
 from ..distillation import matching_image_processor
 from ..figures import load_matplotlib
@@ -41,7 +42,6 @@ from ..ttt_targets import TTTTargets
 from ..zero_shot import class_embeds, classify
 from .benchmarks import LabelledImages
 from .plots import COLOURS, error_bars
-from .runner import _machine
 from .statistics import Interval, mean_interval, paired_interval
 from .tables import NOTHING, _difference, _markdown, _share
 
@@ -324,7 +324,7 @@ def run_variant(
         parameters=machine.num_parameters(),
         gflops=gflops,
         seconds=seconds,
-        device=_machine(),
+        device=provenance.machine(),
     )
 
 

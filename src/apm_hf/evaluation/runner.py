@@ -9,13 +9,10 @@ Legend: B images of a batch, K classes, F width of the teacher's embeddings.
 """
 
 import json
-import platform
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging
 
+from .. import provenance
 from ..data.corruptions import corrupt_image, imagenet_crop
 from ..files import write_atomically
 from ..processes import process_state
@@ -166,9 +164,9 @@ class _Run:
         if self.state.is_main_process and not path.exists():
             facts = {
                 "command": self.config.command,
-                "commit": _commit(),
-                "versions": _versions(),
-                "machine": _machine(),
+                "commit": provenance.commit(),
+                "versions": provenance.versions(),
+                "machine": provenance.machine(),
             }
             write_atomically(path, json.dumps(facts | description, indent=1) + "\n")
         self.state.wait_for_everyone()
@@ -378,28 +376,3 @@ class PeakMemory:
         self.stop.set()
         self.thread.join()
         self._look()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("apm_hf", "torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface-hub"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str | None:
-    """Of the checkout that this file lies in, if it lies in one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

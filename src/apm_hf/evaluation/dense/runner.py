@@ -20,6 +20,7 @@ from transformers import AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
+from ... import provenance
 from ...demo import demo_layers
 from ...demo_assets import DEMO_MODEL, DEMO_TEACHER
 from ...files import write_atomically
@@ -29,7 +30,6 @@ from ...photo_machine import photo_image_processor, photo_machine
 from ...teachers import load_teacher
 from ...ttt import TTTConfig
 from ..plan import short_name
-from ..runner import _commit, _machine, _versions
 from .masks import LEVELS, SCENES, MaskedImages, load_masked_images
 from .methods import Job, Machines, make_jobs, titles
 from .report import write_report
@@ -118,9 +118,9 @@ def evaluate_islands(
     folder, jobs, weights = Path(output_dir), make_jobs(machines, rows), _weights(machines)
     results: dict[str, Any] = {
         "command": command,
-        "commit": _commit(),
-        "machine": _machine(),
-        "versions": _versions(),
+        "commit": provenance.commit(),
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
         "teacher": short_name(machines.teacher.name),
         "model": None if not machines.distilled else short_name(model or DEMO_MODEL),
         "settings": asdict(config) | {"ttt": asdict(ttt)},
