@@ -20,7 +20,8 @@ from apm_hf.data.augmentation import RandomCrops
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DistillationConfig, DistillationResult, distill, matching_image_processor
-from apm_hf.hub import CardFacts, publish, write_card
+from apm_hf.hub import publish
+from apm_hf.model_cards import CardFacts, write_card
 from apm_hf.processes import command_line, process_state
 
 

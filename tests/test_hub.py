@@ -1,126 +1,40 @@
-"""The card that is written and what reaches the Hub: the real client against a loopback server.
+"""What is published, what is refused, and the card: the real client against a Hub on 127.0.0.1."""
 
-The server speaks only what an upload of small files needs: create, pre-upload (every file travels in the commit),
-commit, and the check of the card's metadata.
-"""
-
-import base64
 import json
-import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 import yaml
-from huggingface_hub import ModelCard, close_session, constants
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from apm_hf.hub import CardFacts, publish, write_card
+from apm_hf.hub import publish
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
+from apm_hf.model_cards import CardFacts, move_card, write_card, write_card_picture
+from fixtures_hub import TOKEN, Repository
 from fixtures_tiny import student
 
-TOKEN = "hf_loopback"
+NAME = "someone/apm-tiny"
 FACTS = CardFacts(
-    repo_id="someone/apm-tiny",
+    repo_id=NAME,
     teacher="openai/clip-vit-base-patch16",
     dataset="detection-datasets/coco:full",
     command="examples/train.py --max_steps 5",
     steps=5,
     num_parameters=123456,
     metrics={"feature_cosine": 0.87654, "feature_r2": -0.5},
+    versions={"torch": "2.13.0", "commit": "abc1234"},
 )
-
-
-class Hub:
-    """What the server knows: `{repository: [{path: content}, ...]}`, one entry a commit, and every request."""
-
-    def __init__(self):
-        self.commits, self.private, self.requests = {}, {}, []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args):
-                pass
-
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                hub.requests.append(self.path)
-                if self.path != "/api/validate-yaml" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                    return self.answer(401, {"error": "Invalid username or password."})
-                status, answer = hub.answer(self.path.partition("?")[0], body, f"http://{self.headers['Host']}")
-                self.answer(status, answer)
-
-            def do_GET(self):
-                hub.requests.append(self.path)
-                self.answer(404, {"error": "Repository not found"})
-
-            def answer(self, status, data):
-                content = json.dumps(data).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
-        self.thread.start()
-
-    def answer(self, path, body, url):
-        if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}
-        if path == "/api/repos/create":
-            wish = json.loads(body)
-            name = f"{wish.get('organization') or 'someone'}/{wish['name']}"
-            if name in self.commits:
-                return 409, {"error": "You already created this model repo", "url": f"{url}/{name}"}
-            self.commits[name] = []
-            self.private[name] = wish.get("visibility") == "private" or bool(wish.get("private"))
-            return 200, {"url": f"{url}/{name}", "id": name, "name": name}
-        name, action = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path).groups()
-        if action == "preupload":
-            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
-            return 200, {
-                "files": [{key: file[key] for key in ("path", "uploadMode", "shouldIgnore")} for file in files]
-            }
-        lines = [json.loads(line) for line in body.splitlines()]
-        assert lines[0]["key"] == "header" and {line["key"] for line in lines[1:]} <= {"file"}
-        self.commits[name].append(
-            {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines[1:]}
-        )
-        number = len(self.commits[name])
-        commit = f"{number:040x}"
-        return 200, {
-            "success": True,
-            "commitOid": commit,
-            "commitUrl": f"{url}/{name}/commit/{commit}",
-            "hookOutput": "",
-        }
-
-    def close(self):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path_factory):
-    hub = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path_factory.mktemp("home") / "token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    close_session()  # the next one reads the settings above
-    yield hub
-    close_session()
-    hub.close()
+TRAVELLING = {
+    "configuration_apm.py",
+    "image_processing_apm.py",
+    "image_processing_pil_apm.py",
+    "modeling_apm.py",
+    "modeling_apm_decoder.py",
+    "modeling_apm_heads.py",
+    "modeling_apm_pooling.py",
+    "position_encoding.py",
+}
 
 
 @pytest.fixture
@@ -143,44 +57,103 @@ def trained(tmp_path):
     return folder
 
 
-def test_a_model_is_published_in_one_commit_without_checkpoints_and_logs(hub, trained):
-    address = publish(trained, "someone/apm-tiny", token=TOKEN)
-    assert list(hub.commits) == ["someone/apm-tiny"]
-    (files,) = hub.commits["someone/apm-tiny"]
-    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
-    assert not [name for name in files if name.startswith(("checkpoints", "logs"))]
-    assert files["model.safetensors"] == (trained / "model.safetensors").read_bytes()
-    assert files["README.md"] == (trained / "README.md").read_bytes()
-    assert address == f"{hub.url}/someone/apm-tiny/commit/{1:040x}"
-    assert not hub.private["someone/apm-tiny"]
+def test_a_model_is_published_in_one_commit_with_its_code_and_without_checkpoints_and_pictures_of_data(hub, trained):
+    address = publish(trained, NAME, token=TOKEN)
+    repository = hub.model(NAME)
+    assert list(hub.repositories) == [("model", NAME)] and not repository.private
+    assert list(repository.titles.values()) == ["initial commit", "Upload APM"]
+    files = repository.files()
+    wanted = {"README.md", "card.json", "config.json", "metrics.json", "model.safetensors", "preprocessor_config.json"}
+    assert set(files) == wanted | TRAVELLING
+    assert all(files[name].content == (trained / name).read_bytes() for name in files)
+    assert files["model.safetensors"].lfs and not files["config.json"].lfs
+    assert address == f"{hub.url}/{NAME}/commit/{repository.refs['main']}"
 
 
 def test_publishing_again_is_one_more_commit_to_the_same_repository(hub, trained):
-    publish(trained, "someone/apm-tiny", token=TOKEN)
+    publish(trained, NAME, token=TOKEN)
     (trained / "metrics.json").write_text("[]")
-    publish(trained, "someone/apm-tiny", token=TOKEN)
-    assert [files["metrics.json"] for files in hub.commits["someone/apm-tiny"]] == [b"not empty", b"[]"]
+    publish(trained, NAME, token=TOKEN, commit_message="Better figures")
+    assert list(hub.model(NAME).titles.values()) == ["initial commit", "Upload APM", "Better figures"]
+    assert hub.model(NAME).files()["metrics.json"].content == b"[]"
 
 
 def test_a_name_without_user_is_the_users_own_and_may_be_private(hub, trained):
     assert "/someone/apm-mine/commit/" in publish(trained, "apm-mine", token=TOKEN, private=True)
-    assert hub.private == {"someone/apm-mine": True}
+    assert hub.model("someone/apm-mine").private
 
 
-def test_a_folder_without_a_model_is_refused_before_the_hub_is_asked(hub, tmp_path):
-    (tmp_path / "README.md").write_text("nothing here")
-    with pytest.raises(ValueError, match="folder: expected a saved model with a config.json"):
-        publish(tmp_path, "someone/apm-tiny", token=TOKEN)
-    with pytest.raises(ValueError, match="folder: expected a saved model with a config.json"):
-        publish(tmp_path / "nowhere", "someone/apm-tiny", token=TOKEN)
+def test_a_branch_is_made_where_it_does_not_exist_and_main_stays_as_it_is(hub, trained):
+    for _ in range(2):
+        publish(trained, NAME, token=TOKEN, revision="experiment")
+    repository = hub.model(NAME)
+    assert repository.files("main") == {} and "model.safetensors" in repository.files("experiment")
+
+
+def test_a_pull_request_leaves_the_repository_as_it_is_and_needs_one(hub, trained):
+    with pytest.raises(FileNotFoundError, match="other/apm: no such repository"):
+        publish(trained, "other/apm", token=TOKEN, create_pr=True)
+    theirs = hub.repositories["model", "other/apm"] = Repository("other/apm", "model")
+    theirs.commit("main", {}, "initial commit")
+    assert publish(trained, "other/apm", token=TOKEN, create_pr=True) == f"{hub.url}/other/apm/discussions/1"
+    assert theirs.files() == {} and "model.safetensors" in theirs.files("refs/pr/1")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "expected a saved model with a config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "apm", "patch_sise": 8}'), "patch_sise"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "expected weights in model.safetensors, found none"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "expected a whole safetensors file, got"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "found no preprocessor_config.json"),
+        (lambda folder: torch.save({}, folder / "model_15.pth"), "in safetensors only, got model_15.pth"),
+    ],
+    ids=["no config", "torn config", "misspelt config", "no weights", "torn weights", "no processor", "pickle"],
+)
+def test_a_folder_without_a_whole_model_is_refused_before_the_hub_is_asked(hub, trained, spoil, message):
+    spoil(trained)
+    with pytest.raises(ValueError, match=message):
+        publish(trained, NAME, token=TOKEN)
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("token", ["hf_wrong", None], ids=["wrong", "none"])
+@pytest.mark.parametrize("token", ["hf_wrong", False], ids=["wrong", "none"])
 def test_a_token_that_is_missing_or_wrong_is_named_and_nothing_is_left_behind(hub, trained, token):
-    with pytest.raises(HfHubHTTPError, match="401|[Tt]oken|username"):
-        publish(trained, "someone/apm-tiny", token=token)
-    assert hub.commits == {}
+    with pytest.raises(PermissionError, match="someone/apm-tiny: the Hub knows no such token, or got none; log in"):
+        publish(trained, NAME, token=token)
+    assert hub.repositories == {}
+
+
+def test_a_token_that_may_not_write_is_told_so(hub, trained):
+    hub.read_only = True
+    with pytest.raises(PermissionError, match="may not write there: This token has no write permission"):
+        publish(trained, NAME, token=TOKEN)
+    assert hub.repositories == {}
+
+
+def test_a_commit_that_fails_publishes_nothing(hub, trained):
+    hub.broken = True
+    with pytest.raises(HfHubHTTPError, match="disks of this Hub are full"):
+        publish(trained, NAME, token=TOKEN)
+    assert hub.model(NAME).files() == {}
+
+
+def test_weights_that_arrive_torn_publish_nothing(hub, trained):
+    hub.lossy = True
+    with pytest.raises(ConnectionError, match="apm-tiny: nothing was published. Error while uploading 'model.safet"):
+        publish(trained, NAME, token=TOKEN)
+    assert hub.model(NAME).files() == {}
+
+
+def test_without_network_and_offline_the_hub_is_said_to_be_out_of_reach(hub, trained, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="http://127.0.0.1:9 cannot be reached"):
+        publish(trained, NAME, token=TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+        publish(trained, NAME, token=TOKEN)
 
 
 # --- the card -----------------------------------------------------------------------------------------------------
@@ -190,36 +163,77 @@ def test_the_card_tells_what_it_was_made_of_and_what_was_measured(tmp_path):
     path = write_card(tmp_path, FACTS)
     assert path == tmp_path / "README.md"
     text = path.read_text()
-    metadata = yaml.safe_load(text.split("---\n")[1])
-    assert metadata["library_name"] == "transformers" and "distillation" in metadata["tags"]
-    assert metadata["base_model"] == "openai/clip-vit-base-patch16"
-    assert metadata["datasets"] == ["detection-datasets/coco"]
-    assert metadata["license"] == "apache-2.0"
-    for fact in ("# apm-tiny", 'from_pretrained("someone/apm-tiny")', "123,456", FACTS.command, "| steps | 5 |"):
+    for fact in ("# apm-tiny", 'from_pretrained("someone/apm-tiny"', "123,456", FACTS.command, "| steps | 5 |"):
         assert fact in text
     assert "| feature_cosine | 0.8765 |" in text and "| feature_r2 | -0.5000 |" in text
-    assert "{{" not in text and "}}" not in text
-    assert ModelCard.load(path).data.base_model == "openai/clip-vit-base-patch16"
+    assert "torch 2.13.0, commit abc1234" in text
+    assert "{{" not in text and "}}" not in text and "{%" not in text
+    card = ModelCard.load(path)
+    assert card.data.library_name == "transformers" and {"apm", "distillation", "custom_code"} <= set(card.data.tags)
+    assert card.data.base_model == "openai/clip-vit-base-patch16" and card.data.datasets == ["detection-datasets/coco"]
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {"feature_cosine": 0.8765, "feature_r2": -0.5} and card.data.model_name == "apm-tiny"
+
+
+def test_the_metadata_pass_the_hubs_own_check(hub, tmp_path):
+    ModelCard.load(write_card(tmp_path, FACTS)).validate()
+    assert hub.requests == ["POST /api/validate-yaml"]
+
+
+@pytest.mark.parametrize(
+    ("licences", "expected"),
+    [(["mit"], "mit"), (["mit", "mit"], "mit"), (["mit", "cc-by-nc-4.0"], "other"), ([None], "other"), ([], "other")],
+)
+def test_the_weights_inherit_what_is_known_of_the_teachers_licences(tmp_path, licences, expected):
+    teachers = [{"name": f"someone/teacher-{index}", "license": x} for index, x in enumerate(licences)]
+    (tmp_path / "config.json").write_text(json.dumps({"distilled_from": teachers}))
+    card = ModelCard.load(write_card(tmp_path, FACTS))
+    assert card.data.license == expected and (card.data.to_dict().get("license_name") is None) is (expected != "other")
+    for teacher in teachers or [{"name": FACTS.teacher, "license": None}]:
+        unknown = "unknown: look it up before you use this model"
+        assert f"| {teacher['name']} | {teacher['license'] or unknown} |" in card.text
+    assert "The code is under Apache-2.0" in card.text
 
 
 def test_the_card_of_a_run_on_this_machine_names_no_path(tmp_path):
     for name in ("teacher", "photos", "run"):
         (tmp_path / name).mkdir()
-    facts = CardFacts(
-        **{
-            **vars(FACTS),
-            "repo_id": str(tmp_path / "run"),
-            "teacher": str(tmp_path / "teacher"),
-            "dataset": str(tmp_path / "photos"),
-        }
-    )
+    own = {"repo_id": tmp_path / "run", "teacher": tmp_path / "teacher", "dataset": tmp_path / "photos"}
+    facts = CardFacts(**vars(FACTS) | {name: str(path) for name, path in own.items()})
     text = write_card(tmp_path / "run", facts).read_text()
     metadata = yaml.safe_load(text.split("---\n")[1])
     assert "base_model" not in metadata and "datasets" not in metadata
-    assert str(tmp_path) not in text and tmp_path.parts[1] + "/" not in text
-    assert "| teacher | teacher |" in text and "| data | photos |" in text
+    for text in (text, (tmp_path / "run/card.json").read_text()):
+        assert str(tmp_path) not in text and tmp_path.parts[1] + "/" not in text
+    assert "| teacher | teacher |" in (text := (tmp_path / "run/README.md").read_text()) and "| data | photos |" in text
 
 
 def test_a_model_that_was_not_measured_says_so(tmp_path):
     facts = CardFacts(**{**vars(FACTS), "metrics": {}})
-    assert "Nothing was measured." in write_card(tmp_path, facts).read_text()
+    text = write_card(tmp_path, facts).read_text()
+    assert "Nothing was measured." in text and "model-index" not in text
+
+
+def test_a_published_card_names_the_place_where_the_model_is_loaded_from(hub, trained):
+    publish(trained, "someone/elsewhere", token=TOKEN)
+    text = hub.model("someone/elsewhere").files()["README.md"].content.decode()
+    assert "# elsewhere" in text and 'from_pretrained("someone/elsewhere"' in text and NAME not in text
+    assert text.replace("elsewhere", "apm-tiny") == write_card(trained, FACTS).read_text()
+
+
+def test_a_card_that_somebody_edited_is_published_as_it_is(hub, trained):
+    with (trained / "README.md").open("a") as file:
+        file.write("\nMind the gap.\n")
+    edited = (trained / "README.md").read_bytes()
+    assert not move_card(trained, "someone/elsewhere")
+    publish(trained, "someone/elsewhere", token=TOKEN)
+    assert hub.model("someone/elsewhere").files()["README.md"].content == edited
+
+
+def test_the_card_shows_the_islands_of_a_drawn_scene_beside_controls_where_they_were_drawn(tmp_path):
+    assert "islands.png" not in write_card(tmp_path, FACTS).read_text()
+    model = student(image_size=24)
+    processor = APMImageProcessorPil(size={"height": 24, "width": 24})
+    picture = write_card_picture(tmp_path, model, processor)
+    assert picture == tmp_path / "islands.png" and picture.read_bytes()[:4] == b"\x89PNG"
+    assert "](islands.png)" in write_card(tmp_path, FACTS).read_text()

@@ -9,7 +9,7 @@ Legend: B images, L locations, F feature width, K classes, (rows, cols) the teac
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .data.scenes import CLASS_NAMES, SceneDataset
 from .data.targets import TargetCache
 from .demo_assets import DEMO_TEACHER
 from .distillation import DistillationConfig, distill, matching_image_processor
-from .hub import CardFacts, write_card
+from .model_cards import CardFacts, write_card, write_card_picture
 from .modeling_apm import APMModel
 from .position_encoding import grid_coordinates
 from .report import Sight, write_report
@@ -115,9 +115,10 @@ def run_demo(config: DemoConfig) -> DemoResult:
         test.run(condition, images, machines, shown=index % len(images))
 
     facts = _facts(config, student, test.rows)
-    write_card(output_dir, facts)
+    write_card_picture(output_dir, student, image_processor, seed=config.seed)
     report_dir = Path(config.report_dir or f"{config.output_dir.rstrip('/')}_report")
     table, files = write_report(report_dir, test.rows, test.sights, test.losses, facts)
+    write_card(output_dir, replace(facts, comparison=f"Beside its teacher and controls:\n\n{table}"))
     return DemoResult(test.rows, table, files, output_dir)
 
 
@@ -247,9 +248,6 @@ def _corrupted(image: Any, condition: str, number: int, seed: int) -> Any:
 
 
 def _facts(config: DemoConfig, student: APMModel, rows: dict[str, dict[str, float]]) -> CardFacts:
-    metrics = {
-        f"{column} ({name})": row[column] for column in rows[DISTILLED] for name, row in rows.items() if column in row
-    }
     command = f"apm demo --max_steps {config.max_steps} --num_images {config.num_images} --seed {config.seed}"
     return CardFacts(
         repo_id=config.output_dir,
@@ -258,5 +256,5 @@ def _facts(config: DemoConfig, student: APMModel, rows: dict[str, dict[str, floa
         command=command,
         steps=config.max_steps,
         num_parameters=student.num_parameters(),
-        metrics=metrics,
+        metrics=rows[DISTILLED],
     )

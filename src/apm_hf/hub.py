@@ -1,100 +1,131 @@
-"""Publishing: a model folder with a card that says how it was made and what was measured.
+"""Publishing a model folder: checked first, then one commit, so that nothing is ever half-published."""
 
-The card is `model_card.md`, filled in through `huggingface_hub.ModelCard.from_template`.
-"""
-
+import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, errors
+from safetensors import SafetensorError, safe_open
 
-# In a wheel the template lies beside this file, in a checkout at the top.
-_TEMPLATES = (Path(__file__).with_name("model_card.md"), Path(__file__).parents[2] / "model_card.md")
-# Of a training run, what is no part of the model.
-_NOT_PUBLISHED = ["checkpoints/*", "logs/*", "distillation/*"]
+from .configuration_apm import APMConfig
+from .model_cards import move_card
 
+logger = logging.getLogger("apm_hf")
 
-@dataclass(frozen=True, kw_only=True)
-class CardFacts:
-    """What the card says.
-
-    Args:
-        repo_id: how the model is loaded: `user/name`, or a folder.
-        teacher, dataset: names on the Hub, or of local folders, of which only the last part is told.
-        command: that made the model.
-        steps: optimiser steps.
-        num_parameters: of the student.
-        metrics: measured figures by name.
-    """
-
-    repo_id: str
-    teacher: str
-    dataset: str
-    command: str
-    steps: int
-    num_parameters: int
-    metrics: Mapping[str, float]
-
-
-def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
-    """Write `README.md`, the model card, into a model folder.
-
-    Raises:
-        FileNotFoundError: if the package was installed without its template.
-    """
-    template = next((path for path in _TEMPLATES if path.exists()), None)
-    if template is None:
-        raise FileNotFoundError(f"model_card.md: expected the card's template in one of {list(map(str, _TEMPLATES))}")
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=["apm", "glom", "distillation"],
-        datasets=None if _is_local(facts.dataset) else [facts.dataset.split(":")[0]],
-        base_model=None if _is_local(facts.teacher) else facts.teacher,
-    )
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in facts.metrics.items())
-    card = ModelCard.from_template(
-        data,
-        template_path=str(template),
-        model_name=Path(facts.repo_id).name,
-        repo_id=_public_name(facts.repo_id),
-        teacher=_public_name(facts.teacher),
-        dataset=_public_name(facts.dataset),
-        command=facts.command,
-        steps=facts.steps,
-        num_parameters=f"{facts.num_parameters:,}",
-        metrics=f"| | |\n| --- | --- |\n{rows}" if rows else "Nothing was measured.",
-    )
-    path = Path(folder) / "README.md"
-    card.save(path)
-    return path
+# Of a training run, what is no part of the model, or shows images that may not be ours to publish.
+NOT_PUBLISHED = ["checkpoints/*", "logs/*", "distillation/*", "pictures/*", "*.partial*", ".*", "**/.*", "__pycache__/*"]
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def publish(
-    folder: str | os.PathLike[str], repo_id: str, *, private: bool | None = None, token: str | None = None
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
 ) -> str:
-    """Upload a model folder in one commit, so that nothing is ever half-published. Returns the address of the commit.
+    """Upload a model folder: weights, configuration, image processor, code and card.
+
+    The card in the folder, unless somebody has edited it, is given the repository's name. Checkpoints, logs and
+    pictures of validation images stay at home.
+
+    Args:
+        folder: of a saved model.
+        repo_id: `user/name`, made where it does not exist; `name` alone is the user's own.
+        private: of a repository that is made.
+        token: by default the one of `hf auth login` or of `HF_TOKEN`.
+        revision: branch, made where it does not exist.
+        create_pr: propose the commit to a repository that exists instead of making it.
+        commit_message: first line of the commit.
+
+    Returns:
+        The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: for a folder that holds no model.
-        huggingface_hub.errors.HfHubHTTPError: what the Hub says of a missing repository or a wrong token.
+        ValueError: for a folder that holds no whole model, or pickles; before the Hub is asked.
+        PermissionError: the token is missing, wrong, or may not write there.
+        FileNotFoundError: a pull request to a repository that does not exist.
+        ConnectionError: no network, offline mode, or a connection that broke.
+        huggingface_hub.errors.HfHubHTTPError: anything else that the Hub says.
     """
-    if not (Path(folder) / "config.json").exists():
-        raise ValueError(f"folder: expected a saved model with a config.json, got {os.fspath(folder)!r}")
+    folder = Path(folder)
+    check_folder(folder)
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        folder_path=os.fspath(folder), repo_id=repo_id, commit_message="Upload APM", ignore_patterns=_NOT_PUBLISHED
-    )
-    return commit.commit_url
+    with _explained(repo_id):
+        if create_pr:
+            api.repo_info(repo_id)
+        else:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if not move_card(folder, repo_id):
+            logger.info(f"{folder.name}/README.md: no card of this package's making, published as it is")
+        commit = api.upload_folder(
+            folder_path=folder,
+            repo_id=repo_id,
+            commit_message=commit_message or "Upload APM",
+            revision=revision,
+            create_pr=create_pr,
+            ignore_patterns=NOT_PUBLISHED,
+        )
+    return commit.pr_url or commit.commit_url
 
 
-def _is_local(name: str) -> bool:
-    return os.path.exists(name) or name.startswith((".", os.sep)) or not name
+def check_folder(folder: Path) -> None:
+    """Raise a `ValueError` for what is no whole model that `from_pretrained` would load."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"folder: expected a saved model with a config.json, got {os.fspath(folder)!r}")
+    try:
+        APMConfig.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"folder: expected weights in model.safetensors, found none in {os.fspath(folder)!r}")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path}: expected a whole safetensors file, got: {error}") from error
+    if not (folder / "preprocessor_config.json").exists():
+        raise ValueError(
+            f"folder: expected an image processor beside the model, found no preprocessor_config.json in "
+            f"{os.fspath(folder)!r}; APMImageProcessor(...).save_pretrained(folder) writes it"
+        )
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
+        raise ValueError(f"folder: expected weights in safetensors only, got {', '.join(pickles)}")
 
 
-def _public_name(name: str) -> str:
-    return Path(name).name if _is_local(name) else name
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Say in one line what is wrong and what helps; the Hub's own message follows as the cause."""
+    try:
+        yield
+    except errors.OfflineModeIsEnabled as error:
+        raise ConnectionError("the Hub cannot be asked: HF_HUB_OFFLINE is set") from error
+    except errors.GatedRepoError as error:
+        raise PermissionError(f"{repo_id}: gated; ask for access on its page, then log in with `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        if getattr(error.response, "status_code", None) == 401:
+            raise PermissionError(f"{repo_id}: {_TOKEN}") from error
+        raise FileNotFoundError(f"{repo_id}: no such repository, or a private one the token does not open") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status == 401:
+            raise PermissionError(f"{repo_id}: {_TOKEN}") from error
+        if status == 403:
+            raise PermissionError(f"{repo_id}: the token may not write there: {error.server_message}") from error
+        raise
+    except RuntimeError as error:  # of files that travel before the commit
+        raise ConnectionError(f"{repo_id}: nothing was published. {error} {error.__cause__ or ''}".strip()) from error
+    except errors.HTTPError as error:
+        raise ConnectionError(f"{HfApi().endpoint} cannot be reached: {error}") from error
+
+
+_TOKEN = "the Hub knows no such token, or got none; log in with `hf auth login` or set HF_TOKEN"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .figures import load_matplotlib
-from .hub import CardFacts
+from .model_cards import CardFacts
 from .islands import PCAColours, cluster
 from .modeling_apm import APMModel
 from .position_encoding import grid_coordinates
