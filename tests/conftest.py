@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from fixtures_hub import LoopbackHub
+from fixtures_hub import LoopbackHub, client_of
 
 # The tests' tensors are tiny: more threads than one only fight over the cores with other test processes.
 torch.set_num_threads(1)
@@ -44,22 +44,9 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path_factory):
+def hub(tmp_path_factory):
     """A Hub of our own, empty, which this process takes for the real one; nobody is logged in."""
-    from huggingface_hub import close_session, constants
-
     hub = LoopbackHub()
-    home = tmp_path_factory.mktemp("hub_home")
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1,localhost")
-    close_session()  # the next one reads the settings above
-    yield hub
-    close_session()
+    with client_of(hub, tmp_path_factory.mktemp("hub_home")):
+        yield hub
     hub.close()

@@ -1,8 +1,8 @@
 """A Hub on 127.0.0.1 that the real `huggingface_hub` client talks to: models, data sets and Spaces, in memory.
 
-It knows what this project needs of https://huggingface.co/docs/hub/api: repositories (private, gated), branches, commits and pull
-requests, files within commits or through LFS, downloads with ranges and the redirect of LFS files to another host, and
-the errors. Xet is not spoken: clients are told `HF_HUB_DISABLE_XET=1`.
+It knows what this project needs of https://huggingface.co/docs/hub/api: repositories (private, gated),
+branches, commits and pull requests, files within commits or through LFS, downloads with ranges and the redirect of LFS
+files to another host, and the errors. Xet is not spoken: clients are told `HF_HUB_DISABLE_XET=1`.
 """
 
 import base64
@@ -10,11 +10,14 @@ import hashlib
 import json
 import re
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import close_session, constants
 
 TOKEN = "hf_loopback"
 LFS = (".safetensors", ".png", ".onnx", ".parquet", ".npz")
@@ -35,8 +38,8 @@ class File:
         """Git's name for what Git holds: the content, or a pointer to it."""
         held = self.content
         if self.lfs:
-            lines = ("version https://git-lfs.github.com/spec/v1", f"oid sha256:{self.sha256}", f"size {len(held)}", "")
-            held = "\n".join(lines).encode()
+            version = "version https://git-lfs.github.com/spec/v1"
+            held = f"{version}\noid sha256:{self.sha256}\nsize {len(held)}\n".encode()
         return hashlib.sha1(b"blob %d\0" % len(held) + held).hexdigest()
 
     def entry(self, path):
@@ -65,7 +68,9 @@ class Repository:
 
     def info(self, commit):
         files = self.commits[commit]
-        front = re.match(r"---\n(.*?)\n---", files["README.md"].content.decode(), re.S) if "README.md" in files else None
+        front = (
+            re.match(r"---\n(.*?)\n---", files["README.md"].content.decode(), re.S) if "README.md" in files else None
+        )
         card = yaml.safe_load(front[1]) if front else {}
         return {
             "_id": "0",
@@ -126,6 +131,29 @@ class LoopbackHub:
             "NO_PROXY": "127.0.0.1,localhost",
         }
         return own | ({} if token is None else {"HF_TOKEN": token})
+
+
+@contextmanager
+def client_of(hub, home):
+    """This process takes `hub` for the real one; nobody is logged in, the cache is in `home`."""
+    with pytest.MonkeyPatch.context() as patch:
+        settings = {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+        }
+        for name, value in settings.items():
+            patch.setattr(constants, name, value)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, "127.0.0.1,localhost")
+        close_session()  # the next one reads the settings above
+        yield
+    close_session()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -299,7 +327,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def refs(self, kind, name):
         repository = self.repository(kind, name)
-        rows = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in repository.refs.items()]
+        rows = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in repository.refs.items()
+        ]
         self.send(200, {"branches": rows, "tags": [], "converts": []})
 
     def tree(self, kind, name, revision, folder=None):
@@ -312,10 +342,15 @@ class _Handler(BaseHTTPRequestHandler):
                 parents = path[len(start) :].split("/")[:-1]
                 if recursive or not parents:
                     entries.append(file.entry(path))
-                folders |= {start + "/".join(parents[: i + 1]) for i in range(len(parents) if recursive else 1) if parents}
+                folders |= {
+                    start + "/".join(parents[: i + 1]) for i in range(len(parents) if recursive else 1) if parents
+                }
         if folder and not entries and not folders:
             raise Refused(404, f"{folder} does not exist", "EntryNotFound")
-        self.send(200, [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)] + entries)
+        self.send(
+            200,
+            [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)] + entries,
+        )
 
     def paths_info(self, kind, name, revision):
         repository, commit = self.at(kind, name, revision)

@@ -23,11 +23,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from apm_hf import APMConfig, APMModel
+from fixtures_pipelines import LABELS
 
 TEACHER_SIZE, TEACHER_PATCH, TEACHER_GRID = 32, 8, 4
 FEATURE_SIZE = 16  # F
 STUDENT_SIZE, STUDENT_PATCH, STUDENT_GRID = 24, 8, 3  # not the teacher's grid
-LABELS = ["cat", "dog", "owl"]
 WORDS = "[PAD] [UNK] [CLS] [SEP] a photo of cat dog owl .".split()
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = TOWER | {"image_size": TEACHER_SIZE, "patch_size": TEACHER_PATCH}

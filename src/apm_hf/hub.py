@@ -15,7 +15,16 @@ from .model_cards import move_card
 logger = logging.getLogger("apm_hf")
 
 # Of a training run, what is no part of the model, or shows images that may not be ours to publish.
-NOT_PUBLISHED = ["checkpoints/*", "logs/*", "distillation/*", "pictures/*", "*.partial*", ".*", "**/.*", "__pycache__/*"]
+NOT_PUBLISHED = [
+    "checkpoints/*",
+    "logs/*",
+    "distillation/*",
+    "pictures/*",
+    "*.partial*",
+    ".*",
+    "**/.*",
+    "__pycache__/*",
+]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -110,7 +119,9 @@ def _explained(repo_id: str) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as error:
         raise ConnectionError("the Hub cannot be asked: HF_HUB_OFFLINE is set") from error
     except errors.GatedRepoError as error:
-        raise PermissionError(f"{repo_id}: gated; ask for access on its page, then log in with `hf auth login`") from error
+        raise PermissionError(
+            f"{repo_id}: gated; ask for access on its page, then log in with `hf auth login`"
+        ) from error
     except errors.RepositoryNotFoundError as error:
         if getattr(error.response, "status_code", None) == 401:
             raise PermissionError(f"{repo_id}: {_TOKEN}") from error

@@ -55,9 +55,14 @@ class CardFacts:
             at_hand, commit = provenance.versions(), provenance.commit()
             versions = {name: at_hand[name] for name in ("apm_hf", "torch", "transformers") if name in at_hand}
             versions |= {} if commit is None else {"commit": commit}
-        names = {name: public_name(getattr(self, name)) for name in ("repo_id", "teacher", "dataset")}
-        # `public_name` looks at the disk, which a published card must not be read by.
-        return replace(self, **names, versions=versions, metrics=dict(self.metrics))
+        return replace(
+            self,
+            repo_id=public_name(self.repo_id),
+            teacher=public_name(self.teacher),
+            dataset=public_name(self.dataset),
+            versions=versions,
+            metrics=dict(self.metrics),
+        )
 
 
 def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
@@ -182,8 +187,8 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
 
 def _licence(teachers: list[dict[str, Any]]) -> str:
     """The weights' own: the teachers', where it is known and one."""
-    found = {entry.get("license") for entry in teachers}
-    return next(iter(found)) if len(found) == 1 and None not in found else "other"
+    found = {entry.get("license") or "other" for entry in teachers}
+    return found.pop() if len(found) == 1 else "other"
 
 
 def _licence_table(teachers: list[dict[str, Any]], teacher: str) -> str:

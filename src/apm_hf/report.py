@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .figures import load_matplotlib
-from .model_cards import CardFacts
 from .islands import PCAColours, cluster
+from .model_cards import CardFacts
 from .modeling_apm import APMModel
 from .position_encoding import grid_coordinates
 from .ttt import Adapted

@@ -1,0 +1,167 @@
+"""Train, publish, and load in a process with an empty cache that has never heard of the package: the same answers.
+
+One such process, since each imports everything anew; `loads_from_hub.py` is what it runs.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoModel, pipeline
+
+from apm_hf import (
+    APMForImageClassification,
+    APMForSemanticSegmentation,
+    APMForZeroShotImageClassification,
+    APMImageProcessorPil,
+    load_teacher,
+)
+from apm_hf.hub import publish
+from apm_hf.model_cards import CardFacts, write_card
+from fixtures_hub import TOKEN, LoopbackHub, client_of
+from fixtures_pipelines import LABELS, label_map, scores
+from fixtures_tiny import STUDENT_SIZE, photo, randomise, save_clip, student, student_config, tokenizer
+
+HEADS = {"parts": APMForSemanticSegmentation, "classes": APMForImageClassification}
+NAMES = {"num_labels": 3, "id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    hub = LoopbackHub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def published(hub, tmp_path_factory):
+    """Folders by name; all of them are on the Hub."""
+    root = tmp_path_factory.mktemp("published")
+    folders = {name: root / name for name in ("apm", "parts", "classes", "texts")}
+    models = {"apm": student()}
+    models |= {name: randomise(head(student_config(**NAMES))) for name, head in HEADS.items()}
+    clip = load_teacher(save_clip(root / "clip"), device="cpu").model
+    models["texts"] = APMForZeroShotImageClassification.from_dual_encoder(student(seed=3), clip)
+    tokenizer().save_pretrained(folders["texts"])
+    facts = {"teacher": "someone/teacher", "dataset": "someone/photos", "command": "make", "steps": 1}
+    with client_of(hub, root):
+        for name, folder in folders.items():
+            models[name].save_pretrained(folder)
+            APMImageProcessorPil(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE}).save_pretrained(folder)
+            number = models[name].num_parameters()
+            write_card(folder, CardFacts(repo_id=str(folder), num_parameters=number, metrics={"cosine": 0.5}, **facts))
+            publish(folder, name, token=TOKEN)
+        photos = root / "photos"
+        photos.mkdir()
+        for seed in range(3):
+            photo(seed).save(photos / f"{seed}.png")
+        api = HfApi(token=TOKEN)
+        for kind, name in (("dataset", "photos"), ("space", "demo")):
+            api.create_repo(name, repo_type=kind, space_sdk="gradio" if kind == "space" else None)
+            api.upload_folder(folder_path=photos, repo_id=f"someone/{name}", repo_type=kind)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def answers(hub, published, environment, tmp_path_factory):
+    """What the stranger's process gets."""
+    place, home = tmp_path_factory.mktemp("stranger"), tmp_path_factory.mktemp("home")
+    photo(99).save(place / "photo.png")
+    process = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+    script = Path(__file__).with_name("loads_from_hub.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "answers.npz"],
+        cwd=place,
+        env=process | hub.environment(home, token=None),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(place / "answers.npz") as arrays:
+        return dict(arrays)
+
+
+def test_a_stranger_gets_the_same_answers_to_the_bit(answers, published):
+    model = AutoModel.from_pretrained(published["apm"]).eval()
+    inputs = APMImageProcessorPil.from_pretrained(published["apm"])(photo(99), return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs, coordinates=torch.tensor([[0.0, 0.0], [-0.3, 0.7]]))
+    for name in ("last_hidden_state", "rgb", "pooler_output"):
+        assert outputs[name].std() > 1e-3 and np.array_equal(outputs[name].numpy(), answers[name])
+
+
+def test_the_cards_snippets_run_as_they_stand(answers):
+    assert answers["snippets"] == 2 and answers["shown"].shape == (1, 2, 16) and np.isfinite(answers["shown"]).all()
+
+
+def test_pipelines_from_the_hub_answer_as_from_folders(answers, published):
+    photos = [photo(seed) for seed in range(3)]
+    assert np.array_equal(answers["photos"], np.stack(photos))
+    local = {name: str(folder) for name, folder in published.items()}
+    features = np.array(pipeline("image-feature-extraction", model=local["apm"], device="cpu")(photos))
+    np.testing.assert_allclose(answers["features"], features, atol=1e-6)
+    assert features.std(axis=0).max() > 1e-3
+    classify = pipeline("image-classification", model=local["classes"], device="cpu")
+    np.testing.assert_allclose(answers["classes"], scores(classify(photos)), atol=1e-6)
+    zero_shot = pipeline("zero-shot-image-classification", model=local["texts"], device="cpu")
+    np.testing.assert_allclose(answers["texts"], scores(zero_shot(photos, candidate_labels=LABELS)), atol=1e-6)
+    for name in ("classes", "texts"):
+        assert answers[name].std(axis=0).max() > 1e-3
+    rows = pipeline("image-segmentation", model=local["parts"], device="cpu")(photos, subtask="semantic")
+    parts = np.stack([label_map(row) for row in rows])
+    assert np.array_equal(answers["parts"], parts) and len(np.unique(parts)) > 1
+
+
+def test_the_command_of_the_hub_downloads_everything(hub, published, environment, tmp_path):
+    command = [sys.executable, "-m", "huggingface_hub.cli.hf", "download", "--local-dir", str(tmp_path / "here")]
+    process = environment | hub.environment(tmp_path / "home", token=None)
+    done = subprocess.run([*command, "someone/apm"], env=process, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    here = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir() if path.is_file()}
+    assert here == {name: file.content for name, file in hub.model("someone/apm").files().items()}
+    assert {"config.json", "model.safetensors", "modeling_apm.py", "README.md"} <= here.keys()
+
+
+def test_a_private_or_gated_model_opens_to_its_token_only(hub, published, tmp_path):
+    repository = hub.model("someone/apm")
+    for lock in ("private", "gated"):
+        setattr(repository, lock, True)
+        try:
+            with client_of(hub, tmp_path / lock):
+                with pytest.raises(OSError, match="private|gated|restricted|not a valid model identifier"):
+                    AutoModel.from_pretrained("someone/apm")
+                assert AutoModel.from_pretrained("someone/apm", token=TOKEN).config.model_type == "apm"
+        finally:
+            setattr(repository, lock, False)
+
+
+def test_a_revision_is_loaded_as_it_was(hub, published, tmp_path):
+    with client_of(hub, tmp_path):
+        other = student(seed=7)
+        other.save_pretrained(tmp_path / "other")
+        APMImageProcessorPil().save_pretrained(tmp_path / "other")
+        publish(tmp_path / "other", "someone/apm", token=TOKEN, revision="other")
+        branch = AutoModel.from_pretrained("someone/apm", revision="other")
+        main = AutoModel.from_pretrained("someone/apm")
+    assert torch.equal(branch.decoder.feature_head.weight, other.decoder.feature_head.weight)
+    assert not torch.equal(main.decoder.feature_head.weight, other.decoder.feature_head.weight)
+
+
+def test_a_model_can_be_pushed_as_any_other(hub, tmp_path):
+    with client_of(hub, tmp_path):
+        student().push_to_hub("someone/pushed", token=TOKEN)
+        APMImageProcessorPil().push_to_hub("someone/pushed", token=TOKEN)
+    files = hub.model("someone/pushed").files()
+    assert {"config.json", "model.safetensors", "modeling_apm_heads.py", "preprocessor_config.json"} <= set(files)
+    assert b'"auto_map"' in files["config.json"].content and b'"auto_map"' in files["preprocessor_config.json"].content
+
+
+def test_data_sets_and_spaces_travel_too(hub, published):
+    assert len(hub.repositories["dataset", "someone/photos"].files()) == 3
+    space = hub.repositories["space", "someone/demo"]
+    assert space.sdk == "gradio" and space.files()["0.png"].lfs
