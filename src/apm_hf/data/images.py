@@ -62,8 +62,9 @@ class ImageCollator:
     """Make a batch of dataset rows, for `torch.utils.data.DataLoader(collate_fn=...)`.
 
     Calling it with B rows returns `pixel_values` `(B, 3, S_h, S_w)`, `teacher_pixel_values` likewise if there is a
-    teacher's processor, `teacher_pixel_values.NAME` for each further teacher NAME's, `labels` `(B,)` int64 if there is a label column, and `index` `(B,)` int64 if the rows have
-    such a column. The teacher's processor sees the same picture as 8-bit RGB, since few handle other modes well.
+    teacher's processor, `teacher_pixel_values.NAME` for every further teacher's, `labels` `(B,)` int64 if there is a
+    label column, and `index` `(B,)` int64 if the rows have such a column. Teachers' processors see the same picture as
+    8-bit RGB, since few handle other modes well.
 
     Attributes:
         image_processor: the student's.
