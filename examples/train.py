@@ -23,6 +23,8 @@ from apm_hf.distillation import DistillationConfig, DistillationResult, distill,
 from apm_hf.hub import publish
 from apm_hf.model_cards import CardFacts, write_card
 from apm_hf.processes import command_line, process_state
+from apm_hf.several_teachers import same_view
+from apm_hf.teacher_license import inherit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,9 @@ class ScriptConfig:
     """What is distilled, into what, on which images."""
 
     teacher: str = field(metadata={"help": "name or folder of the teacher, e.g. openai/clip-vit-large-patch14"})
+    extra_teachers: list[str] = field(
+        default_factory=list, metadata={"help": "NAME=TEACHER of further teachers, each for a head NAME of its own"}
+    )
     teacher_dtype: str | None = field(default=None, metadata={"help": "bfloat16, ...; see load_teacher"})
     dataset: str = field(metadata={"help": "a Hub dataset, org/name or org/name:config, a folder or a parquet file"})
     preset: str = field(default="tiny", metadata={"help": "architecture: dinov2-large, clip-ttt or tiny"})
@@ -55,11 +60,19 @@ def run(script: ScriptConfig, config: DistillationConfig) -> DistillationResult:
     if script.push_to_hub and script.hub_model_id is None:
         raise ValueError("--push_to_hub: expected --hub_model_id user/name, got none")
     set_seed(config.seed)
+    if wrong := [one for one in script.extra_teachers if "=" not in one]:
+        raise ValueError(f"--extra_teachers: expected NAME=TEACHER, got {wrong}")
     teacher = load_teacher(script.teacher, dtype=script.teacher_dtype)
+    names = dict(one.split("=", 1) for one in script.extra_teachers)
+    teachers = {head: load_teacher(name, dtype=script.teacher_dtype) for head, name in names.items()}
     overrides = {"feature_size": teacher.feature_size, **json.loads(script.config_overrides)}
+    if teachers:
+        heads = {head: {"feature_size": one.feature_size} for head, one in teachers.items()}
+        overrides = {"teacher_heads": heads, **overrides}
     if config.level_layers:
         overrides = {"num_levels": len(config.level_layers), "level_size": teacher.hidden_size, **overrides}
     student = APMModel(APMConfig.preset(script.preset, **overrides))
+    inherit(student.config, [teacher, *teachers.values()], dataset=script.dataset)
     image_processor = matching_image_processor(
         teacher, student.config.image_size, **json.loads(script.image_processor)
     )
@@ -79,13 +92,19 @@ def run(script: ScriptConfig, config: DistillationConfig) -> DistillationResult:
         if script.streaming:
             raise ValueError("--random_crops: expected a data set that is not streamed")
         images = RandomCrops(images, train.image_column, seed=config.seed)
-    collator = ImageCollator(image_processor, train.image_column, teacher_image_processor=teacher.image_processor)
+    collator = ImageCollator(
+        image_processor,
+        train.image_column,
+        teacher_image_processor=teacher.image_processor,
+        teacher_image_processors={head: same_view(one, teacher) for head, one in teachers.items()},
+    )
     result = distill(
         student,
         images,
         config=config,
         image_processor=image_processor,
         teacher=teacher,
+        teachers=teachers,
         validation_data=validation.dataset,
         collate_fn=collator,
     )

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoImageProcessor, AutoModel
 
-from apm_hf import distillation, load_teacher
+from apm_hf import distillation_targets, load_teacher
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.targets import TargetCache
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
@@ -321,7 +321,7 @@ def test_places_are_drawn_afresh_at_each_step_and_are_some_of_the_teachers(tmp_p
         drawn.append(locations)
         return ask(*inputs, locations=locations, **options)
 
-    monkeypatch.setattr(distillation, "ask", recorded)
+    monkeypatch.setattr(distillation_targets, "ask", recorded)
     run(tmp_path, random_targets(8), num_locations=5, max_steps=6)
     assert len(drawn) == 6 and len({tuple(places.tolist()) for places in drawn}) == 6
     assert all(len(set(places.tolist())) == 5 and set(places.tolist()) <= set(range(16)) for places in drawn)
@@ -334,7 +334,7 @@ def test_the_loss_at_some_places_is_against_the_teachers_answers_there(tmp_path,
         drawn.append(locations)
         return ask(*inputs, locations=locations, **options)
 
-    monkeypatch.setattr(distillation, "ask", recorded)
+    monkeypatch.setattr(distillation_targets, "ask", recorded)
     with torch.no_grad():
         answers = machine(data.pixel_values, grid_coordinates(*GRID))
     cell = STUDENT_SIZE // TEACHER_GRID

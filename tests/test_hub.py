@@ -27,6 +27,7 @@ FACTS = CardFacts(
 )
 TRAVELLING = {
     "configuration_apm.py",
+    "configuration_apm_teachers.py",
     "image_processing_apm.py",
     "image_processing_pil_apm.py",
     "modeling_apm.py",

@@ -1,10 +1,12 @@
 """Configuration of the Asynchronous Perception Machine (APM).
 
-Architecture only: no learning rates, paths or teachers. Source: Modi & Rawat, NeurIPS 2024, arXiv:2410.20535, Fig. 1.
+Architecture, and of its teachers what a model needs or inherits: no learning rates and no paths.
+Source: Modi & Rawat, NeurIPS 2024, arXiv:2410.20535, Fig. 1.
 
 Legend: D trigger width, Q local-patch width, P position width, F feature width, (rows, cols) the grid of locations.
 """
 
+import copy
 import difflib
 from dataclasses import fields
 from typing import Any
@@ -12,6 +14,15 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+
+from .configuration_apm_teachers import (
+    HEAD_FIELDS,
+    check_origins,
+    check_pooling,
+    check_statistics,
+    check_teacher_heads,
+    plain_statistics,
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The release's COCO model: 54.3 M parameters, student of DINOv2 ViT-L/14 with registers.
@@ -106,6 +117,12 @@ class APMConfig(PreTrainedConfig):
         hidden_sizes (`list[int]`): widths of the MLP's layers, each Linear + activation.
         hidden_act (`str`, defaults to `"relu"`): activation of the MLP.
         feature_size (`int`, defaults to 1024): F, width of the teacher's features.
+        feature_mean (`list[float]`, *optional*): F means of the teacher's features. The network then answers in a
+            standardised space, and its answers are mapped to the teacher's own: times `feature_std`, plus this.
+        feature_std (`list[float]` or `float`, *optional*): their F standard deviations; or one for all channels, which
+            leaves directions, hence cosines, as they are.
+        teacher_heads (`dict[str, dict]`, *optional*): heads for further teachers by name, each with its `feature_size`
+            and, where wanted, `feature_mean`, `feature_std` and a `pooling` of its own.
         num_levels (`int`, defaults to 0): also predict so many levels per location, GLOM's column of embeddings
             (arXiv:2102.12627), as a rule the teacher's layers from low (parts) to high (wholes).
         level_size (`int`, *optional*): width of a level; `feature_size` by default.
@@ -119,6 +136,8 @@ class APMConfig(PreTrainedConfig):
             SigLIP's: no).
         logit_scale_init_value (`float`, defaults to 4.6052): log of the temperature; log(100), as in the paper's
             `cosine * 100`.
+        distilled_from (`list[dict]`, *optional*): the teachers whose obligations the model inherits, each with a
+            public `name` and, as far as known, `license`, `revision` and `dataset`, where None means unknown.
 
     Raises:
         ValueError: for a value that fits no architecture or a field that does not exist; says what was expected.
@@ -146,6 +165,9 @@ class APMConfig(PreTrainedConfig):
     hidden_sizes: list[int] | tuple[int, ...] = (4096, 4096, 4096, 2048, 1024)
     hidden_act: str = "relu"
     feature_size: int = 1024
+    feature_mean: list[float | int] | tuple[float | int, ...] | None = None
+    feature_std: list[float | int] | tuple[float | int, ...] | float | int | None = None
+    teacher_heads: dict | None = None
     num_levels: int = 0
     level_size: int | None = None
     use_rgb_head: bool = True
@@ -156,12 +178,20 @@ class APMConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     text_projection: bool = True
     logit_scale_init_value: float | int = 4.6052
+    distilled_from: list[dict] | None = None
 
     def __post_init__(self, **kwargs):
         self._reject_unknown_fields(kwargs)
         self.hidden_sizes = list(self.hidden_sizes)
         self.rgb_hidden_sizes = list(self.rgb_hidden_sizes)
         self.local_patch_scales = list(self.local_patch_scales)
+        for name in ("feature_mean", "feature_std"):
+            values = getattr(self, name)
+            setattr(self, name, list(values) if isinstance(values, tuple) else values)
+        if self.teacher_heads:  # as JSON sorts them, so that parameters have one order
+            self.teacher_heads = {
+                name: copy.deepcopy(head) for name, head in sorted(self.teacher_heads.items(), key=str)
+            }
         if isinstance(self.text_config, dict):
             if "model_type" not in self.text_config:
                 raise ValueError(f"text_config: expected a key 'model_type', got {sorted(self.text_config)}")
@@ -196,7 +226,10 @@ class APMConfig(PreTrainedConfig):
                 f"got {self.position_size}"
             )
         self._expect_one_of("trigger_source", ("conv", "embedding"))
-        self._expect_one_of("pooling", ("mean", "attention"))
+        check_pooling("", self.pooling, self.feature_size, self.pooling_num_heads)
+        check_statistics("", self.feature_size, self.feature_mean, self.feature_std)
+        check_teacher_heads(self.teacher_heads or {}, self.pooling, self.pooling_num_heads)
+        check_origins(self.distilled_from or [])
         if self.trigger_size is not None and self.trigger_source == "conv" and self.trigger_size != self.trigger_width:
             raise ValueError(
                 "trigger_size: expected trigger_channels * rows * cols with trigger_source='conv', "
@@ -224,16 +257,6 @@ class APMConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act: expected one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         if not self.initializer_range > 0:
             raise ValueError(f"initializer_range: expected a positive number, got {self.initializer_range}")
-        if self.pooling == "attention":
-            if self.pooling_num_heads < 1 or self.feature_size % self.pooling_num_heads:
-                raise ValueError(
-                    f"pooling_num_heads: expected a divisor of feature_size={self.feature_size}, "
-                    f"got {self.pooling_num_heads}"
-                )
-            if self.feature_size % 4:
-                raise ValueError(
-                    f"feature_size: expected a multiple of 4 with pooling='attention', got {self.feature_size}"
-                )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         # Whatever was saved before, the files that are written now lie in this folder; a subclass keeps its own entry.
@@ -259,6 +282,55 @@ class APMConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **overrides})
+
+    def teacher_head(self, name: str | None) -> dict[str, Any]:
+        """`feature_size`, `feature_mean`, `feature_std` and `pooling` of a head.
+
+        Args:
+            name: of one of `teacher_heads`; None or empty is the main head.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if not name:
+            return {field: getattr(self, field) for field in HEAD_FIELDS}
+        heads = self.teacher_heads or {}
+        if name not in heads:
+            raise ValueError(f"head: expected one of {sorted(heads)}, got {name!r}")
+        return {"feature_mean": None, "feature_std": None, "pooling": self.pooling, **heads[name]}
+
+    def set_feature_statistics(self, mean: Any, std: Any, *, head: str | None = None) -> dict[str, Any]:
+        """Set and return `feature_mean` and `feature_std`, of the main head or of one of `teacher_heads`.
+
+        Args:
+            mean: `(F,)`: a list, array or tensor.
+            std: `(F,)`, or one number for all channels.
+
+        Raises:
+            ValueError: for an unknown head, and for numbers that are not F, not finite or no deviations.
+        """
+        statistics = plain_statistics(mean, std)
+        where = "" if not head else f"teacher_heads[{head!r}]: "
+        check_statistics(where, self.teacher_head(head)["feature_size"], *statistics.values())
+        if not head:
+            self.feature_mean, self.feature_std = statistics["feature_mean"], statistics["feature_std"]
+        elif self.teacher_heads is not None:
+            self.teacher_heads[head].update(statistics)
+        return statistics
+
+    def with_head(self, name: str) -> "APMConfig":
+        """The architecture whose main, and only, head is the one of the teacher `name`: see [`APMModel.with_head`].
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        config = copy.deepcopy(self)
+        # Widths that follow the main head's by default stay what they are.
+        config.trigger_size, config.level_size = self.trigger_width, self.level_width if self.num_levels else None
+        config.teacher_heads, config.text_config, config.use_rgb_head = None, None, False
+        for field, value in self.teacher_head(name).items():
+            setattr(config, field, copy.deepcopy(value))
+        return config
 
     @property
     def grid_size(self) -> int:

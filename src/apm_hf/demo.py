@@ -29,6 +29,7 @@ from .model_cards import CardFacts, write_card, write_card_picture
 from .modeling_apm import APMModel
 from .position_encoding import grid_coordinates
 from .report import Sight, write_report
+from .teacher_license import inherit
 from .teachers import Teacher, load_teacher
 from .ttt import TTTConfig, adapt
 from .zero_shot import classify
@@ -96,6 +97,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     train_images, test_images, labels, class_names = _load(config)
     layers = demo_layers(teacher)
     architecture = demo_architecture(teacher.feature_size, num_levels=len(layers), level_size=teacher.hidden_size)
+    inherit(architecture, [teacher], dataset=config.dataset)
     image_processor = matching_image_processor(teacher, architecture.image_size)
 
     cache = TargetCache.build(

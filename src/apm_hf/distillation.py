@@ -5,26 +5,30 @@ image's own colours, Adam 1e-4, batch 64.
 Legend: B images in a process's batch, L locations, F feature width, (rows, cols) the teacher's grid.
 """
 
+import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from .distillation_targets import TargetMaker, ask
+from .distillation_targets import TargetMaker
+from .feature_statistics import KINDS, set_statistics, statistics_of
 from .image_processing_apm import APMImageProcessor
-from .losses import DistillationTargets, LossWeights, distillation_losses
+from .losses import LossWeights
 from .modeling_apm import APMModel
+from .objective import MAIN, Objective
 from .processes import on_cpu
+from .teacher_license import inherit
 from .teachers import Teacher
 from .validation import ValidationMetrics, validation_picture
 
@@ -61,6 +65,13 @@ class DistillationConfig:
     jitter: bool = field(
         default=False, metadata={"help": "move the teacher's grid by a random part of a patch at every step"}
     )
+    statistics_images: int = field(
+        default=0,
+        metadata={"help": "images on which teachers' feature statistics are measured before the first step; 0 never"},
+    )
+    statistics: str = field(
+        default="channel", metadata={"help": "a standard deviation per channel, or one scalar, which keeps cosines"}
+    )
     mixed_precision: str | None = field(
         default=None, metadata={"help": "no, bf16 or fp16; by default bf16 where a GPU supports it, else no"}
     )
@@ -77,9 +88,13 @@ class DistillationConfig:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "validation_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("warmup_steps", "checkpoint_steps", "max_grad_norm", "num_workers", "num_pictures"):
+        for name in (
+            "warmup_steps", "checkpoint_steps", "max_grad_norm", "num_workers", "num_pictures", "statistics_images"
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.statistics not in KINDS:
+            raise ValueError(f"statistics: expected one of {list(KINDS)}, got {self.statistics!r}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if self.num_locations is not None and self.num_locations < 1:
@@ -99,7 +114,8 @@ class DistillationResult:
 
     Args:
         student: the trained student, on the CPU.
-        metrics: of every validation, in order: `step`, `feature_cosine`, `feature_r2`, `embed_cosine`, `rgb_mse`.
+        metrics: of every validation, in order: `step`, `feature_cosine`, `feature_r2`, `embed_cosine`, `rgb_mse`, and
+            those of further teachers behind their names, as `dinov2/feature_cosine`.
         output_dir: where the model was saved.
     """
 
@@ -115,10 +131,14 @@ def distill(
     config: DistillationConfig,
     image_processor: Any,
     teacher: Teacher | None = None,
+    teachers: Mapping[str, Teacher] | None = None,
     validation_data: Dataset | None = None,
     collate_fn: Callable[[list[Any]], dict[str, Tensor]] | None = None,
 ) -> DistillationResult:
-    """Fit a student to a teacher and save it, with its image processor, to `config.output_dir`.
+    """Fit a student to its teachers and save it, with its image processor, to `config.output_dir`.
+
+    The saved configuration tells which teachers it was distilled from, beside what the student's already did, and
+    their feature statistics where they were measured.
 
     Args:
         student: trained in place.
@@ -127,6 +147,8 @@ def distill(
         config: see [`DistillationConfig`].
         image_processor: the student's; saved beside it.
         teacher: frozen; asked for the targets.
+        teachers: further ones, by the names of the student's `teacher_heads`. Heads whose teacher is missing are left
+            as they are, unless batches carry their targets.
         validation_data: rows like those of `train_data`.
         collate_fn: e.g. [`apm_hf.data.images.ImageCollator`].
 
@@ -138,12 +160,17 @@ def distill(
         raise ValueError(
             f"feature_size: expected the teacher's {teacher.feature_size}, got {student.config.feature_size}"
         )
+    for name, further in (teachers or {}).items():
+        width = student.config.teacher_head(name)["feature_size"]
+        if further.feature_size != width:
+            raise ValueError(f"teacher_heads: expected {name!r} to be {further.feature_size} wide, got {width}")
     num_layers, num_levels = len(config.level_layers or ()), student.config.num_levels
     if teacher is not None and config.level_weight and num_layers != num_levels:
         raise ValueError(
             f"level_layers: expected as many layers as the student has levels, {num_levels}, got {config.level_layers}"
         )
-    run = _Run(student, train_data, config, image_processor, teacher, validation_data, collate_fn)
+    inherit(student.config, [one for one in (teacher, *(teachers or {}).values()) if one is not None])
+    run = _Run(student, train_data, config, image_processor, teacher, teachers, validation_data, collate_fn)
     return run()
 
 
@@ -162,7 +189,7 @@ class _EpochSampler(Sampler[int]):
 
 
 class _Run:
-    def __init__(self, student, train_data, config, image_processor, teacher, validation_data, collate_fn):
+    def __init__(self, student, train_data, config, image_processor, teacher, teachers, validation_data, collate_fn):
         # Accelerate is an extra: models load and run without it.
         try:
             from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -175,6 +202,7 @@ class _Run:
         weights = (config.grid_weight, config.cls_weight, config.rgb_weight)
         unused = not all(weights) or not student.config.use_rgb_head
         unused = unused or bool(student.config.num_levels and not config.level_weight)
+        unused = unused or set(student.config.teacher_heads or ()) != set(teachers or ())
         self.accelerator = Accelerator(
             cpu=on_cpu(),
             # Passes are counted through the ends of epochs, so that a step is always as many images.
@@ -186,17 +214,21 @@ class _Run:
             project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
-        self.targets = TargetMaker(teacher, image_processor, layers=config.level_layers)
+        targets = TargetMaker(teacher, image_processor, layers=config.level_layers, teachers=teachers)
+        self.objective = Objective(
+            student.config, targets, config.loss_weights, num_locations=config.num_locations, jitter=config.jitter
+        )
+        self.train_data, streaming = train_data, isinstance(train_data, IterableDataset)
+        if not streaming and len(train_data) == 0:
+            raise ValueError("train_data: expected at least one image, got none")
+        self.sampler = None if streaming else _EpochSampler(len(train_data), config.seed)
+        self._set_statistics(student, collate_fn)
         optimizer = torch.optim.Adam(student.parameters(), lr=config.learning_rate)
         # Accelerate steps the schedule once per process.
         processes = self.accelerator.num_processes
         scheduler = get_cosine_schedule_with_warmup(
             optimizer, config.warmup_steps * processes, config.max_steps * processes
         )
-        self.train_data, streaming = train_data, isinstance(train_data, IterableDataset)
-        if not streaming and len(train_data) == 0:
-            raise ValueError("train_data: expected at least one image, got none")
-        self.sampler = None if streaming else _EpochSampler(len(train_data), config.seed)
         train_loader = DataLoader(
             train_data,
             batch_size=config.batch_size,
@@ -259,36 +291,35 @@ class _Run:
         accelerator.end_training()  # leaves the process group: nobody can be waited for afterwards
         return result
 
-    def _targets(
-        self, batch: dict[str, Tensor], shift: tuple[float, float] = (0.0, 0.0)
-    ) -> tuple[DistillationTargets, Tensor | None, tuple[int, int]]:
-        targets, coordinates, grid = self.targets(batch, shift=shift)
-        feature_size, num_levels = self.architecture.feature_size, self.architecture.num_levels
-        if targets.features.shape[-1] != feature_size:
-            raise ValueError(f"feature_size: expected the targets' {targets.features.shape[-1]}, got {feature_size}")
-        if num_levels and targets.levels is None and self.config.level_weight:
-            raise ValueError(
-                f"levels: expected targets for the student's {num_levels} levels, got none; give level_layers, or "
-                "level_weight=0 to leave them as they are"
+    def _set_statistics(self, student: APMModel, collate_fn: Callable | None) -> None:
+        """Measured; a run that is resumed goes on with those that it began with."""
+        if self.config.resume:
+            for name, statistics in _progress(self.output_dir).get("statistics", {}).items():
+                student.set_feature_statistics(**statistics, head=name)
+        elif self.config.statistics_images:
+            answers = (self.objective.features(batch) for batch in self._first_batches(collate_fn))
+            gather, device = self.accelerator.gather, self.accelerator.device
+            set_statistics(
+                student, answers, kind=self.config.statistics, gather=lambda packed: gather(packed.to(device))
             )
-        return targets, coordinates, grid
+
+    def _first_batches(self, collate_fn: Callable | None) -> Iterator[dict[str, Tensor]]:
+        """This process's share of the images that the run begins with, as many as statistics are measured on."""
+        share = (self.accelerator.process_index, self.config.statistics_images, self.accelerator.num_processes)
+        rows = iter(self.train_data)
+        if self.sampler is not None:
+            rows = (self.train_data[index] for index in self.sampler)
+        rows = itertools.islice(rows, *share)
+        while batch := list(itertools.islice(rows, self.config.batch_size)):
+            collated = (collate_fn or default_collate)(batch)
+            yield {name: values.to(self.accelerator.device) for name, values in collated.items()}
 
     def _step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         config, accelerator = self.config, self.accelerator
         # One draw for the whole step, the same in every process, afresh from (seed, step): a resumed run draws what
         # the uninterrupted one would have drawn.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        shift = (0.0, 0.0)
-        if config.jitter:
-            down, right = (torch.rand(2, generator=generator) - 0.5).tolist()
-            shift = (down, right)
-        targets, coordinates, grid = self._targets(batch, shift)
-        locations = None
-        if config.num_locations is not None and config.num_locations < grid[0] * grid[1]:
-            locations = torch.randperm(grid[0] * grid[1], generator=generator)[: config.num_locations]
-            locations = locations.to(accelerator.device)
-        outputs = ask(self.student, batch["pixel_values"], targets, grid, coordinates=coordinates, locations=locations)
-        losses = distillation_losses(outputs, targets.at(locations), config.loss_weights)
+        losses = self.objective.losses(self.student, batch, generator)
         if not torch.isfinite(losses["loss"]):
             raise ValueError(f"step {step}: the loss is {losses['loss'].item()}; lower --learning_rate")
         accelerator.backward(losses["loss"])
@@ -329,18 +360,23 @@ class _Run:
         if self.validation_loader is None:
             return
         self.student.eval()
-        metrics = ValidationMetrics()
+        metrics: dict[str, ValidationMetrics] = {}
         for index, batch in enumerate(self.validation_loader):
-            targets, _, grid = self._targets(batch)
-            outputs = ask(self.student, batch["pixel_values"], targets, grid)
-            gathered = self.accelerator.gather_for_metrics(metrics.statistics(outputs, targets))
-            metrics.add(gathered)
+            answers = self.objective.answers(self.student, batch)
+            found = {name: ValidationMetrics.statistics(one, asked.targets) for name, (one, asked) in answers.items()}
+            for name, gathered in self.accelerator.gather_for_metrics(found).items():
+                metrics.setdefault(name, ValidationMetrics()).add(gathered)
             if index == 0 and self.config.num_pictures and self.accelerator.is_main_process:
+                outputs, (targets, _, grid) = answers[MAIN]
                 picture = validation_picture(outputs, targets, grid, num_images=self.config.num_pictures)
                 path = self.output_dir / "pictures" / f"step_{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
                 picture.save(path)
-        values = metrics.compute()
+        if not metrics:
+            raise ValueError("validation: expected at least one image, got none")
+        values = metrics.pop(MAIN).compute()
+        for name, further_metrics in metrics.items():
+            values |= {f"{name}/{figure}": value for figure, value in further_metrics.compute().items()}
         self.metrics.append({"step": step, **values})
         self.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=step)
         logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -357,6 +393,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             progress = {"step": step, "epoch": self.epoch, "batch": self.batch, "metrics": self.metrics}
+            progress["statistics"] = statistics_of(self.architecture)
             (partial / "progress.json").write_text(json.dumps(progress))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -378,7 +415,7 @@ class _Run:
         if not found:
             raise FileNotFoundError(f"resume: found no checkpoint in {self.output_dir / CHECKPOINTS}")
         self.accelerator.load_state(str(found[-1]))
-        progress = json.loads((found[-1] / "progress.json").read_text())
+        progress = _progress(self.output_dir)
         self.metrics, self.epoch, self.batch = progress["metrics"], progress["epoch"], progress["batch"]
         logger.info(f"resumed from {found[-1].name}")
         return progress["step"]
@@ -415,6 +452,12 @@ def matching_image_processor(teacher: Teacher, image_size: int, **options: Any) 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted(path for path in (output_dir / CHECKPOINTS).glob("step_*") if path.suffix != ".partial")
+
+
+def _progress(output_dir: Path) -> dict[str, Any]:
+    """What the last checkpoint knows of its run; nothing where there is none."""
+    found = _checkpoints(output_dir)
+    return json.loads((found[-1] / "progress.json").read_text()) if found else {}
 
 
 def _default_precision() -> str:

@@ -4,11 +4,15 @@ The student is asked at the centres of the teacher's patches, wherever its own g
 interpolated. With a shift the teacher sees a moved image, so that it answers between its patches (the jitter of
 FeatUp, arXiv:2403.10516): over many steps a student that answers at any coordinate is taught at every coordinate.
 
+Of several teachers each is shown the image through a processor of its own, and its head is asked at the centres of
+its own patches, all heads in one pass.
+
 Legend: B images, L locations, N levels, C width of a level, F feature width, (rows, cols) the teacher's grid.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +24,20 @@ from .position_encoding import grid_coordinates
 from .teachers import Teacher
 
 
+class Question(NamedTuple):
+    """What a head is to answer.
+
+    Args:
+        targets: at every patch of its teacher, row-major.
+        coordinates: `(L, 2)`, (y, x), of the patches' centres; None for those of the plain grid.
+        grid: the teacher's, (rows, cols).
+    """
+
+    targets: DistillationTargets
+    coordinates: Tensor | None
+    grid: tuple[int, int]
+
+
 class TargetMaker:
     """A batch of the data loader -> what the student should answer.
 
@@ -28,10 +46,19 @@ class TargetMaker:
             `features` `(B, rows, cols, F)`.
         image_processor: the student's; its normalisation is undone for the colours.
         layers: of the teacher, whose patch tokens are the student's levels, low to high.
+        teachers: further ones, by the names of their heads; of a head NAME, batches carry `teacher_pixel_values.NAME`
+            or the answers themselves, `image_embeds.NAME` and `features.NAME`.
     """
 
-    def __init__(self, teacher: Teacher | None, image_processor: Any, *, layers: Sequence[int] | None = None):
-        self.teacher, self.layers = teacher, layers
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        image_processor: Any,
+        *,
+        layers: Sequence[int] | None = None,
+        teachers: Mapping[str, Teacher] | None = None,
+    ):
+        self.teacher, self.layers, self.teachers = teacher, layers, dict(teachers or {})
         normalised = image_processor.do_normalize and not getattr(image_processor, "do_min_max", False)
         mean = image_processor.image_mean if normalised else (0.0, 0.0, 0.0)
         std = image_processor.image_std if normalised else (1.0, 1.0, 1.0)
@@ -40,29 +67,39 @@ class TargetMaker:
         self.mean = torch.tensor([mean[i] for i in order])
         self.std = torch.tensor([std[i] for i in order])
 
-    def __call__(
-        self, batch: dict[str, Tensor], *, shift: tuple[float, float] = (0.0, 0.0)
-    ) -> tuple[DistillationTargets, Tensor | None, tuple[int, int]]:
-        """What the student should answer, where, and on which grid.
+    def __call__(self, batch: dict[str, Tensor], *, shift: tuple[float, float] = (0.0, 0.0)) -> Question:
+        """What the main head should answer, where, and on which grid.
 
         Args:
             shift: by which part of a patch the teacher's grid is moved, (down, right): it is shown the moved image.
-
-        Returns:
-            The targets at every patch of the teacher, row-major; the coordinates of their centres `(L, 2)`, (y, x),
-            or None for the plain grid; the grid, (rows, cols).
         """
-        pixels = batch["pixel_values"]
-        levels = batch.get("levels")
-        if "features" in batch:
+        question = self._question(batch, self.teacher, "", shift)
+        (rows, cols), pixels = question.grid, batch["pixel_values"]
+        if any(shift):
+            pixels = moved(pixels, shift[0] * pixels.shape[2] / rows, shift[1] * pixels.shape[3] / cols)
+        rgb = rgb_targets(pixels, rows, cols, mean=self.mean.to(pixels.device), std=self.std.to(pixels.device))
+        return question._replace(targets=replace(question.targets, rgb=rgb))
+
+    def further(self, batch: dict[str, Tensor], *, shift: tuple[float, float] = (0.0, 0.0)) -> dict[str, Question]:
+        """The same for the further heads whose teachers are there, or their answers, by name; no colours or levels."""
+        cached = {name.removeprefix("features."): None for name in batch if name.startswith("features.")}
+        teachers = {**cached, **self.teachers}
+        return {name: self._question(batch, teachers[name], f".{name}", shift) for name in sorted(teachers)}
+
+    def _question(
+        self, batch: dict[str, Tensor], teacher: Teacher | None, suffix: str, shift: tuple[float, float]
+    ) -> Question:
+        device, layers = batch["pixel_values"].device, None if suffix else self.layers
+        levels = None if suffix else batch.get("levels")
+        if f"features{suffix}" in batch:
             if any(shift):
                 raise ValueError("jitter: expected a teacher to show moved images to, got batches with features")
-            image_embeds, features = batch["image_embeds"], batch["features"]
-        elif self.teacher is not None:
-            seen = batch["teacher_pixel_values"]
+            image_embeds, features = batch[f"image_embeds{suffix}"], batch[f"features{suffix}"]
+        elif teacher is not None:
+            seen = batch[f"teacher_pixel_values{suffix}"]
             if any(shift):
-                seen = moved(seen, *(part * self.teacher.patch_size for part in shift))
-            answer = self.teacher.encode_images(pixel_values=seen, layers=self.layers)
+                seen = moved(seen, *(part * teacher.patch_size for part in shift))
+            answer = teacher.encode_images(pixel_values=seen, layers=layers)
             assert answer.image_embeds is not None and answer.features is not None
             image_embeds, features = answer.image_embeds, answer.features
             levels = None if answer.levels is None else normalise_levels(answer.levels)
@@ -72,14 +109,12 @@ class TargetMaker:
         coordinates = None
         if any(shift):
             step = torch.tensor([2 * shift[0] / rows, 2 * shift[1] / cols])
-            coordinates = (grid_coordinates(rows, cols) + step).to(pixels.device)
-            pixels = moved(pixels, shift[0] * pixels.shape[2] / rows, shift[1] * pixels.shape[3] / cols)
-        rgb = rgb_targets(pixels, rows, cols, mean=self.mean.to(pixels.device), std=self.std.to(pixels.device))
-        features = features.flatten(1, 2).to(pixels.device)  # (B, rows, cols, F) -> (B, L, F)
+            coordinates = (grid_coordinates(rows, cols) + step).to(device)
+        features = features.flatten(1, 2).to(device)  # (B, rows, cols, F) -> (B, L, F)
         if levels is not None:
-            levels = levels.flatten(2, 3).transpose(1, 2).to(pixels.device)  # (B, N, rows, cols, C) -> (B, L, N, C)
-        targets = DistillationTargets(image_embeds.to(pixels.device), features, rgb, levels)
-        return targets, coordinates, (rows, cols)
+            levels = levels.flatten(2, 3).transpose(1, 2).to(device)  # (B, N, rows, cols, C) -> (B, L, N, C)
+        targets = DistillationTargets(image_embeds.to(device), features, levels=levels)
+        return Question(targets, coordinates, (rows, cols))
 
 
 def ask(
@@ -90,12 +125,14 @@ def ask(
     *,
     coordinates: Tensor | None = None,
     locations: Tensor | None = None,
+    heads: Sequence[str] = (),
 ) -> APMModelOutput:
     """Ask the student where its targets lie: `(B, L, ...)`, or at those with indices `locations`.
 
     Args:
         grid: the teacher's, (rows, cols), at whose centres the targets lie,
         coordinates: `(L, 2)`, (y, x), unless they lie there.
+        heads: of further teachers, asked at the same places.
     """
     config = getattr(student, "module", student).config
     trigger_column = targets.image_embeds if config.trigger_source == "embedding" else None
@@ -104,4 +141,47 @@ def ask(
         coordinates = grid_coordinates(*grid, device=pixel_values.device)
     if coordinates is not None and locations is not None:
         coordinates = coordinates[locations]
-    return student(pixel_values, coordinates, trigger_column=trigger_column)
+    return student(pixel_values, coordinates, trigger_column=trigger_column, heads=tuple(heads))
+
+
+def ask_all(
+    student: Any,
+    pixel_values: Tensor,
+    main: Question,
+    further: Mapping[str, Question],
+    locations: Mapping[tuple[int, int], Tensor],
+) -> tuple[APMModelOutput, dict[str, APMModelOutput]]:
+    """Ask all heads in one pass, each where its own targets lie; teachers of one grid share the places.
+
+    Embeddings are pooled over all the places that are asked about, each grid of which covers the image evenly.
+
+    Args:
+        locations: by grid, the indices of the patches asked about; of grids that are missing all of them.
+
+    Returns:
+        What the main head answers, and what the further ones do, as `last_hidden_state` and `pooler_output`.
+    """
+    spans: dict[tuple[int, int], slice] = {}
+    places: list[Tensor] = []
+    for question in (main, *further.values()):
+        if question.grid not in spans:
+            coordinates = question.coordinates
+            if coordinates is None:
+                coordinates = grid_coordinates(*question.grid, device=pixel_values.device)
+            places.append(coordinates[locations.get(question.grid, slice(None))])
+            first = sum(map(len, places[:-1]))
+            spans[question.grid] = slice(first, first + len(places[-1]))
+    if len(spans) == 1:
+        asked = {"coordinates": main.coordinates, "locations": locations.get(main.grid)}
+    else:
+        asked = {"coordinates": torch.cat(places)}
+    outputs = ask(student, pixel_values, main.targets, main.grid, heads=list(further), **asked)
+    answers = {}
+    for name, question in further.items():
+        assert outputs.teacher_features is not None and outputs.teacher_embeds is not None
+        features = outputs.teacher_features[name][:, spans[question.grid]]
+        answers[name] = APMModelOutput(last_hidden_state=features, pooler_output=outputs.teacher_embeds[name])
+    span = spans[main.grid]
+    own = {name: getattr(outputs, name) for name in ("last_hidden_state", "rgb", "levels")}
+    own = {name: None if values is None else values[:, span] for name, values in own.items()}
+    return APMModelOutput(pooler_output=outputs.pooler_output, **own), answers

@@ -22,21 +22,21 @@ class DistillationTargets:
     Args:
         image_embeds: `(B, F)`.
         features: `(B, L, F)`.
-        rgb: `(B, L, 3)`, in [0, 1].
+        rgb: `(B, L, 3)`, in [0, 1], of the main teacher.
         levels: `(B, L, N, C)`, normalised by [`normalise_levels`], where the student predicts levels.
     """
 
     image_embeds: Tensor
     features: Tensor
-    rgb: Tensor
+    rgb: Tensor | None = None
     levels: Tensor | None = None
 
     def at(self, locations: Tensor | None) -> "DistillationTargets":
         """The same for the locations with these indices, `(L',)`; None for all of them."""
         if locations is None:
             return self
-        levels = None if self.levels is None else self.levels[:, locations]
-        return DistillationTargets(self.image_embeds, self.features[:, locations], self.rgb[:, locations], levels)
+        rgb, levels = (None if x is None else x[:, locations] for x in (self.rgb, self.levels))
+        return DistillationTargets(self.image_embeds, self.features[:, locations], rgb, levels)
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,19 @@ class LossWeights:
 
 
 def distillation_losses(
-    outputs: APMModelOutput, targets: DistillationTargets, weights: LossWeights
+    outputs: APMModelOutput,
+    targets: DistillationTargets,
+    weights: LossWeights,
+    *,
+    feature_std: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """L_grid, L_cls, L_rgb and L_level, as far as they are weighted, and their weighted sum under the name `loss`.
 
     Levels count where there are targets for them.
+
+    Args:
+        feature_std: `(F,)` or `()`, the standard deviation of the teacher's features: L_grid and L_cls then compare in
+            the standardised space, where the means cancel.
 
     Raises:
         ValueError: where colours are asked for and the student has no RGB head, or levels of another shape than its.
@@ -81,11 +89,15 @@ def distillation_losses(
         "rgb": (outputs.rgb, targets.rgb),
         "level": (outputs.levels, targets.levels),
     }
-    losses = {
-        f"loss_{name}": F.mse_loss(answer.float(), target.float())
-        for name, (answer, target) in pairs.items()
-        if answer is not None and target is not None and getattr(weights, name)
-    }
+    losses = {}
+    for name, (answer, target) in pairs.items():
+        if answer is None or target is None or not getattr(weights, name):
+            continue
+        answer, target = answer.float(), target.float()
+        if feature_std is not None and name in ("grid", "cls"):
+            losses[f"loss_{name}"] = ((answer - target) / feature_std).square().mean()
+        else:
+            losses[f"loss_{name}"] = F.mse_loss(answer, target)
     total = sum(getattr(weights, name.removeprefix("loss_")) * loss for name, loss in losses.items())
     return {"loss": torch.as_tensor(total), **losses}
 

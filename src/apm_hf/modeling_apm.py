@@ -10,7 +10,8 @@ Legend: B images, L locations, D trigger width, F feature width, N levels, (rows
 row-major; coordinates are (y, x) in [-1, 1] at the places of `torch.nn.functional.grid_sample(align_corners=False)`.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,8 +24,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_apm import APMConfig
-from .modeling_apm_decoder import APMDecoder, APMQuery
-from .modeling_apm_pooling import APMAttentionPooling, APMMeanPooling, AttentionSoFar
+from .modeling_apm_decoder import APMAnswers, APMDecoder, APMFeatureSpace, APMQuery, features_of
+from .modeling_apm_pooling import APMAttentionPooling, begin_pooling
 
 # Without gradients, locations are answered in chunks whose widest activation stays below this many elements.
 CHUNK_ELEMENTS = 2**24
@@ -41,6 +42,8 @@ class APMModelOutput(ModelOutput):
         trigger_column: `(B, D)`.
         hidden_states: one `(B, L, hidden_sizes[i])` per layer of the MLP, when asked for.
         levels: `(B, L, N, level_size)`, the column of levels of every location, low to high, where the model has any.
+        teacher_features: `(B, L, F_i)` by name, of the further teachers' heads that were asked for.
+        teacher_embeds: `(B, F_i)` by name, each pooled over these locations.
     """
 
     last_hidden_state: Tensor | None = None
@@ -49,34 +52,8 @@ class APMModelOutput(ModelOutput):
     trigger_column: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     levels: Tensor | None = None
-
-
-class _Answers:
-    """Answers of chunks, put together; without gradients they are written where they end up: nothing is held twice."""
-
-    def __init__(self, num_locations: int):
-        self.num_locations, self.num_answered = num_locations, 0
-        self.parts: dict[str, list[Tensor]] = {}
-        self.whole: dict[str, Tensor] = {}
-
-    def add(self, answer: dict[str, Tensor]) -> None:
-        """Of the next locations, `(B, L, ...)` by name."""
-        first, count = self.num_answered, next(iter(answer.values())).shape[1]
-        self.num_answered += count
-        if count == self.num_locations:
-            self.whole = answer
-        elif torch.is_grad_enabled():
-            for name, part in answer.items():
-                self.parts.setdefault(name, []).append(part)
-        else:
-            for name, part in answer.items():
-                if name not in self.whole:
-                    self.whole[name] = part.new_empty(len(part), self.num_locations, *part.shape[2:])
-                self.whole[name][:, first : self.num_answered] = part
-
-    def result(self) -> dict[str, Tensor]:
-        """The whole, `(B, L, ...)` by name."""
-        return self.whole | {name: torch.cat(parts, dim=1) for name, parts in self.parts.items()}
+    teacher_features: dict[str, Tensor] | None = None
+    teacher_embeds: dict[str, Tensor] | None = None
 
 
 class APMPreTrainedModel(PreTrainedModel):
@@ -101,6 +78,8 @@ class APMPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, APMAttentionPooling):
             init.normal_(module.query, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, APMFeatureSpace):
+            module.fill()
 
 
 class APMModel(APMPreTrainedModel):
@@ -129,6 +108,7 @@ class APMModel(APMPreTrainedModel):
             )
         self.decoder = APMDecoder(config)
         self.pooler = APMAttentionPooling(config) if config.pooling == "attention" else None
+        self.feature_space = APMFeatureSpace.of(config.feature_mean, config.feature_std)
         self.post_init()
 
     def fold(self, pixel_values: Tensor) -> Tensor:
@@ -157,6 +137,7 @@ class APMModel(APMPreTrainedModel):
         trigger_column: Tensor | None = None,
         chunk_size: int | None = None,
         output_hidden_states: bool | None = None,
+        heads: Sequence[str] | None = None,
     ) -> APMModelOutput:
         """Fold, then query.
 
@@ -167,6 +148,7 @@ class APMModel(APMPreTrainedModel):
             chunk_size: locations answered at a time; the answers do not depend on it. None chooses: all at once where
                 gradients are needed, else as many as keep the activations below `CHUNK_ELEMENTS`.
             output_hidden_states: also return the MLP's layers.
+            heads: names of `config.teacher_heads` that are to answer beside the main one; None asks all of them.
 
         Returns:
             [`APMModelOutput`].
@@ -174,8 +156,12 @@ class APMModel(APMPreTrainedModel):
         Raises:
             ValueError: for shapes that do not fit the configuration.
         """
+        known = self.decoder.teacher_heads
+        if unknown := [name for name in heads or () if name not in known]:
+            raise ValueError(f"heads: expected names among {list(known)}, got {unknown}")
         query = self._unfold(trigger_column, coordinates, pixel_values)
-        return self._answer(query, self._chunk_size(query, chunk_size), output_hidden_states)
+        size = self._chunk_size(query, chunk_size)
+        return self._answer(query, size, output_hidden_states, tuple(known if heads is None else heads))
 
     def query(
         self,
@@ -185,6 +171,7 @@ class APMModel(APMPreTrainedModel):
         pixel_values: Tensor | None = None,
         chunk_size: int | None = None,
         output_hidden_states: bool | None = None,
+        heads: Sequence[str] | None = None,
     ) -> APMModelOutput:
         """Ask about locations of images that are already folded; arguments and answer as in `forward`.
 
@@ -196,6 +183,7 @@ class APMModel(APMPreTrainedModel):
             trigger_column=trigger_column,
             chunk_size=chunk_size,
             output_hidden_states=output_hidden_states,
+            heads=heads,
             return_dict=True,
         )
 
@@ -209,11 +197,56 @@ class APMModel(APMPreTrainedModel):
         """`forward(...).pooler_output`, `(B, F)`, and nothing else: cheaper, since neither colours nor, with mean
         pooling, the locations' own features are computed (the mean commutes with the feature head)."""
         query = self._unfold(trigger_column, coordinates, pixel_values)
-        pooling, head = self._pooling(), self.decoder.feature_head
+        pooling, head, space = (
+            begin_pooling(self.pooler),
+            self.decoder.feature_head,
+            self.feature_space or _as_they_are,
+        )
         for chunk in self._chunks(query, self._chunk_size(query, None)):
             hidden = self.decoder.hidden(chunk)
             pooling.add(hidden if self.pooler is None else head(hidden), chunk.locations())
-        return head(pooling.result(head.weight.dtype)) if self.pooler is None else pooling.result(head.weight.dtype)
+        pooled = pooling.result(head.weight.dtype)
+        return space(head(pooled) if self.pooler is None else pooled)
+
+    @torch.no_grad()
+    def set_feature_statistics(
+        self, mean: Tensor | Sequence[float], std: Tensor | Sequence[float] | float, *, head: str | None = None
+    ) -> None:
+        """Put a teacher's statistics into the configuration and between the network and its answers.
+
+        The weights stay: the network now answers in the standardised space, so set them before it is trained.
+
+        Args:
+            mean: `(F,)`.
+            std: `(F,)`, or one number for all channels.
+            head: a name of `config.teacher_heads`; None is the main head.
+
+        Raises:
+            ValueError: for an unknown head, and for numbers that are not F, not finite, or no deviations.
+        """
+        statistics = self.config.set_feature_statistics(mean, std, head=head)
+        space = APMFeatureSpace(*statistics.values()).to(device=self.device, dtype=self.dtype)
+        space.fill()
+        if head:
+            self.decoder.teacher_head(head).space = space
+        else:
+            self.feature_space = space
+
+    def with_head(self, name: str) -> "APMModel":
+        """An ordinary APM whose main, and only, head is the one of the teacher `name`; weights are copied.
+
+        Everything that takes an APM takes it: test-time training, zero-shot classification, islands. It decodes no
+        colours, since the RGB head reads the features of the main head.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        config, model = self.config.with_head(name), copy.deepcopy(self)
+        head = model.decoder.teacher_head(name)
+        model.config, model.decoder.feature_head = config, head.projection
+        model.pooler, model.feature_space = head.pooler, head.space
+        model.decoder.rgb_head, model.decoder.teacher_heads = None, nn.ModuleDict()
+        return model
 
     def _unfold(
         self, trigger_column: Tensor | None, coordinates: Tensor | None, pixel_values: Tensor | None
@@ -247,34 +280,47 @@ class APMModel(APMPreTrainedModel):
             stop=self.config.num_locations,
         )
 
-    def _answer(self, query: APMQuery, chunk_size: int, output_hidden_states: bool | None) -> APMModelOutput:
+    def _answer(
+        self, query: APMQuery, chunk_size: int, output_hidden_states: bool | None, heads: tuple[str, ...]
+    ) -> APMModelOutput:
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         decode: Callable = self.decoder
         if self.training and self.decoder.gradient_checkpointing:
             # Always the non-reentrant kind: the other loses the gradients of weights where no input has one.
             decode = partial(checkpoint, self.decoder, use_reentrant=False)
-        pooling, answers = self._pooling(), _Answers(query.num_locations)
+        # What heads answer is pooled as it is, then all of it is mapped to their teachers' spaces.
+        parts: dict[str, tuple] = {
+            "last_hidden_state": (begin_pooling(self.pooler), self.feature_space or _as_they_are)
+        }
+        for name in heads:
+            head = self.decoder.teacher_head(name)
+            parts[features_of(name)] = begin_pooling(head.pooler), head.space or _as_they_are
+        answers, dtype = APMAnswers(query.num_locations), torch.float32
         for chunk in self._chunks(query, chunk_size):
-            answer = decode(chunk, output_hidden_states)
-            pooling.add(answer["last_hidden_state"], chunk.locations())
+            answer, locations = decode(chunk, output_hidden_states, heads), chunk.locations()
+            dtype = answer["last_hidden_state"].dtype
+            for name, (pooling, space) in parts.items():
+                pooling.add(answer[name], locations)
+                answer[name] = space(answer[name])
             answers.add(answer)
         whole = answers.result()
         states = tuple(whole.pop(name) for name in list(whole) if name.startswith("hidden_states."))
+        pooled = {name: space(pooling.result(dtype)) for name, (pooling, space) in parts.items()}
+        features = {name: whole.pop(features_of(name)) for name in heads}
         return APMModelOutput(
             **whole,
-            pooler_output=pooling.result(whole["last_hidden_state"].dtype),
+            pooler_output=pooled["last_hidden_state"],
             trigger_column=query.trigger_column,
             hidden_states=states if output_hidden_states else None,
+            teacher_features=features or None,
+            teacher_embeds={name: pooled[features_of(name)] for name in heads} or None,
         )
 
     @staticmethod
     def _chunks(query: APMQuery, chunk_size: int) -> Iterator[APMQuery]:
         for start in range(0, query.num_locations, chunk_size):
             yield query.chunk(start, min(start + chunk_size, query.num_locations))
-
-    def _pooling(self) -> "APMMeanPooling | AttentionSoFar":
-        return APMMeanPooling() if self.pooler is None else self.pooler.begin()
 
     def _chunk_size(self, query: APMQuery, chunk_size: int | None) -> int:
         if chunk_size is not None:
@@ -283,7 +329,8 @@ class APMModel(APMPreTrainedModel):
             return chunk_size
         if torch.is_grad_enabled():
             return query.num_locations
-        widest = max(*self.config.hidden_sizes, self.config.feature_size, self.config.local_patch_width)
+        further = [head["feature_size"] for head in (self.config.teacher_heads or {}).values()]
+        widest = max(*self.config.hidden_sizes, self.config.feature_size, self.config.local_patch_width, *further)
         return max(1, CHUNK_ELEMENTS // (max(1, len(query.trigger_column)) * widest))
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
@@ -308,6 +355,10 @@ class APMModel(APMPreTrainedModel):
         # Positions are worked out in float32 whatever the weights' dtype: see `sample_patches`.
         coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
         return coordinates if coordinates.ndim == 3 else coordinates[None]  # (L, 2) -> (1, L, 2)
+
+
+def _as_they_are(features: Tensor) -> Tensor:
+    return features
 
 
 __all__ = ["APMModel", "APMModelOutput", "APMPreTrainedModel"]

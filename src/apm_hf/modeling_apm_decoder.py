@@ -10,13 +10,16 @@ width, N levels, (rows, cols) the grid; locations are row-major; coordinates are
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_apm import APMConfig
+from .modeling_apm_pooling import APMAttentionPooling
 from .position_encoding import grid_coordinates, position_code, sample_patches, sincos_code
 
 
@@ -117,8 +120,53 @@ class APMQueryLinear(nn.Linear):
         return hidden[:, query.start - first * size : query.stop - first * size]
 
 
+class APMFeatureSpace(nn.Module):
+    """From the standardised space in which a head answers to its teacher's own: answer * std + mean, per channel.
+
+    The numbers are the configuration's; files of weights do not hold them.
+    """
+
+    mean: Tensor  # (F,)
+    std: Tensor  # (F,)
+
+    def __init__(self, mean: list[float], std: list[float] | float):
+        super().__init__()
+        self.statistics = (mean, std)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.empty(len(mean)), persistent=False)
+
+    @classmethod
+    def of(cls, mean: Any, std: Any) -> "APMFeatureSpace | None":
+        """For the statistics of a head; None where it has none: it then answers in its teacher's space."""
+        return None if mean is None else cls(mean, std)
+
+    def fill(self) -> None:
+        """Write the numbers into the buffers, which loading leaves undefined."""
+        for name, values in zip(("mean", "std"), self.statistics, strict=True):
+            init.copy_(getattr(self, name), torch.tensor(values))  # one deviation serves all channels
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(..., F)` for `(..., F)`."""
+        return torch.addcmul(self.mean, features, self.std)
+
+
+class APMTeacherHead(nn.Module):
+    """What is a further teacher's own: a Linear on the last layer of the MLP, pooling, statistics."""
+
+    def __init__(self, config: APMConfig, name: str):
+        super().__init__()
+        fields = config.teacher_head(name)
+        width = fields["feature_size"]
+        self.projection = nn.Linear(config.hidden_sizes[-1], width)
+        self.pooler = APMAttentionPooling(config, width) if fields["pooling"] == "attention" else None
+        self.space = APMFeatureSpace.of(fields["feature_mean"], fields["feature_std"])
+
+
 class APMDecoder(nn.Module):
-    """The shared MLP and its heads. One call answers one chunk of locations, so checkpointing it bounds memory."""
+    """The shared MLP and its heads, which answer in standardised spaces where there are statistics.
+
+    One call answers one chunk of locations, so checkpointing it bounds memory.
+    """
 
     gradient_checkpointing = False  # set by transformers' `gradient_checkpointing_enable`
 
@@ -132,6 +180,12 @@ class APMDecoder(nn.Module):
         self.num_levels = config.num_levels
         self.level_head = nn.Linear(widths[-1], config.num_levels * config.level_width) if config.num_levels else None
         self.rgb_head = APMRGBHead(config) if config.use_rgb_head else None
+        self.teacher_heads = nn.ModuleDict({name: APMTeacherHead(config, name) for name in config.teacher_heads or ()})
+
+    def teacher_head(self, name: str) -> APMTeacherHead:
+        head = self.teacher_heads[name]
+        assert isinstance(head, APMTeacherHead)
+        return head
 
     def hidden(self, query: APMQuery, kept: list[Tensor] | None = None) -> Tensor:
         """`(B, L, hidden_sizes[-1])`; the layers' answers, this one included, are added to `kept`."""
@@ -144,8 +198,8 @@ class APMDecoder(nn.Module):
             kept.append(hidden)
         return hidden
 
-    def forward(self, query: APMQuery, output_hidden_states: bool) -> dict[str, Tensor]:
-        """Fields of [`APMModelOutput`], each layer of the MLP as `hidden_states.i`."""
+    def forward(self, query: APMQuery, output_hidden_states: bool, heads: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Fields of [`APMModelOutput`], each layer of the MLP as `hidden_states.i`, further heads by `features_of`."""
         kept: list[Tensor] = []
         hidden = self.hidden(query, kept if output_hidden_states else None)
         answers = {"last_hidden_state": self.feature_head(hidden)}
@@ -153,11 +207,46 @@ class APMDecoder(nn.Module):
             answers["rgb"] = self.rgb_head(answers["last_hidden_state"], query)
         if self.level_head is not None:
             answers["levels"] = self.level_head(hidden).unflatten(-1, (self.num_levels, -1))  # (B, L, N, level_size)
+        for name in heads:
+            answers[features_of(name)] = self.teacher_head(name).projection(hidden)
         return answers | {f"hidden_states.{index}": states for index, states in enumerate(kept)}
 
 
+def features_of(head: str) -> str:
+    """The name of a further head's answers."""
+    return f"teacher_features.{head}"
+
+
+class APMAnswers:
+    """Answers of chunks, put together; without gradients they are written where they end up: nothing is held twice."""
+
+    def __init__(self, num_locations: int):
+        self.num_locations, self.num_answered = num_locations, 0
+        self.parts: dict[str, list[Tensor]] = {}
+        self.whole: dict[str, Tensor] = {}
+
+    def add(self, answer: dict[str, Tensor]) -> None:
+        """Of the next locations, `(B, L, ...)` by name."""
+        first, count = self.num_answered, next(iter(answer.values())).shape[1]
+        self.num_answered += count
+        if count == self.num_locations:
+            self.whole = answer
+        elif torch.is_grad_enabled():
+            for name, part in answer.items():
+                self.parts.setdefault(name, []).append(part)
+        else:
+            for name, part in answer.items():
+                if name not in self.whole:
+                    self.whole[name] = part.new_empty(len(part), self.num_locations, *part.shape[2:])
+                self.whole[name][:, first : self.num_answered] = part
+
+    def result(self) -> dict[str, Tensor]:
+        """The whole, `(B, L, ...)` by name."""
+        return self.whole | {name: torch.cat(parts, dim=1) for name, parts in self.parts.items()}
+
+
 class APMRGBHead(nn.Module):
-    """[feature ; query] -> colour >= 0."""
+    """[feature ; query] -> colour >= 0; the feature is standardised where there are statistics."""
 
     def __init__(self, config: APMConfig):
         super().__init__()

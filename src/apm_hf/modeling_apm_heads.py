@@ -78,6 +78,7 @@ class APMForImageClassification(APMPreTrainedModel):
             trigger_column=trigger_column,
             chunk_size=chunk_size,
             output_hidden_states=output_hidden_states,
+            heads=(),
             return_dict=True,
         )
         logits = self.classifier(outputs.pooler_output)
@@ -141,6 +142,7 @@ class APMForSemanticSegmentation(APMPreTrainedModel):
                 trigger_column=trigger_column,
                 chunk_size=chunk_size,
                 output_hidden_states=output_hidden_states,
+                heads=(),
                 return_dict=True,
             )
         logits = self.classifier(outputs.last_hidden_state)  # (B, L, num_labels)

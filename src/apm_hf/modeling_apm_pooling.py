@@ -40,14 +40,13 @@ class APMAttentionPooling(nn.Module):
     2 * L * F * F products. Locations may come chunk by chunk (arXiv:1805.02867: the maximum is kept up with).
     """
 
-    def __init__(self, config: APMConfig):
+    def __init__(self, config: APMConfig, feature_size: int | None = None):
         super().__init__()
+        width = config.feature_size if feature_size is None else feature_size
         self.num_heads = config.pooling_num_heads
         self.grid_size = config.grid_size
-        self.query = nn.Parameter(torch.empty(config.feature_size))
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(config.feature_size, config.feature_size) for _ in range(4)
-        )
+        self.query = nn.Parameter(torch.empty(width))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, features: Tensor, coordinates: Tensor) -> Tensor:
         """`(B, F)` for features `(B, L, F)` at coordinates `(1 or B, L, 2)`."""
@@ -101,3 +100,8 @@ class AttentionSoFar:
     def result(self, dtype: torch.dtype) -> Tensor:
         """`(B, F)`."""
         return self.pooler.project((self.weighted / self.total).to(dtype))
+
+
+def begin_pooling(pooler: APMAttentionPooling | None) -> APMMeanPooling | AttentionSoFar:
+    """What is given the locations chunk by chunk; None pools by the mean."""
+    return APMMeanPooling() if pooler is None else pooler.begin()

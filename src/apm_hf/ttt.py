@@ -182,7 +182,7 @@ class Adapted:
     _trigger_column: Tensor | None = field(repr=False)
 
     def query(self, coordinates: Tensor | None = None, *, chunk_size: int | None = None) -> APMModelOutput:
-        """Ask every adapted machine about its own image, one after the other.
+        """Ask every adapted machine about its own image, one after the other; the main head alone has adapted.
 
         Args:
             coordinates: `(L, 2)` or `(B, L, 2)`, (y, x) in [-1, 1]; None asks for the full grid.
@@ -199,7 +199,7 @@ class Adapted:
             inputs = [None if x is None else x[index : index + 1] for x in (self._pixel_values, self._trigger_column)]
             where = coordinates if coordinates is None or len(coordinates) == 1 else coordinates[index : index + 1]
             with torch.no_grad():
-                arguments = {"trigger_column": inputs[1], "chunk_size": chunk_size, "return_dict": True}
+                arguments = {"trigger_column": inputs[1], "chunk_size": chunk_size, "heads": (), "return_dict": True}
                 outputs.append(functional_call(self._model, self.state_dict(index), (inputs[0], where), arguments))
         answers: dict[str, Any] = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
         return APMModelOutput(**answers)
@@ -324,7 +324,9 @@ class _Fit:
             grid=grid, rank=config.rank, alpha=config.alpha, own=own,
             accumulate=config.accumulate_gradients, dtype=_DTYPES[config.dtype],
         )  # fmt: skip
-        targets = GridTargets(self.targets, device, rows)
+        std = self.model.config.feature_std
+        scale = None if std is None else torch.tensor(std, dtype=torch.float32, device=device)
+        targets = GridTargets(self.targets, device, rows, scale=scale)
         self._set_optimizer(machines)
         stopper = self._stopper(num_images)
         fitted = torch.arange(num_images)  # the images still fitted; the stacked weights are theirs

@@ -369,6 +369,10 @@ class Machines:
                 self.patches = _aligned(torch.cat(windows, dim=-1))
         self.levels = linear("decoder.level_head") if "decoder.level_head" in learning else None
         self.trigger_column = trigger_column
+        self.statistics: list[Tensor] | None = None  # mean and deviation of the teacher's features
+        if config.feature_mean is not None:
+            given = (config.feature_mean, config.feature_std)
+            self.statistics = [torch.tensor(values, dtype=torch.float32, device=device) for values in given]
         # How many Linears of the chain stand still, counted from the image on; None: the first layer learns.
         self.num_still: int | None = None
         trigger_learns = self.trigger is not None and self.trigger.how is not None
@@ -440,18 +444,23 @@ class Machines:
         for layer in rest[:-1]:
             hidden = self.activation(layer(hidden))
         if self.pooler is None and not everywhere and rest:  # the mean commutes with the feature head
-            return Answers(rest[-1](_mean(hidden)[:, None])[:, 0].float())
+            return Answers(self._own_space(rest[-1](_mean(hidden)[:, None])[:, 0].float()))
         levels = None
         if self.levels is not None:
             levels = self.levels(hidden).float().unflatten(-1, (self.config.num_levels, -1))  # (B, n, N, C)
         features = (rest[-1](hidden) if rest else hidden).float()
         pooled = _mean(features) if self.pooler is None else self.pooler(features, where)
-        if self.first_colours is None or trigger is None:
-            return Answers(pooled, features, levels=levels)
-        rgb = self.first_colours(trigger, self.patches, where, features).relu()
-        for layer in self.colours:
-            rgb = layer(rgb).relu()
-        return Answers(pooled, features, rgb.float(), levels)
+        rgb = None
+        if self.first_colours is not None and trigger is not None:
+            rgb = self.first_colours(trigger, self.patches, where, features).relu()
+            for layer in self.colours:
+                rgb = layer(rgb).relu()
+            rgb = rgb.float()
+        return Answers(self._own_space(pooled), self._own_space(features), rgb, levels)
+
+    def _own_space(self, features: Tensor) -> Tensor:
+        """As `APMFeatureSpace`: what the network answers, in the teacher's own space."""
+        return features if self.statistics is None else torch.addcmul(self.statistics[0], features, self.statistics[1])
 
     def keep(self, kept: Tensor) -> None:
         """Go on with these machines alone, `(B',)` indices; the leaves are new tensors."""

@@ -20,6 +20,9 @@ STOPS = ("plateau", "cosine", "stable")
 class TTTTargets:
     """A weighted mixture of targets for B images; every loss is a mean squared error in float32.
 
+    Embeddings and features are the teacher's own; where the machine has their statistics, they are compared in the
+    standardised space.
+
     Args:
         image_embeds: for the pooled feature: `(B, F)`, or `(B, T, F)` for several views or teachers of one width.
         embed_weights: `(T,)`, of these; equal ones by default, which sum to 1.
@@ -114,9 +117,15 @@ class Answers:
 
 
 class GridTargets:
-    """The same, location by location, float32 on the machine's device, for the images in a group."""
+    """The same, location by location, float32 on the machine's device, for the images in a group.
 
-    def __init__(self, targets: TTTTargets, device: torch.device, rows: slice):
+    Args:
+        scale: `(F,)` or one number, what differences of features are divided by: their standard deviation.
+    """
+
+    def __init__(self, targets: TTTTargets, device: torch.device, rows: slice, *, scale: Tensor | None = None):
+        self.scale = scale
+
         def gridded(values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
@@ -150,18 +159,24 @@ class GridTargets:
         terms = []
         if self.embeds is not None and self.embed_weights is not None:
             if self.embeds.shape[1] == 1:
-                error = (pooled - self.embeds[:, 0]).square().mean(dim=1) * self.embed_weights
+                error = self._scaled(pooled - self.embeds[:, 0]).square().mean(dim=1) * self.embed_weights
             else:
-                error = ((pooled[:, None] - self.embeds).square().mean(dim=2) * self.embed_weights).sum(dim=1)
+                errors = self._scaled(pooled[:, None] - self.embeds).square().mean(dim=2)
+                error = (errors * self.embed_weights).sum(dim=1)
             terms.append(self.cls_weight * error)
         for name, weight in self.weights.items():
             answer, wanted = getattr(answers, name), getattr(self, name)
             if wanted is not None:
-                terms.append(weight * (answer - at(wanted, where)).square().flatten(2).mean(dim=2).mean(dim=1))
+                error = answer - at(wanted, where)
+                error = self._scaled(error) if name == "features" else error
+                terms.append(weight * error.square().flatten(2).mean(dim=2).mean(dim=1))
         total = terms[0]
         for term in terms[1:]:
             total = total + term
         return total
+
+    def _scaled(self, errors: Tensor) -> Tensor:
+        return errors if self.scale is None else errors / self.scale
 
     def keep(self, kept: Tensor) -> None:
         """Go on with these images alone, `(B',)` indices."""

@@ -38,7 +38,7 @@ class ValidationMetrics:
             "square": target.square().sum(dim=(1, 2)),
             "count": torch.full((len(target),), target.shape[1], device=target.device),
         }
-        if outputs.rgb is not None:
+        if outputs.rgb is not None and targets.rgb is not None:
             statistics["rgb_mse"] = (outputs.rgb.float() - targets.rgb.float()).square().mean(dim=(1, 2))
         if outputs.levels is not None and targets.levels is not None:
             cosines = F.cosine_similarity(outputs.levels.float(), targets.levels.float(), dim=-1)  # (B, L, N)
@@ -71,7 +71,7 @@ def validation_picture(
     outputs: APMModelOutput, targets: DistillationTargets, grid: tuple[int, int], *, num_images: int
 ) -> PIL.Image.Image:
     """One row per image: its colours, the teacher's features, the student's features in the same colours, its RGB."""
-    assert outputs.last_hidden_state is not None
+    assert outputs.last_hidden_state is not None and targets.rgb is not None
     num_images = min(num_images, len(targets.features))
     teacher, student = targets.features[:num_images], outputs.last_hidden_state[:num_images]
     colours = PCAColours.fit(teacher)

@@ -7,7 +7,7 @@ import io
 import operator
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,16 @@ class ImageCollator:
     """Make a batch of dataset rows, for `torch.utils.data.DataLoader(collate_fn=...)`.
 
     Calling it with B rows returns `pixel_values` `(B, 3, S_h, S_w)`, `teacher_pixel_values` likewise if there is a
-    teacher's processor, `labels` `(B,)` int64 if there is a label column, and `index` `(B,)` int64 if the rows have
-    such a column. The teacher's processor sees the same picture as 8-bit RGB, since few handle other modes well.
+    teacher's processor, `teacher_pixel_values.NAME` for every further teacher's, `labels` `(B,)` int64 if there is a
+    label column, and `index` `(B,)` int64 if the rows have such a column. Teachers' processors see the same picture as
+    8-bit RGB, since few handle other modes well.
 
     Attributes:
         image_processor: the student's.
         image_column: as in [`ImageData`].
         label_column: as in [`ImageData`]; `None` leaves labels out.
         teacher_image_processor: the teacher's, if it is to run in this batch.
+        teacher_image_processors: further teachers', by the names of their heads.
 
     Raises:
         ValueError: an unreadable image or a label that is no integer; the message names the row.
@@ -79,6 +81,7 @@ class ImageCollator:
     image_column: str = "image"
     label_column: str | None = None
     teacher_image_processor: Any = None
+    teacher_image_processors: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         columns: dict[str, list[Any]] = {}
@@ -102,9 +105,12 @@ class ImageCollator:
         example = {
             "pixel_values": self.image_processor(image, return_tensors="pt")["pixel_values"]
         }  # (1, 3, S_h, S_w)
+        processors = {f"teacher_pixel_values.{name}": one for name, one in self.teacher_image_processors.items()}
         if self.teacher_image_processor is not None:
-            teacher_inputs = self.teacher_image_processor(eight_bit_rgb(image), return_tensors="pt")
-            example["teacher_pixel_values"] = teacher_inputs["pixel_values"]
+            processors["teacher_pixel_values"] = self.teacher_image_processor
+        rgb_image = eight_bit_rgb(image) if processors else None
+        for key, processor in processors.items():
+            example[key] = processor(rgb_image, return_tensors="pt")["pixel_values"]
         if self.label_column is not None:
             label: Any = row.get(self.label_column)
             try:

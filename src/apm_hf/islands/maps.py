@@ -66,7 +66,8 @@ def ask(
     trigger_column: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> APMModelOutput:
-    """The answers of an APM or of adapted machines at coordinates `(L, 2)` or `(B, L, 2)`, without gradients."""
+    """The answers of an APM or of adapted machines at coordinates `(L, 2)` or `(B, L, 2)`, without gradients, of its
+    main head."""
     machine = _machine(model)
     coordinates = None if coordinates is None else coordinates.to(machine.device)
     if isinstance(model, Adapted):
@@ -74,9 +75,8 @@ def ask(
             raise ValueError("pixel_values, trigger_column: expected None for adapted machines, which hold their own")
         return model.query(coordinates, chunk_size=chunk_size)
     with torch.no_grad():
-        return machine(
-            pixel_values, coordinates, trigger_column=trigger_column, chunk_size=chunk_size, return_dict=True
-        )
+        options = {"trigger_column": trigger_column, "chunk_size": chunk_size, "heads": ()}
+        return machine(pixel_values, coordinates, return_dict=True, **options)
 
 
 def upsample(features: Tensor, size: tuple[int, int]) -> Tensor:
