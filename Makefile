@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/apm demo --output_dir apm
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

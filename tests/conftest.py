@@ -13,6 +13,15 @@ from fixtures_hub import LoopbackHub, client_of
 torch.set_num_threads(1)
 
 
+# Files that keep a core busy for long begin first, so that no core is idle at the end.
+LONG = ("examples", "demo", "evaluation_runner", "hub_roundtrip", "app", "memory", "cli_islands", "dense_evaluation")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder with real teachers and photos beside a checkout; where there is none, tests that ask for it skip."""

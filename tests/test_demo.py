@@ -20,7 +20,7 @@ from apm_hf.zero_shot import classify
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    config = DemoConfig(output_dir=str(folder / "apm"), max_steps=320, num_images=1536, num_test_images=96)
+    config = DemoConfig(output_dir=str(folder / "apm"), max_steps=160, num_images=768, num_test_images=48)
     return run_demo(config)
 
 

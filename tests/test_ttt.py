@@ -405,6 +405,19 @@ def test_answers_do_not_depend_on_the_chunks():
             assert_close(value, expected[name])
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_some_of_the_machines_answer_as_among_all(variant):
+    model, (images, targets) = small_model(**VARIANTS[variant]), problem()
+    adapted = run(model, images, targets, paper(learning_rate=1e-2))
+    answers, some = adapted.query(), adapted[1:]
+    for name, value in some.query().items():
+        assert torch.equal(value, answers[name][1:])
+    for name in ("image_embeds", "losses", "steps", "diverged"):
+        assert torch.equal(getattr(some, name), getattr(adapted, name)[1:])
+    forgotten = adapt(model, **inputs_of(model, images, targets), targets=targets, config=paper(), keep_machines=False)
+    assert len(forgotten[:1].losses) == 1
+
+
 def test_the_embedding_is_the_pooled_answer_where_all_locations_are_pooled():
     model, (images, targets) = small_model(pooling="attention"), problem()
     adapted = run(model, images, targets, paper(learning_rate=1e-2))

@@ -68,9 +68,9 @@ class Sight:
                 if outputs.rgb is not None:
                     panels["RGB decoded"] = _square(outputs.rgb[0].clamp(0, 1).cpu().numpy())
         for name, result in adapted.items():
-            answers = result.query(coordinates).last_hidden_state
+            answers = result[index : index + 1].query(coordinates).last_hidden_state
             assert answers is not None
-            panels[name] = _square(colours(answers[index]))
+            panels[name] = _square(colours(answers[0]))
         return cls(condition, panels)
 
 

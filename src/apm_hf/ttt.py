@@ -181,6 +181,13 @@ class Adapted:
     _pixel_values: Tensor | None = field(repr=False)
     _trigger_column: Tensor | None = field(repr=False)
 
+    def __getitem__(self, images: slice) -> "Adapted":
+        """The machines of some of the images, e.g. `adapted[2:3]`."""
+        rows = (self.image_embeds, self.losses, self.steps, self.diverged)
+        rest = (self._states, self._pixel_values, self._trigger_column)
+        chosen = (None if part is None else part[images] for part in rest)
+        return Adapted(*(row[images] for row in rows), self._model, *chosen)
+
     def query(self, coordinates: Tensor | None = None, *, chunk_size: int | None = None) -> APMModelOutput:
         """Ask every adapted machine about its own image, one after the other; the main head alone has adapted.
 
