@@ -6,21 +6,48 @@ Legend: K labels.
 import base64
 import io
 import json
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
+from huggingface_hub import HfApi
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPModel, pipeline
 
-from apm_hf import APMForZeroShotImageClassification, TestTimeTrainingPipeline, adapt, load_teacher, pipelines, ttt
+from apm_hf import (
+    APMConfig,
+    APMForImageClassification,
+    APMForSemanticSegmentation,
+    APMForZeroShotImageClassification,
+    APMModel,
+    TestTimeTrainingPipeline,
+    adapt,
+    load_teacher,
+    pipelines,
+    ttt,
+)
 from apm_hf.data.scenes import CLASS_NAMES
 from apm_hf.demo_assets import DEMO_MODEL, DEMO_TEACHER
 from apm_hf.distillation import matching_image_processor
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.ttt import TTTConfig
-from fixtures_tiny import FEATURE_SIZE, LABELS, STUDENT_SIZE, photo, save_classifier, save_clip, student
+from fixtures_hub import TOKEN
+from fixtures_pipelines import LABELS, label_map, scores
+from fixtures_tiny import (
+    FEATURE_SIZE,
+    STUDENT_SIZE,
+    photo,
+    randomise,
+    save_classifier,
+    save_clip,
+    student,
+    student_config,
+    tokenizer,
+)
 
 TASK = "apm-zero-shot-image-classification"
 CONFIG = TTTConfig.preset("fast", steps=10, learning_rate=1e-2, start="model")
@@ -324,3 +351,90 @@ def test_an_unreadable_image_and_an_unknown_option_are_refused(teacher, tmp_path
         ready(str(tmp_path / "missing.png"))
     with pytest.raises(TypeError, match="labels"):
         ready(photo(0), labels=LABELS)
+
+
+# ---- the tasks of transformers itself
+
+
+CLASSES = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+HEADS = {
+    "image-feature-extraction": lambda clip: student(),
+    "image-classification": lambda clip: randomise(APMForImageClassification(student_config(**CLASSES))),
+    "image-segmentation": lambda clip: randomise(APMForSemanticSegmentation(student_config(**CLASSES))),
+    "zero-shot-image-classification": partial(APMForZeroShotImageClassification.from_dual_encoder, student()),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, teacher):
+    """Models of four tasks, saved with all they need."""
+    root = tmp_path_factory.mktemp("heads")
+    for task, build in HEADS.items():
+        build(teacher.model).save_pretrained(root / task)
+        APMImageProcessorPil(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE}).save_pretrained(root / task)
+    tokenizer().save_pretrained(root / "zero-shot-image-classification")
+    return root
+
+
+def answers_of(task, ready, photos, **options):
+    """`(B, ...)`: what a pipeline says as an array."""
+    if task == "image-feature-extraction":
+        return np.array(ready(photos, **options))
+    if task == "image-segmentation":
+        return np.stack([label_map(row) for row in ready(photos, subtask="semantic", **options)])
+    return scores(ready(photos, **({"candidate_labels": LABELS} if "zero-shot" in task else {}), **options))
+
+
+def expected_of(task, folder, photos):
+    """The same by hand."""
+    inputs = APMImageProcessorPil.from_pretrained(folder)(photos, return_tensors="pt")
+    model = HEAD_CLASSES[task].from_pretrained(folder).eval()
+    with torch.no_grad():
+        if task == "image-feature-extraction":
+            return model(**inputs).last_hidden_state[:, None].numpy()  # the pipeline's batches are of one
+        if task == "image-segmentation":
+            sizes = [photo.size[::-1] for photo in photos]
+            processor = APMImageProcessorPil.from_pretrained(folder)
+            return torch.stack(processor.post_process_semantic_segmentation(model(**inputs), sizes)).numpy()
+        if task == "image-classification":
+            return model(**inputs).logits.softmax(-1).numpy()
+        texts = tokenizer()([f"This is a photo of {label}." for label in LABELS], padding=True, return_tensors="pt")
+        return model(**texts, **inputs).logits_per_image.softmax(-1).numpy()
+
+
+HEAD_CLASSES = {
+    "image-feature-extraction": APMModel,
+    "image-classification": APMForImageClassification,
+    "image-segmentation": APMForSemanticSegmentation,
+    "zero-shot-image-classification": APMForZeroShotImageClassification,
+}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_pipelines_of_transformers_answer_as_the_models_do(task, folders, photos, caplog):
+    ready = pipeline(task, model=str(folders / task), device="cpu")
+    assert type(ready.model) is HEAD_CLASSES[task] and "not supported" not in caplog.text
+    expected = expected_of(task, folders / task, photos)
+    assert expected.std() > 1e-3
+    for options in ({}, {"batch_size": 2}):
+        np.testing.assert_allclose(answers_of(task, ready, photos, **options), expected, atol=1e-5)
+
+
+def test_the_task_of_this_package_loads_model_and_teacher_from_the_hub(hub, teacher, clip_folder, photos, tmp_path):
+    student().save_pretrained(tmp_path / "apm")
+    for name, folder in (("apm", tmp_path / "apm"), ("clip", clip_folder)):
+        api = HfApi(token=TOKEN)
+        api.create_repo(f"someone/{name}")
+        api.upload_folder(folder_path=folder, repo_id=f"someone/{name}")
+    ready = pipeline(TASK, model="someone/apm", teacher="someone/clip", ttt_config=CONFIG, device="cpu")
+    assert ready(photos, LABELS, batch_size=2) == pipe(teacher)(photos, LABELS, batch_size=2)
+
+
+def test_real_photos_are_classified_as_their_real_teacher_does_after_a_fit(shared_dir):
+    rows = load_dataset("parquet", data_dir=str(shared_dir / "data/imagenet_sample1k/data"), split="train[:6]")
+    teacher = load_teacher(shared_dir / "teachers/deit-tiny-lit", device="cpu")
+    machine = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size, hidden_sizes=[1024, 256]))
+    ready = pipeline(TASK, model=machine, teacher=teacher, device="cpu", preset="fast")
+    names = ["tench", "goldfish", "great white shark", "hen", "ostrich", "magpie"]
+    for answers in ready(list(rows["image"]), names, return_teacher=True, batch_size=3):
+        assert max(answers, key=lambda answer: answer["teacher_score"]) == answers[0]

@@ -16,6 +16,7 @@ from transformers import (
 
 # At its top level transformers 5.17 refuses this class without torchvision, though the PIL backend works.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_apm import APMConfig
@@ -52,6 +53,8 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": APMImageProcessor, "pil": APMImageProcessorPil},
     exist_ok=True,
 )
+# Unlike those of other tasks, the segmentation pipeline looks here, and would else say that it knows no such model.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["apm"] = APMForSemanticSegmentation.__name__
 # What is saved takes its code along, for those who load it with `trust_remote_code=True`.
 for _travelling in (APMConfig, APMImageProcessor, APMImageProcessorPil):
     _travelling.register_for_auto_class()
