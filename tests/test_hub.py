@@ -1,6 +1,10 @@
 """What is published, what is refused, and the card: the real client against a Hub on 127.0.0.1."""
 
+import ast
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 
+from apm_hf import configuration_apm
 from apm_hf.hub import publish
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.model_cards import CardFacts, move_card, write_card, write_card_picture
@@ -36,6 +41,9 @@ TRAVELLING = {
     "modeling_apm_pooling.py",
     "position_encoding.py",
 }
+
+
+PATHS = [Path(configuration_apm.__file__).with_name(name) for name in sorted(TRAVELLING)]
 
 
 @pytest.fixture
@@ -155,6 +163,41 @@ def test_without_network_and_offline_the_hub_is_said_to_be_out_of_reach(hub, tra
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
         publish(trained, NAME, token=TOKEN)
+
+
+# --- the code that travels ---
+
+
+def test_what_travels_is_what_the_auto_classes_are_told():
+    for name, found in configuration_apm.travelling_classes().items():
+        told = configuration_apm.AUTO_MAP[name]
+        pairs = [(told, found)] if isinstance(told, str) else [(told[backend], found[backend]) for backend in told]
+        for path, one in pairs:
+            module, _, class_name = path.partition(".")
+            # Without torchvision the name of its image processor stands for the other one.
+            assert f"{module}.py" in TRAVELLING and class_name.removesuffix("Pil") == one.__name__.removesuffix("Pil")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_travelling_code_imports_nothing_that_stays_at_home(path):
+    known = {"huggingface_hub", "numpy", "PIL", "torch", "transformers"} | sys.stdlib_module_names
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and f"{node.module}.py" in TRAVELLING
+            # The only form that transformers finds.
+            line = ast.get_source_segment(path.read_text(), node).splitlines()[0]
+            assert re.match(r"from \.\w+ import ", line)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert {module.split(".")[0] for module in modules} <= known
+
+
+def test_a_subclass_that_is_registered_keeps_its_own_entry(tmp_path):
+    model = student()
+    model.config.auto_map = {"AutoModel": "my_model.MyAPM", "AutoTokenizer": "elsewhere--tokens.Tokens"}
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert saved == {**configuration_apm.AUTO_MAP, "AutoModel": "my_model.MyAPM"}
 
 
 # --- the card -----------------------------------------------------------------------------------------------------

@@ -95,6 +95,42 @@ def test_a_stranger_gets_the_same_answers_to_the_bit(answers, published):
         assert outputs[name].std() > 1e-3 and np.array_equal(outputs[name].numpy(), answers[name])
 
 
+WITH_TORCHVISION = """
+import sys
+sys.modules["apm_hf"] = None
+import numpy as np
+from PIL import Image
+from transformers import AutoImageProcessor
+arrays = {}
+for backend in (None, "torchvision", "pil"):
+    processor = AutoImageProcessor.from_pretrained("someone/apm", trust_remote_code=True, backend=backend)
+    assert processor.backend == (backend or "torchvision"), processor
+    processor.save_pretrained("again")
+    processor = AutoImageProcessor.from_pretrained("again", trust_remote_code=True, backend=backend)
+    assert processor.backend == (backend or "torchvision"), processor
+    arrays[str(backend)] = processor(Image.open("photo.png"), return_tensors="np")["pixel_values"]
+np.savez("arrays.npz", **arrays)
+"""
+
+
+def test_with_torchvision_a_stranger_gets_either_backend(hub, published, environment, tmp_path):
+    photo(99).save(tmp_path / "photo.png")
+    stubs = {"PYTHONPATH": str(Path(__file__).with_name("stubs"))}
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_TORCHVISION],
+        cwd=tmp_path,
+        env=environment | hub.environment(tmp_path / "home", token=None) | stubs,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = APMImageProcessorPil.from_pretrained(published["apm"])(photo(99), return_tensors="np")["pixel_values"]
+    with np.load(tmp_path / "arrays.npz") as arrays:
+        assert np.array_equal(arrays["pil"], expected) and np.array_equal(arrays["torchvision"], arrays["None"])
+        assert 0 < np.abs(arrays["torchvision"] - expected).max() < 0.03  # an 8-bit level, over a deviation of 0.22
+
+
 def test_the_cards_snippets_run_as_they_stand(answers):
     assert answers["snippets"] == 2 and answers["shown"].shape == (1, 2, 16) and np.isfinite(answers["shown"]).all()
 

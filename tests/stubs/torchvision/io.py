@@ -1,0 +1,1 @@
+"""Nothing: files are opened by PIL."""
