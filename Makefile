@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A folder of local wheels, where pip is configured with one (uv does not read pip's configuration).
 export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo "$$PIP_FIND_LINKS")
 
-.PHONY: demo test lint style bench assets clean
+.PHONY: demo test lint style bench docs assets clean
 
 demo: .venv/installed
 	$(BIN)/apm demo --output_dir apm
@@ -24,6 +24,9 @@ style: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
 
+docs: .venv/installed
+	$(BIN)/pdoc --docformat google --output-directory site apm_hf
+
 assets: .venv/installed
 	$(BIN)/python scripts/make_demo_teacher.py
 	$(BIN)/python scripts/make_demo_model.py
@@ -35,4 +38,4 @@ assets: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv apm apm_report runs
+	rm -rf .venv apm apm_report runs site

@@ -1,0 +1,132 @@
+"""Every code block of the README and of docs/ does what it says: Python is run, commands are read by their own parsers.
+
+The Python blocks of a file run in order, in one namespace and an empty folder, with two pictures and a Hub on 127.0.0.1.
+Commands that train for hours are not run: their programs must exist and know every option.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from apm_hf import cli
+from apm_hf.data.scenes import SceneDataset
+from apm_hf.demo_assets import DEMO_MODEL
+from fixtures_hub import TOKEN
+
+ROOT = Path(__file__).parents[1]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.S | re.M)
+SHELL = ("bash", "sh", "")
+PROGRAM = re.compile(r"apm|(examples|benchmarks|scripts)/[\w/]+\.py")
+
+
+def blocks(path, *languages):
+    return [text for language, text in BLOCK.findall(path.read_text()) if language in languages]
+
+
+def commands(path):
+    """Words of every command that starts `apm` or a script of this project, whatever launches it."""
+    for block in blocks(path, *SHELL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            starts = [index for index, word in enumerate(words) if PROGRAM.fullmatch(word)]
+            if starts:
+                yield words[starts[0] :]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_blocks_run_as_they_stand(path, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.user = "user"
+    shutil.copytree(DEMO_MODEL, "apm")
+    for index, name in enumerate(("photo.jpg", "other.jpg")):
+        SceneDataset(2, seed=99)[index]["image"].save(name)
+    namespace = {"__name__": "__main__"}
+    for number, block in enumerate(blocks(path, "python")):
+        exec(compile(block, f"{path.name}, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_are_understood(path):
+    for program, *words in commands(path):
+        if program == "apm":
+            try:
+                cli._parser().parse_args(words, argparse.Namespace(arguments=words))
+            except SystemExit as refused:
+                assert refused.code == 0, f"apm {shlex.join(words)}"
+            continue
+        script = ROOT / program
+        assert script.exists(), program
+        known = options_of(script)
+        unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
+        assert not unknown, f"{program}: {unknown}"
+
+
+_OPTIONS: dict = {}
+
+
+def options_of(script):
+    """What `--help` says, without a process of its own."""
+    if script not in _OPTIONS:
+        spec = importlib.util.spec_from_file_location(f"{script.stem}_documented", script)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        printed = []
+        patch = pytest.MonkeyPatch()
+        patch.setattr(
+            argparse.ArgumentParser, "print_help", lambda parser, file=None: printed.append(parser.format_help())
+        )
+        patch.setattr(sys, "argv", [str(script), "--help"])
+        try:
+            module.main()
+        except SystemExit:
+            pass
+        finally:
+            patch.undo()
+        _OPTIONS[script] = set(re.findall(r"--\w+", " ".join(printed)))
+    return _OPTIONS[script]
+
+
+def test_links_between_pages_lead_somewhere():
+    for path in FILES:
+        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+            if not re.match(r"\w+:", target):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_tree_in_the_readme_names_every_file_of_the_package():
+    tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
+    folder = ROOT / "src/apm_hf"
+    ignored = {"__init__.py", "py.typed"}
+    for path in folder.iterdir():
+        if path.suffix == ".py" and path.name not in ignored:
+            assert path.name in tree, path.name
+        elif path.is_dir() and path.name != "__pycache__":
+            assert f"{path.name}/" in tree, path.name
+    for name in re.findall(r"\b([a-z_0-9]+\.py)\b", tree):
+        assert list(ROOT.rglob(f"**/{name}")), name
+
+
+def test_the_reference_is_rendered_and_holds_every_public_name(tmp_path):
+    pdoc = pytest.importorskip("pdoc")
+    import apm_hf
+
+    pdoc.render.configure(docformat="google")
+    page = pdoc.pdoc("apm_hf", "!apm_hf.")
+    for name in apm_hf.__all__:
+        assert f'id="{name}"' in page, name
+
+
+def test_nothing_in_the_documentation_names_a_path_of_a_machine():
+    for path in FILES:
+        text = path.read_text()
+        assert str(ROOT) not in text and os.path.expanduser("~/") not in text, path.name
