@@ -79,11 +79,13 @@ class DualEncoder:
         project: `(model, pooled (..., C)) -> (..., F)`: the map into the space shared with the text.
         feature_size: From the config: F.
         tokenizer_options: How the prompts of a batch are brought to one length.
+        lowercase: Whether it was trained on lower case, which not every tokenizer of such checkpoints sees to.
     """
 
     project: Callable[[Any, Tensor], Tensor] = lambda model, pooled: model.visual_projection(pooled)
     feature_size: Callable[[Any], int] = lambda config: config.projection_dim
     tokenizer_options: Mapping[str, Any] = field(default_factory=lambda: {"padding": True})
+    lowercase: bool = False
 
 
 def _class_token(tower: Any) -> int:
@@ -126,7 +128,9 @@ def _naflex(tower: Any, pixel_values: Tensor, output_hidden_states: bool) -> Any
     patch_size = tower.config.patch_size
     rows, cols = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
     pixels = pixel_values.unflatten(3, (cols, patch_size)).unflatten(2, (rows, patch_size))
-    patches = pixels.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, 3, rows, p, cols, p) -> (B, T, p * p * 3)
+    patches = (
+        pixels.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    )  # (B, 3, rows, p, cols, p) -> (B, T, p * p * 3)
     return _run(
         tower,
         patches,
@@ -170,6 +174,11 @@ def _timm_pool(model: Any, patches: Tensor) -> Tensor:
     else:
         images = patches.reshape(-1, width, 1, 1)
     return wrapped.forward_head(images, pre_logits=True).flatten(1).unflatten(0, patches.shape[:-1])
+
+
+def _timm_width(model: Any) -> int:
+    wrapped = model.timm_model
+    return max(wrapped.num_features, *(stage["num_chs"] for stage in wrapped.feature_info))
 
 
 def _timm_head(model: Any) -> LinearHead:
@@ -229,7 +238,7 @@ VISION_TOWERS: dict[str, VisionTower] = {
         forward=_timm_forward,
         patch_size=lambda model: model.timm_model.feature_info[-1]["reduction"],
         num_layers=lambda model: len(model.timm_model.feature_info) - 1,  # of those that timm counts, the first is 0
-        hidden_size=lambda model: model.timm_model.num_features,
+        hidden_size=_timm_width,
         feature_size=lambda model: getattr(model.timm_model, "head_hidden_size", model.timm_model.num_features),
         # timm's own files on the Hub say how many classes there are and name no class of transformers.
         is_classifier=lambda config: _says_classifier(config) or not config.architectures and config.num_labels > 0,
@@ -243,6 +252,7 @@ _SIGLIP = DualEncoder(
     lambda model, pooled: pooled,  # the head's output is the embedding
     feature_size=lambda config: config.vision_config.hidden_size,
     tokenizer_options={"padding": "max_length"},  # as trained: the last token is read, padding and all
+    lowercase=True,
 )
 DUAL_ENCODERS: dict[str, DualEncoder] = {
     "clip": DualEncoder(),

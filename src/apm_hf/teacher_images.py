@@ -2,7 +2,7 @@
 
 Students are shown the part of a picture that their teacher sees, views are scaled without being resized again, whole
 photos are squeezed without a crop: all that is asked of a teacher's image processor by the usual names (`size`,
-`do_resize`, `do_center_crop`, `crop_size`). Those that work otherwise are replaced by one of CLIP's that does the same.
+`do_resize`, `do_center_crop`, `crop_size`). Those that work otherwise are replaced by one of CLIP's that does as they.
 """
 
 import math
@@ -63,7 +63,7 @@ def square_side(image_processor: Any, side: int) -> int:
 
 
 def fitted(image_processor: Any, patch_size: int, *, side: int) -> Any:
-    """The processor, or where it makes squares that are no multiple of the patch size, one that makes the next smaller.
+    """The processor, or where its squares are no multiple of the patch size, one that makes the next smaller ones.
 
     Such teachers (SigLIP at 384 pixels with patches of 14, EfficientNet at 300) leave out or pad pixels at two edges,
     so that their answers would lie elsewhere than the student is asked about.
@@ -80,9 +80,9 @@ def fitted(image_processor: Any, patch_size: int, *, side: int) -> Any:
         return image_processor
     wanted = made // patch_size * patch_size
     name = "crop_size" if getattr(image_processor, "do_center_crop", False) else "size"
-    size = getattr(image_processor, name, None)
-    if wanted and hasattr(image_processor, "to_dict") and isinstance(size, Mapping):
-        sides = {key: wanted for key, value in dict(size).items() if value}
+    size = dict(getattr(image_processor, name, None) or {})
+    if wanted and size and hasattr(image_processor, "to_dict"):
+        sides = {key: wanted for key, value in size.items() if value}
         smaller = type(image_processor).from_dict(image_processor.to_dict() | {name: sides})
         if square_side(smaller, side) == wanted:
             logger.warning_once(
@@ -122,11 +122,12 @@ def plain_image_processor(image_processor: Any) -> Any:
 
 def _like(image_processor: Any, **sizes: Any) -> Any:
     names = ("resample", "image_mean", "image_std", "do_resize", "do_rescale", "rescale_factor", "do_normalize")
+    options = {name: getattr(image_processor, name) for name in names} | sizes
     if isinstance(image_processor, PilBackend):
-        plain: Any = CLIPImageProcessorPil
-    else:
-        from transformers.models.clip.image_processing_clip import CLIPImageProcessor as plain
-    return plain(**{name: getattr(image_processor, name) for name in names}, **sizes)
+        return CLIPImageProcessorPil(**options)
+    from transformers.models.clip.image_processing_clip import CLIPImageProcessor  # the backend with torchvision
+
+    return CLIPImageProcessor(**options)
 
 
 def _of_timm(data: Mapping[str, Any]) -> Any:

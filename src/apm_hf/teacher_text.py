@@ -28,7 +28,8 @@ class TowerText:
         self.model, self.tokenizer = model, tokenizer
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        tokens = self.tokenizer(prompts, return_tensors="pt", **tokenizer_options(self.model, self.tokenizer))
+        options = tokenizer_options(self.model, self.tokenizer)
+        tokens = self.tokenizer(trained_case(self.model, prompts), return_tensors="pt", **options)
         return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
 
 
@@ -42,7 +43,9 @@ class ModuleText:
         embeds = self.text(self.module, prompts)
         got = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
         if got != (len(prompts), self.feature_size):
-            raise ValueError(f"text: expected shape {(len(prompts), self.feature_size)} for as many prompts, got {got}")
+            raise ValueError(
+                f"text: expected shape {(len(prompts), self.feature_size)} for as many prompts, got {got}"
+            )
         return embeds
 
 
@@ -50,6 +53,12 @@ def tokenizer_options(model: Any, tokenizer: Any) -> dict[str, Any]:
     """How a dual encoder's prompts are cut and padded."""
     longest = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
     return {"truncation": True, "max_length": longest, **DUAL_ENCODERS[model.config.model_type].tokenizer_options}
+
+
+def trained_case(model: Any, prompts: list[str]) -> list[str]:
+    """Prompts in lower case, where a dual encoder was trained on that."""
+    lowercase = DUAL_ENCODERS[model.config.model_type].lowercase
+    return [prompt.lower() for prompt in prompts] if lowercase else prompts
 
 
 def prompt_embeds(

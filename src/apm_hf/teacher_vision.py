@@ -106,7 +106,8 @@ class FamilyVision:
         num_prefix_tokens = self.family.num_prefix_tokens(self.tower)
         if states.shape[1] != num_prefix_tokens + rows * cols:
             raise ValueError(
-                f"Expected {num_prefix_tokens} prefix tokens and {rows} x {cols} patches, got {states.shape[1]} tokens."
+                f"Expected {num_prefix_tokens} prefix tokens and {rows} x {cols} patches, "
+                f"got {states.shape[1]} tokens."
             )
         return states[:, num_prefix_tokens:].unflatten(1, grid)  # (B, T, C) -> (B, rows, cols, C)
 
@@ -132,7 +133,9 @@ class ModuleVision:
         """As [`FamilyVision.encode`]."""
         answers = self._ask(pixel_values)
         if answers["image_embeds"].shape[1] != self.feature_size:
-            raise ValueError(f"outputs: expected width {self.feature_size} as ever, got {answers['image_embeds'].shape}")
+            raise ValueError(
+                f"outputs: expected width {self.feature_size} as ever, got {answers['image_embeds'].shape}"
+            )
         levels = answers.pop("levels", None)
         if layers is not None:
             if levels is None:
@@ -145,7 +148,9 @@ class ModuleVision:
         parts = given.to_tuple() if isinstance(given, ModelOutput) else given
         if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
             what = f"{len(parts)} values" if isinstance(parts, tuple | list) else type(parts).__name__
-            raise ValueError(f"outputs: expected (image_embeds, features) or (image_embeds, features, levels), got {what}")
+            raise ValueError(
+                f"outputs: expected (image_embeds, features) or (image_embeds, features, levels), got {what}"
+            )
         parts = [torch.stack(list(part), dim=1) if isinstance(part, tuple | list) else part for part in parts]
         answers = dict(zip(("image_embeds", "features", "levels"), parts, strict=False))
         batch_size, patch_size = len(pixel_values), self.patch_size
@@ -170,7 +175,8 @@ class ModuleVision:
                 expected = ", ".join(str(sizes.get(want, want) if isinstance(want, str) else want) for want in wanted)
                 raise ValueError(
                     f"outputs: expected {name} of shape ({expected}) for {batch_size} x 3 x "
-                    f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels and patch_size {patch_size}, got {shape}"
+                    f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels and patch_size {patch_size}, "
+                    f"got {shape}"
                 )
         return answers
 

@@ -364,7 +364,9 @@ def _loading(name: str, part: str) -> Iterator[None]:
         kind = OSError if isinstance(error, OSError) else ValueError
         advice = ""
         if "trust_remote_code" in str(error):
-            advice = "\nHere such code is never run: load the model yourself and make a teacher by Teacher.from_module."
+            advice = (
+                "\nHere such code is never run: load the model yourself and make a teacher by Teacher.from_module."
+            )
         raise kind(f"Could not load the {part} of teacher '{name}'.\n{error}{advice}") from error
 
 

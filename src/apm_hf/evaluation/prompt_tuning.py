@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..teacher_text import parse_template, tokenizer_options
+from ..teacher_text import parse_template, tokenizer_options, trained_case
 from ..teachers import Teacher
 from ..zero_shot import classify
 from .task import ImageBatch, MethodOutput, ZeroShotTask
@@ -106,7 +106,7 @@ class Prompts:
 
     Raises:
         ValueError: for another number of templates, for one without words before the name, or where a tokenizer
-            makes one token of the words and the name.
+            makes one token of the words and the name, or pads on the left.
     """
 
     def __init__(self, teacher: Teacher, class_names: list[str], templates: tuple[str, ...], *, chunk_size: int):
@@ -123,6 +123,9 @@ class Prompts:
         self.rows = torch.tensor([unique.index(name) for name in class_names], device=teacher.device)
         names = [name.replace("_", " ") for name in unique]  # as `Teacher.encode_text`
         texts = ["".join(name if part is None else part for part in (first, *rest)) for name in names]
+        words, *texts = trained_case(self.model, [words, *texts])
+        if teacher.tokenizer.padding_side != "right":
+            raise ValueError(f"teacher: expected a tokenizer that pads on the right, got '{teacher.name}'")
         options = tokenizer_options(self.model, teacher.tokenizer)
         unpadded = {name: options[name] for name in ("truncation", "max_length")}
         tokens = teacher.tokenizer(texts, **unpadded)["input_ids"]
