@@ -402,12 +402,16 @@ def test_naflex_is_shown_the_largest_square_it_has_patches_for(teacher_of):
 )
 def test_timms_transforms_become_a_processor(data, size):
     config = {"input_size": (3, 32, 32), "interpolation": "bicubic", "mean": (0.1,) * 3, "std": (0.2,) * 3} | data
-    plain = plain_image_processor(SimpleNamespace(data_config=config))
+    plain = plain_image_processor(TimmWrapperImageProcessor(data_config=config))
     assert {key: value for key, value in dict(plain.size).items() if value} == size
     assert plain(photo(0), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
     assert list(plain.image_mean) == [0.1] * 3 and plain.resample == 3
     with pytest.raises(ValueError, match="crop_mode 'center'.*got 'border'"):
-        plain_image_processor(SimpleNamespace(data_config=config | {"crop_mode": "border"}))
+        plain_image_processor(TimmWrapperImageProcessor(data_config=config | {"crop_mode": "border"}))
+
+
+class TimmWrapperImageProcessor(SimpleNamespace):
+    """By the name of that which needs torchvision."""
 
 
 @pytest.mark.parametrize(
@@ -636,6 +640,8 @@ def test_a_module_may_read_text_or_know_classes():
             lambda embeds, features: (embeds, features, [features[:, 1:]]),
             r"levels of shape \(1, 1, 4, 4, C\) .*\(1, 1, 3, 4, 16\)",
         ),
+        (lambda embeds, features: (embeds, features, [features, features[:, 1:]]), "levels of one shape .* 3, 4, 16"),
+        (lambda embeds, features: (embeds, features, [None]), "levels of one shape .* got .'NoneType'"),
         (
             lambda embeds, features: (embeds.int(), features),
             "image_embeds to be a floating point tensor, got torch.int32",

@@ -106,15 +106,16 @@ def plain_image_processor(image_processor: Any) -> Any:
     Raises:
         ValueError: timm's transforms crop in another way.
     """
-    if hasattr(image_processor, "data_config"):
+    kind = type(image_processor).__name__
+    if kind.startswith("TimmWrapper"):
         return _of_timm(image_processor.data_config)
-    if hasattr(image_processor, "crop_pct"):
+    if kind.startswith("ConvNext"):
         side = dict(image_processor.size)["shortest_edge"]
         if side >= _WARPED_FROM:
             return _like(image_processor, size={"height": side, "width": side}, do_center_crop=False)
         size, crop = {"shortest_edge": int(side / image_processor.crop_pct)}, {"height": side, "width": side}
         return _like(image_processor, size=size, do_center_crop=True, crop_size=crop)
-    if hasattr(image_processor, "max_num_patches"):
+    if kind.startswith("Siglip2"):
         side = math.isqrt(image_processor.max_num_patches) * image_processor.patch_size
         return _like(image_processor, size={"height": side, "width": side}, do_center_crop=False)
     return image_processor

@@ -80,9 +80,10 @@ class FamilyVision:
             raise ValueError(f"Expected maps of {grid[0]} x {grid[1]} places, got {tuple(last.shape)}.")
         patches = self._patches(last, grid)
         if self.dual or family.standalone == "pooler_output":
-            if states.pooler_output is None:
+            pooled = getattr(states, "pooler_output", None)
+            if pooled is None:
                 raise ValueError(f"{type(tower).__name__}: expected one with a pooling head, got none")
-            image_embeds, features = states.pooler_output.flatten(1), family.pool(tower, patches)
+            image_embeds, features = pooled.flatten(1), family.pool(tower, patches)
         elif family.standalone == "mean":
             image_embeds, features = patches.mean(dim=(1, 2)), patches
         else:
@@ -92,6 +93,8 @@ class FamilyVision:
             image_embeds, features = project(self.model, image_embeds), project(self.model, features)
         answers = {"image_embeds": image_embeds, "features": features}
         if layers is not None:
+            if (num_states := len(states.hidden_states)) != self.num_layers + 1:
+                raise ValueError(f"Expected {self.num_layers + 1} hidden states, got {num_states}.")
             levels = [_widened(self._patches(states.hidden_states[n], grid), self.hidden_size) for n in layers]
             answers["levels"] = torch.stack(levels, dim=1)  # N times (B, rows, cols, C) -> (B, N, rows, cols, C)
         return answers
@@ -151,8 +154,12 @@ class ModuleVision:
             raise ValueError(
                 f"outputs: expected (image_embeds, features) or (image_embeds, features, levels), got {what}"
             )
-        parts = [torch.stack(list(part), dim=1) if isinstance(part, tuple | list) else part for part in parts]
         answers = dict(zip(("image_embeds", "features", "levels"), parts, strict=False))
+        if isinstance(levels := answers.get("levels"), tuple | list):
+            kinds = [tuple(level.shape) if isinstance(level, Tensor) else type(level).__name__ for level in levels]
+            if not levels or not all(isinstance(level, Tensor) and level.shape == levels[0].shape for level in levels):
+                raise ValueError(f"outputs: expected levels of one shape (B, rows, cols, C), got {kinds}")
+            answers["levels"] = torch.stack(list(levels), dim=1)
         batch_size, patch_size = len(pixel_values), self.patch_size
         rows, cols = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
         shapes: dict[str, tuple[int | str, ...]] = {
