@@ -7,6 +7,7 @@ import copy
 import json
 import pickle
 import string
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,6 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextModel,
@@ -528,32 +528,27 @@ def test_models_of_timm_are_read_through_their_own_methods(wrapped):
     assert answers["levels"].shape == (2, 2, 2, 3, vision.hidden_size)
 
 
+@pytest.mark.parametrize(
+    "architecture", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "mobilenetv3_small_050"]
+)
 @torch.no_grad()
-def test_a_real_model_of_timm_is_a_teacher(tmp_path):
-    pytest.importorskip("timm", reason="timm needs torchvision, which cannot be loaded beside the CPU build of torch")
+def test_a_real_model_of_timm_is_a_teacher(tmp_path, architecture):
+    reason = "timm needs torchvision, which cannot be loaded beside the CPU build of torch"
+    pytest.importorskip("timm", reason=reason, exc_type=ImportError)
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-    for architecture in ("test_vit", "test_resnet", "test_convnext", "test_efficientnet", "test_mobilenetv3"):
-        fields = {"input_size": (3, 160, 160), "crop_pct": 0.95, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-        config = TimmWrapperConfig(
-            architecture=architecture,
-            num_labels=3,
-            pretrained_cfg=fields | {"interpolation": "bicubic"},
-            label_names=LABELS,
-            **HEAD,
-        )
-        model = TimmWrapperForImageClassification(config).eval()
-        folder = tmp_path / architecture
-        model.save_pretrained(folder)
-        teacher = load_teacher(folder, device="cpu")
-        output = teacher.encode_images([photo(0)], layers=[0, teacher.num_layers])
-        side = 160 // teacher.patch_size
-        assert output.features.shape == (1, side, side, teacher.feature_size)
-        assert output.levels.shape == (1, 2, side, side, teacher.hidden_size)
-        head = teacher.model.timm_model.get_classifier()
-        expected = AutoModelForImageClassification.from_pretrained(folder)(teacher.pixel_values(photo(0))).logits
-        torch.testing.assert_close(F.linear(output.image_embeds, head.weight, head.bias), expected)
-        assert teacher.class_names == LABELS
+    config = TimmWrapperConfig(architecture=architecture, num_labels=3, label_names=LABELS, **HEAD)
+    model = TimmWrapperForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path, device="cpu", image_processor=processor(160))
+    output = teacher.encode_images([photo(0)], layers=[0, teacher.num_layers])
+    side = 160 // teacher.patch_size
+    assert output.features.shape == (1, side, side, teacher.feature_size)
+    assert output.levels.shape == (1, 2, side, side, teacher.hidden_size)
+    head = teacher.model.timm_model.get_classifier()
+    logits = model(teacher.pixel_values(photo(0))).logits
+    torch.testing.assert_close(F.linear(output.image_embeds, head.weight, head.bias), logits)
+    assert teacher.class_names == LABELS
 
 
 # Any module
@@ -718,14 +713,13 @@ def test_answers_between_the_places_of_any_grid(teacher_of, name):
     patch = teacher.patch_size
     output = encode_densely(teacher, noise(1, 3, 2 * patch, 3 * patch), 2)
     assert output.features.shape == (1, 4, 6, teacher.feature_size) and output.features.isfinite().all()
-    assert teacher_features(teacher, [photo(0)], fine=False).shape[-1] == teacher.feature_size
     side = teacher.image_size // patch
     assert teacher_features(teacher, [photo(0)], fine=False).shape[1:3] == (side, side)
+    fine = teacher_features(teacher, [photo(0, size=(60, 30))], fine=True)  # twice the side, and twice between
+    assert fine.shape == (1, 2 * side, 4 * side, teacher.feature_size)
 
 
 def test_families_are_those_of_the_guide():
-    from pathlib import Path
-
     guide = (Path(__file__).parents[1] / "docs" / "teachers.md").read_text()
     for family in [*teacher_families.VISION_TOWERS, *teacher_families.DUAL_ENCODERS]:
         if not family.endswith("_vision_model"):
