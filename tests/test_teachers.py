@@ -30,8 +30,6 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     PreTrainedTokenizerFast,
-    SiglipConfig,
-    SiglipModel,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
     ViTConfig,
@@ -42,8 +40,8 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from apm_hf import teachers
-from apm_hf.teacher_families import DualEncoder, VisionTower
+from apm_hf import teacher_text, teacher_vision, teachers
+from apm_hf.teacher_families import VisionTower
 from apm_hf.teachers import load_teacher
 from apm_hf.zero_shot import ENSEMBLE_TEMPLATES, classify
 
@@ -109,9 +107,6 @@ def build_model(name):
         "bert": lambda: BertModel(BertConfig(**TEXT)),
         "clip-text": lambda: CLIPTextModel(CLIPTextConfig(**TEXT, **bos_and_eos)),
         "clip-vision": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
-        "siglip": lambda: SiglipModel(
-            SiglipConfig(text_config=TEXT | bos_and_eos | {"projection_size": WIDTH}, vision_config=VISION)
-        ),
     }
     return randomise(build[name]())
 
@@ -153,7 +148,7 @@ def build_tokenizer():
 def save(name, folder, *, model=None):
     (build_model(name) if model is None else model).save_pretrained(folder)
     build_image_processor(name).save_pretrained(folder)
-    if name in DUAL or name == "siglip":
+    if name in DUAL:
         build_tokenizer().save_pretrained(folder)
     return folder
 
@@ -439,7 +434,7 @@ def test_layers_out_of_range_are_refused(teacher_of, layers):
 def test_a_token_count_that_does_not_fit_the_grid_is_refused(tmp_path):
     teacher = load_teacher(save("dinov2-registers", tmp_path), device="cpu")
     teacher.model.config.num_register_tokens = 0
-    with pytest.raises(ValueError, match="1 prefix tokens and 4 x 4 patches .* got 20 tokens"):
+    with pytest.raises(ValueError, match="1 prefix tokens and 4 x 4 patches, got 20 tokens"):
         teacher.encode_images(pixel_values=noise(1, 3, SIZE, SIZE))
 
 
@@ -483,7 +478,7 @@ def test_rows_of_text_follow_the_names_in_unit_length(teacher_of):
 def test_many_names_are_embedded_in_batches(teacher_of, monkeypatch):
     teacher, class_names = teacher_of("clip"), ["cat", "dog photo", "owl", "great white shark", "a dog"]
     whole = teacher.encode_text(class_names)
-    monkeypatch.setattr(teachers, "TEXT_BATCH_SIZE", 2)
+    monkeypatch.setattr(teacher_text, "TEXT_BATCH_SIZE", 2)
     torch.testing.assert_close(teacher.encode_text(class_names), whole)
 
 
@@ -642,8 +637,14 @@ def test_families_that_give_no_targets_are_refused(tmp_path, name, got):
     build_model(name).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as raised:
         load_teacher(tmp_path)
-    supported = "clip, deit, dinov2, dinov2_with_registers, vision-text-dual-encoder, vit"
-    assert str(raised.value) == f"Expected teacher '{tmp_path}' to be one of {supported}, got '{got}'."
+    supported = (
+        "clip, convnext, convnextv2, deit, dinov2, dinov2_with_registers, dinov3_convnext, dinov3_vit, efficientnet, "
+        "ijepa, metaclip_2, regnet, resnet, siglip, siglip2, timm_wrapper, vision-text-dual-encoder, vit, vit_mae"
+    )
+    assert str(raised.value) == (
+        f"Expected teacher '{tmp_path}' to be one of {supported}, got '{got}'; "
+        "make a teacher of any other module by Teacher.from_module."
+    )
 
 
 def test_an_unknown_vision_tower_in_a_dual_encoder_is_refused(tmp_path):
@@ -701,25 +702,23 @@ def test_a_model_that_is_not_there_is_named_with_the_hubs_message(tmp_path):
         load_teacher(tmp_path / "nowhere")
 
 
-def test_a_new_family_is_an_entry_in_each_registry(tmp_path, monkeypatch):
-    save("siglip", tmp_path)
-    with pytest.raises(ValueError, match="got 'siglip'"):
-        load_teacher(tmp_path)
-    attention_pool = VisionTower(
-        lambda config: 0,
-        pool=lambda tower, tokens: tower.head(tokens.reshape(-1, 1, WIDTH)).unflatten(0, tokens.shape[:-1]),
-        forward_options={"interpolate_pos_encoding": True},
-    )
-    siglip = DualEncoder(lambda model, pooled: pooled, feature_size=lambda config: config.vision_config.hidden_size)
-    monkeypatch.setitem(teachers.VISION_TOWERS, "siglip_vision_model", attention_pool)
-    monkeypatch.setitem(teachers.DUAL_ENCODERS, "siglip", siglip)
-    teacher, pixel_values = load_teacher(tmp_path, device="cpu"), noise(2, 3, SIZE, SIZE)
-    output = teacher.encode_images(pixel_values=pixel_values)
-    assert output.features.shape == (2, 4, 4, WIDTH)
-    assert teacher.encode_text(["cat", "dog"]).shape == (2, WIDTH)
+def test_a_new_family_is_one_entry(tmp_path, monkeypatch):
+    class NewConfig(ViTConfig):
+        model_type = "brand-new-vit"
+
+    class NewModel(ViTModel):
+        config_class = NewConfig
+
+    model = NewModel(NewConfig(**VISION), add_pooling_layer=False).eval()
+    monkeypatch.setitem(teacher_vision.VISION_TOWERS, "brand-new-vit", VisionTower(lambda tower: 1))
+    vision = teacher_vision.FamilyVision(model)
+    teacher = teachers.Teacher("new", model, build_image_processor("vit"), vision)
+    pixel_values = noise(2, 3, SIZE, SIZE)
     with torch.no_grad():
-        expected = teacher.model.get_image_features(pixel_values=pixel_values).pooler_output
-    torch.testing.assert_close(output.image_embeds, expected)
+        expected = model(pixel_values=pixel_values).last_hidden_state
+    output = teacher.encode_images(pixel_values=pixel_values)
+    torch.testing.assert_close(output.image_embeds, expected[:, 0])
+    torch.testing.assert_close(output.features.flatten(1, 2), expected[:, 1:])
 
 
 # Real teachers

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..teacher_families import DUAL_ENCODERS
-from ..teachers import Teacher, _parse_template
+from ..teacher_text import parse_template, tokenizer_options, trained_case
+from ..teachers import Teacher
 from ..zero_shot import classify
 from .task import ImageBatch, MethodOutput, ZeroShotTask
 from .view_methods import NUM_VIEWS, by_confidence, check_views, num_kept, view_logits
@@ -54,8 +54,8 @@ class TPT:
             )
 
     def check(self, teacher: Teacher) -> None:
-        """Raise a ValueError for a teacher without a text tower."""
-        if not teacher.has_text:
+        """Raise a ValueError for a teacher without a text tower of transformers."""
+        if teacher.tokenizer is None:
             raise ValueError(
                 f"{self.name}: expected a teacher with a text tower, whose prompts can be tuned, got '{teacher.name}'"
             )
@@ -106,13 +106,13 @@ class Prompts:
 
     Raises:
         ValueError: for another number of templates, for one without words before the name, or where a tokenizer
-            makes one token of the words and the name.
+            makes one token of the words and the name, or pads on the left.
     """
 
     def __init__(self, teacher: Teacher, class_names: list[str], templates: tuple[str, ...], *, chunk_size: int):
         if len(templates) != 1:
             raise ValueError(f"templates: expected one prompt to tune, got {len(templates)}")
-        first, *rest = _parse_template(templates[0])
+        first, *rest = parse_template(templates[0])
         words = (first or "").strip()
         if not words:
             raise ValueError(f"templates: expected words before the class name, to be tuned, got {templates[0]!r}")
@@ -123,8 +123,12 @@ class Prompts:
         self.rows = torch.tensor([unique.index(name) for name in class_names], device=teacher.device)
         names = [name.replace("_", " ") for name in unique]  # as `Teacher.encode_text`
         texts = ["".join(name if part is None else part for part in (first, *rest)) for name in names]
-        options = _truncation(teacher)
-        tokens = teacher.tokenizer(texts, **options)["input_ids"]
+        words, *texts = trained_case(self.model, [words, *texts])
+        if teacher.tokenizer.padding_side != "right":
+            raise ValueError(f"teacher: expected a tokenizer that pads on the right, got '{teacher.name}'")
+        options = tokenizer_options(self.model, teacher.tokenizer)
+        unpadded = {name: options[name] for name in ("truncation", "max_length")}
+        tokens = teacher.tokenizer(texts, **unpadded)["input_ids"]
         context = teacher.tokenizer(words, add_special_tokens=False)["input_ids"]
         framed = teacher.tokenizer(words)["input_ids"]  # between the tokens that begin and end a text
         start = next(place for place in range(len(framed)) if framed[place : place + len(context)] == context)
@@ -137,7 +141,6 @@ class Prompts:
 
         # Prompts of one length go together: there is less padding to compute.
         order = sorted(range(len(texts)), key=lambda row: len(tokens[row]))
-        options |= DUAL_ENCODERS[self.model.config.model_type].tokenizer_options
         self.chunks = []
         for first_of_chunk in range(0, len(order), chunk_size):
             places = order[first_of_chunk : first_of_chunk + chunk_size]
@@ -176,9 +179,3 @@ class Prompts:
             yield
         finally:
             handle.remove()
-
-
-def _truncation(teacher: Teacher) -> dict[str, Any]:
-    """As [`Teacher.encode_text`] has it."""
-    longest = teacher.model.config.text_config.max_position_embeddings
-    return {"truncation": True, "max_length": min(teacher.tokenizer.model_max_length, longest)}

@@ -1,0 +1,153 @@
+"""Pixels for a teacher: what its image processor is given, and one that everybody here knows how to use.
+
+Students are shown the part of a picture that their teacher sees, views are scaled without being resized again, whole
+photos are squeezed without a crop: all that is asked of a teacher's image processor by the usual names (`size`,
+`do_resize`, `do_center_crop`, `crop_size`). Those that work otherwise are replaced by one of CLIP's that does as they.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging
+
+from .data.images import eight_bit_rgb
+
+logger = logging.get_logger(__name__)
+
+_WARPED_FROM = 384  # ConvNeXt's processor crops below this size and squeezes from it on
+
+
+def rgb_images(images: Any) -> list[Image.Image]:
+    """One image or many, of any kind that `Teacher.encode_images` takes, as upright RGB pictures.
+
+    Raises:
+        ValueError: No image, or what is none (naming its index).
+    """
+    is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 4)
+    images = list(images) if is_batch else [images]
+    if not images:
+        raise ValueError("Expected at least one image, got none.")
+    return [_to_rgb(image, index) for index, image in enumerate(images)]
+
+
+def _to_rgb(image: Any, index: int) -> Image.Image:
+    if isinstance(image, np.ndarray | Tensor) and image.dtype not in (np.uint8, torch.uint8):
+        raise ValueError(
+            f"Image {index}: expected an array of uint8, 0 to 255, got {image.dtype}; "
+            "what an image processor has made goes to `pixel_values`."
+        )
+    try:
+        return eight_bit_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"Image {index}: {error}") from error
+
+
+def process(image_processor: Any, images: list[Image.Image]) -> Tensor:
+    """`(B, 3, H, W)`."""
+    return image_processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+def square_side(image_processor: Any, side: int) -> int:
+    """Side in pixels of what the processor makes of a square image of the given side."""
+    sides = set(process(image_processor, [Image.new("RGB", (side, side))]).shape[-2:])
+    if len(sides) != 1:
+        raise ValueError(f"Expected a teacher with square images, got {sides} from its image processor.")
+    return int(sides.pop())
+
+
+def fitted(image_processor: Any, patch_size: int, *, side: int) -> Any:
+    """The processor, or where its squares are no multiple of the patch size, one that makes the next smaller ones.
+
+    Such teachers (SigLIP at 384 pixels with patches of 14, EfficientNet at 300) leave out or pad pixels at two edges,
+    so that their answers would lie elsewhere than the student is asked about.
+
+    Args:
+        patch_size: In pixels.
+        side: Of a square image to try the processor on, in pixels.
+
+    Raises:
+        ValueError: It takes no other size.
+    """
+    made = square_side(image_processor, side)
+    if made % patch_size == 0:
+        return image_processor
+    wanted = made // patch_size * patch_size
+    name = "crop_size" if getattr(image_processor, "do_center_crop", False) else "size"
+    size = dict(getattr(image_processor, name, None) or {})
+    if wanted and size and hasattr(image_processor, "to_dict"):
+        sides = {key: wanted for key, value in size.items() if value}
+        smaller = type(image_processor).from_dict(image_processor.to_dict() | {name: sides})
+        if square_side(smaller, side) == wanted:
+            logger.warning_once(
+                f"The image processor makes {made} pixels, no multiple of the patch size {patch_size}: "
+                f"it now makes {wanted}, so that the grid covers the image."
+            )
+            return smaller
+    raise ValueError(
+        f"image_processor: expected one that makes multiples of the patch size {patch_size}, got {made} pixels"
+    )
+
+
+def plain_image_processor(image_processor: Any) -> Any:
+    """The processor, or one of CLIP's that does the same to pictures by the usual names.
+
+    * ConvNeXt's (ResNet and RegNet use it too) crops by `crop_pct` below 384 pixels, and squeezes above.
+    * timm's is a list of transforms, which takes no options.
+    * SigLIP 2 NaFlex's makes patches, as many as fit: here the largest square that they fill, any shape for
+      `pixel_values`.
+
+    Raises:
+        ValueError: timm's transforms crop in another way.
+    """
+    kind = type(image_processor).__name__
+    if kind.startswith("TimmWrapper"):
+        return _of_timm(image_processor.data_config)
+    if kind.startswith("ConvNext"):
+        side = dict(image_processor.size)["shortest_edge"]
+        if side >= _WARPED_FROM:
+            return _like(image_processor, size={"height": side, "width": side}, do_center_crop=False)
+        size, crop = {"shortest_edge": int(side / image_processor.crop_pct)}, {"height": side, "width": side}
+        return _like(image_processor, size=size, do_center_crop=True, crop_size=crop)
+    if kind.startswith("Siglip2"):
+        side = math.isqrt(image_processor.max_num_patches) * image_processor.patch_size
+        return _like(image_processor, size={"height": side, "width": side}, do_center_crop=False)
+    return image_processor
+
+
+def _like(image_processor: Any, **sizes: Any) -> Any:
+    names = ("resample", "image_mean", "image_std", "do_resize", "do_rescale", "rescale_factor", "do_normalize")
+    options = {name: getattr(image_processor, name) for name in names} | sizes
+    if isinstance(image_processor, PilBackend):
+        return CLIPImageProcessorPil(**options)
+    from transformers.models.clip.image_processing_clip import CLIPImageProcessor  # the backend with torchvision
+
+    return CLIPImageProcessor(**options)
+
+
+def _of_timm(data: Mapping[str, Any]) -> Any:
+    """What `timm.data.create_transform` makes of such a configuration for evaluation."""
+    _, height, width = data["input_size"]
+    crop, mode = {"height": height, "width": width}, data.get("crop_mode") or "center"
+    if mode == "center" and height == width:
+        size = {"shortest_edge": math.floor(height / data["crop_pct"])}
+    elif mode == "squash":
+        size = {name: math.floor(side / data["crop_pct"]) for name, side in crop.items()}
+    else:
+        raise ValueError(
+            f"image_processor: expected timm's crop_mode 'center' with square images, or 'squash', got {mode!r} and "
+            f"{height} x {width} pixels; give load_teacher an image_processor"
+        )
+    return CLIPImageProcessorPil(  # timm resizes pictures, not tensors
+        size=size,
+        crop_size=crop,
+        resample=Image.Resampling[data["interpolation"].upper()],
+        image_mean=list(data["mean"]),
+        image_std=list(data["std"]),
+    )
