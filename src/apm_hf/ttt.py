@@ -183,10 +183,16 @@ class Adapted:
 
     def __getitem__(self, images: slice) -> "Adapted":
         """The machines of some of the images, e.g. `adapted[2:3]`."""
-        rows = (self.image_embeds, self.losses, self.steps, self.diverged)
-        rest = (self._states, self._pixel_values, self._trigger_column)
-        chosen = (None if part is None else part[images] for part in rest)
-        return Adapted(*(row[images] for row in rows), self._model, *chosen)
+        return Adapted(
+            self.image_embeds[images],
+            self.losses[images],
+            self.steps[images],
+            self.diverged[images],
+            self._model,
+            None if self._states is None else self._states[images],
+            None if self._pixel_values is None else self._pixel_values[images],
+            None if self._trigger_column is None else self._trigger_column[images],
+        )
 
     def query(self, coordinates: Tensor | None = None, *, chunk_size: int | None = None) -> APMModelOutput:
         """Ask every adapted machine about its own image, one after the other; the main head alone has adapted.
