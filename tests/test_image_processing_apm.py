@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, PreTrainedConfig
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers import PreTrainedConfig
+
+# At its top level transformers 5.17 refuses this class without torchvision.
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from apm_hf.image_processing_apm import APMImageProcessor

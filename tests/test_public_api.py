@@ -6,11 +6,13 @@ import sys
 import pytest
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
+
+# At its top level transformers 5.17 refuses this class without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import apm_hf
 from fixtures_tiny import student, student_config
@@ -62,7 +64,7 @@ def test_importing_the_package_and_its_command_loads_none_of_the_extras():
     extras = ["accelerate", "datasets", "evaluate", "gradio", "matplotlib", "sklearn", "tensorboard"]
     program = f"""
 import sys
-from transformers import PreTrainedModel  # loads accelerate itself, where there is one
+from transformers import PreTrainedModel, pipelines  # load accelerate and scikit-learn themselves, where there are any
 before = set(sys.modules)
 import apm_hf, apm_hf.cli, apm_hf.ttt, apm_hf.teachers
 print(sorted(set({extras!r}) & (set(sys.modules) - before)))
