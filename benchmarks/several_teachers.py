@@ -70,9 +70,9 @@ def train(architecture, data: Answers, held_out: Answers, image_processor, optio
             output_dir=folder,
             max_steps=options.max_steps,
             batch_size=16,
-            learning_rate=1e-3,
+            learning_rate=3e-3,
             warmup_steps=options.max_steps // 10,
-            num_locations=32,
+            num_locations=24,
             statistics_images=0 if statistics is None else len(data),
             statistics=statistics or "channel",
             validation_steps=options.max_steps,
@@ -91,8 +91,8 @@ def main() -> None:
     parser.add_argument("--first", default=DEMO_TEACHER)
     parser.add_argument("--second", default=DEMO_TEACHER, help="name or folder of the other teacher")
     parser.add_argument("--scale", type=float, default=1.0, help="what the other teacher's answers are multiplied by")
-    parser.add_argument("--num_images", type=int, default=160)
-    parser.add_argument("--max_steps", type=int, default=120)
+    parser.add_argument("--num_images", type=int, default=256)
+    parser.add_argument("--max_steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.getLogger("apm_hf").setLevel(logging.WARNING)

@@ -197,11 +197,8 @@ class APMModel(APMPreTrainedModel):
         """`forward(...).pooler_output`, `(B, F)`, and nothing else: cheaper, since neither colours nor, with mean
         pooling, the locations' own features are computed (the mean commutes with the feature head)."""
         query = self._unfold(trigger_column, coordinates, pixel_values)
-        pooling, head, space = (
-            begin_pooling(self.pooler),
-            self.decoder.feature_head,
-            self.feature_space or _as_they_are,
-        )
+        pooling, head = begin_pooling(self.pooler), self.decoder.feature_head
+        space = self.feature_space or _as_they_are
         for chunk in self._chunks(query, self._chunk_size(query, None)):
             hidden = self.decoder.hidden(chunk)
             pooling.add(hidden if self.pooler is None else head(hidden), chunk.locations())
