@@ -96,8 +96,8 @@ def convert_checkpoint(
     Nothing in the file is executed. Weights are saved in float32.
 
     Args:
-        path: a state dict that `torch.save` wrote, or a `.safetensors` file; it may be wrapped as `{"state_dict": ...}`
-            or `{"model": ...}`, its names may begin with `module.`.
+        path: a state dict that `torch.save` wrote, or a `.safetensors` file; it may be wrapped as
+            `{"state_dict": ...}` or `{"model": ...}`, its names may begin with `module.`.
         output_dir: the folder to write, new or empty; it appears whole or not at all.
         image_size: side of the network's input in pixels; None takes fc1's columns for D and P in equal halves, as in
             the release (448).
@@ -270,7 +270,8 @@ def _check_tensors(network: ReleaseNetwork, weights: dict[str, Tensor]) -> None:
             problems.append(f"{name}: expected {axes} axes, got shape {tuple(tensor.shape)}")
         elif not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             problems.append(f"{name}: expected dense floating-point values, got {tensor.dtype}, {tensor.layout}")
-        elif count := (~tensor.isfinite()).sum().item():
+        elif not tensor.isfinite().all():
+            count = (~tensor.isfinite()).sum().item()
             problems.append(f"{name}: expected finite values, got {count} that are NaN or infinite")
     if problems:
         raise ValueError(_listed(problems, "; "))

@@ -106,7 +106,7 @@ def export_model(
 
 
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """`export.json` of a folder: by graph its file, inputs and outputs with their axes, and the largest error found."""
+    """`export.json` of a folder: by graph its file, inputs and outputs with their axes, the largest error found."""
     return json.loads((Path(folder) / DESCRIPTION).read_text(encoding="utf-8"))
 
 
