@@ -143,6 +143,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         OSError: for a file that cannot be read.
     """
     expected = f"{os.fspath(path)}: expected a state dict, as torch.save or safetensors write it"
+    content: Any
     with open(path, "rb"):  # beyond this, an OSError comes from what is in the file
         pass
     try:

@@ -42,6 +42,7 @@ GRAPHS = ("model", "fold", "query")
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 DESCRIPTION = "export.json"
 TOLERANCE = 1e-4  # of the largest value that is expected
+LOWEST_OPSET = 18  # what torch's exporter writes; the conversion down from it yields graphs that no runtime loads
 PROTOBUF_BYTES = 2**31 - 2**24  # beyond them, weights lie in a file beside the ONNX graph
 
 Arrays = dict[str, np.ndarray]
@@ -68,7 +69,7 @@ def export_model(
         format: `"onnx"`, or `"torch"` for what `torch.export.load` reads.
         graphs: some of `GRAPHS`; None is all that the machine has.
         per_image: coordinates are `(B, L, 2)` instead of `(L, 2)`, the same for all images.
-        opset: of ONNX; None is the one that this version of torch writes.
+        opset: of ONNX, 18 or later; None is the one that this version of torch writes.
         overwrite: files of a folder that is not empty may be replaced.
 
     Returns:
@@ -131,6 +132,8 @@ def export_onnx(
         ValueError, ImportError, RuntimeError: as [`export_model`].
     """
     onnxruntime = _load_onnxruntime()
+    if opset is not None and opset < LOWEST_OPSET:
+        raise ValueError(f"opset: expected {LOWEST_OPSET} or later, got {opset}")
     model = _plain(model)
     inputs, outputs = graph_shapes(model, graph, per_image=per_image)
     program = _trace(model, graph, per_image)
@@ -148,7 +151,7 @@ def export_onnx(
     assert written is not None
     version = written.model.opset_imports[""]
     if opset not in (None, version):
-        raise ValueError(f"opset: expected a version that this machine can be written in, e.g. {version}, got {opset}")
+        raise ValueError(f"opset: expected a version that torch can write, e.g. {version}, got {opset}")
     written.save(os.fspath(path), external_data=weights > PROTOBUF_BYTES)
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     return _compare(model, graph, per_image, lambda arrays: dict(zip(outputs, session.run(None, arrays), strict=True)))
@@ -165,7 +168,9 @@ def export_program(
         ValueError, RuntimeError: as [`export_model`].
     """
     model = _plain(model)
-    torch.export.save(_trace(model, graph, per_image), path)
+    traced = _trace(model, graph, per_image)
+    traced.example_inputs = None  # images, which would be saved too
+    torch.export.save(traced, path)
     program = torch.export.load(path).module()
 
     def run(arrays: Arrays) -> Arrays:
@@ -211,8 +216,19 @@ def graph_shapes(model: APMModel, graph: str, *, per_image: bool = False) -> tup
     return inputs, outputs
 
 
-class _Graph(nn.Module):
-    """What is traced: the model's own layers, without its checks of sizes and its chunks, which would fix them."""
+class _Fold(nn.Module):
+    """What is traced for `fold`: the one layer it takes."""
+
+    def __init__(self, model: APMModel):
+        super().__init__()
+        self.trigger = model.trigger
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        return {"trigger_column": self.trigger(pixel_values).flatten(1)}  # (B, T, rows, cols) -> (B, D)
+
+
+class _Query(nn.Module):
+    """What is traced else: the model's layers, without its checks of sizes and its chunks, which would fix them."""
 
     def __init__(self, model: APMModel, inputs: Sequence[str], outputs: Sequence[str]):
         super().__init__()
@@ -220,14 +236,12 @@ class _Graph(nn.Module):
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         given = dict(zip(self.inputs, tensors, strict=True))
-        model, pixel_values, coordinates = self.model, given.get("pixel_values"), given.get("coordinates")
+        model, coordinates = self.model, given["coordinates"]
         column = given["trigger_column"] if "trigger_column" in given else model.fold(given["pixel_values"])
-        if coordinates is None:
-            return {"trigger_column": column}
         query = APMQuery(
             trigger_column=column,
             grid_size=model.config.grid_size,
-            pixel_values=pixel_values if model.config.local_patch else None,
+            pixel_values=given["pixel_values"] if model.config.local_patch else None,
             coordinates=coordinates if coordinates.ndim == 3 else coordinates[None],  # (L, 2) -> (1, L, 2)
         )
         answer = model.decoder(query, output_hidden_states=False)
@@ -239,12 +253,15 @@ class _Graph(nn.Module):
 
 def _trace(model: APMModel, graph: str, per_image: bool) -> Any:
     inputs, outputs = graph_shapes(model, graph, per_image=per_image)
-    # Sizes above 1, and different ones: torch takes 0 and 1 for constants, and equal sizes for one size.
+    # Sizes above 1: torch takes 0 and 1 for constants.
     examples = _examples(model, inputs, 2, 5)
     dims = {name: torch.export.Dim(name, min=1) for name in ("batch", "locations")}
-    shapes = (_dynamic_shapes(inputs, dims.__getitem__),)  # the tensors of `*tensors` are one argument
+    shapes = _dynamic_shapes(inputs, dims.__getitem__)
     with torch.no_grad():
-        return torch.export.export(_Graph(model, list(inputs), list(outputs)), examples, dynamic_shapes=shapes)
+        if graph == "fold":
+            return torch.export.export(_Fold(model), examples, dynamic_shapes=shapes)
+        traced = _Query(model, list(inputs), list(outputs))
+        return torch.export.export(traced, examples, dynamic_shapes=(shapes,))  # `*tensors` is one argument
 
 
 def _dynamic_shapes(shapes: Shapes, named: Callable[[str], Any]) -> tuple[dict[int, Any], ...]:
@@ -294,18 +311,12 @@ def _compare(model: APMModel, graph: str, per_image: bool, run: Callable[[Arrays
     return largest
 
 
-def _expected(
-    model: APMModel, graph: str, given: dict[str, Tensor], coordinates: Tensor | None
-) -> dict[str, Tensor | None]:
+def _expected(model: APMModel, graph: str, given: dict[str, Tensor], coordinates: Tensor | None) -> dict[str, Tensor]:
     if graph == "fold":
         return {"trigger_column": model.fold(given["pixel_values"])}
     outputs = model(given.get("pixel_values"), coordinates, trigger_column=given.get("trigger_column"))
-    return {
-        "features": outputs.last_hidden_state,
-        "rgb": outputs.rgb,
-        "pooled": outputs.pooler_output,
-        "levels": outputs.levels,
-    }
+    answers = {"features": outputs.last_hidden_state, "rgb": outputs.rgb, "pooled": outputs.pooler_output}
+    return {name: values for name, values in (answers | {"levels": outputs.levels}).items() if values is not None}
 
 
 def _plain(model: APMModel) -> APMModel:
