@@ -17,7 +17,15 @@ from apm_hf.export import available_graphs, export_model, export_onnx, export_pr
 from naive_apm import assert_close, random_coordinates, small_config, small_images, small_model
 
 # Every module that a graph may hold, in three machines; `rich` is asked about the same places for all images.
-RICH = {"local_patch": True, "local_patch_scales": [1, 2], "pooling": "attention", "num_levels": 2, "level_size": 6}
+RICH = {
+    "local_patch": True,
+    "local_patch_scales": [1, 2],
+    "pooling": "attention",
+    "num_levels": 2,
+    "level_size": 6,
+    "hidden_sizes": [24],
+    "rgb_hidden_sizes": [8],
+}
 EMBEDDING = {"trigger_source": "embedding", "use_rgb_head": False}
 
 OUTSIDE = """
@@ -147,8 +155,8 @@ def test_a_program_of_torch_answers_as_the_model(tmp_path):
 def test_a_graph_that_answers_otherwise_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, wrong):
     right = export_module._Fold.forward
 
-    def forward(self, *tensors):
-        return {name: values * (1 + wrong) for name, values in right(self, *tensors).items()}
+    def forward(self, pixel_values):
+        return {name: values * (1 + wrong) for name, values in right(self, pixel_values).items()}
 
     monkeypatch.setattr(export_module._Fold, "forward", forward)
     with pytest.raises(RuntimeError, match="fold: trigger_column: expected the model's values"):
