@@ -1,42 +1,51 @@
 """The release's two networks, with weights anyone can re-create, against what the release computes for them.
 
 `parity/release_outputs.npz` lies beside the checkout and holds the answers at 12 grid locations; without it these
-tests skip. Weight `name` of `shape` is drawn by `draw(seed, name, shape)`.
+tests skip. The checkpoints are written as the release's are and come in through `convert_checkpoint`. Tensor `name` of
+`shape` is drawn by `draw(seed, name, shape)`.
 """
 
 import hashlib
 import math
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModel
 
-from apm_hf import APMConfig, APMModel
+from apm_hf import APMModel
+from apm_hf.conversion import convert_checkpoint
 from apm_hf.position_encoding import grid_coordinates
 
 TOLERANCE = 1e-4  # on outputs of order 1
 
-# The release's names for our layers; every one of them has a weight and a bias.
-COCO_LAYERS = {
-    "conv1": "trigger",
-    "fc1": "decoder.layers.0",
-    "fc2": "decoder.layers.1",
-    "fc3": "decoder.layers.2",
-    "fc4": "decoder.layers.3",
-    "fc5": "decoder.layers.4",
-    "feat_proj_head": "decoder.feature_head",
-    "rgb_head_1": "decoder.rgb_head.layers.0",
-    "rgb_head_2": "decoder.rgb_head.layers.1",
-    "rgb_head_3": "decoder.rgb_head.layers.2",
+RGB = {"rgb_head_2.weight": (256, 256), "rgb_head_3.weight": (3, 256)}
+COCO = {
+    "conv1.weight": (1, 3, 14, 14),
+    "fc1.weight": (4096, 2048),
+    "fc2.weight": (4096, 4096),
+    "fc3.weight": (4096, 4096),
+    "fc4.weight": (2048, 4096),
+    "fc5.weight": (1024, 2048),
+    "feat_proj_head.weight": (1024, 1024),
+    "rgb_head_1.weight": (256, 3072),
+    **RGB,
 }
-TTT_LAYERS = {
-    **{name: COCO_LAYERS[name] for name in ("conv1", "feat_proj_head", "rgb_head_1", "rgb_head_2", "rgb_head_3")},
-    "fc1": "decoder.layers.0",
-    "fc4": "decoder.layers.1",
-    "fc5": "decoder.layers.2",
-    "little_self_attention.out_proj": "pooler.out_proj",
+TTT = {
+    "conv1.weight": (1, 3, 14, 14),
+    "fc1.weight": (4096, 2048),
+    "fc4.weight": (2048, 4096),
+    "fc5.weight": (1024, 2048),
+    "feat_proj_head.weight": (768, 1024),
+    "rgb_head_1.weight": (256, 2816),
+    "little_self_attention.in_proj_weight": (2304, 768),
+    "little_self_attention.out_proj.weight": (768, 768),
+    "norm.weight": (1024,),
+    **RGB,
 }
 
 
@@ -48,27 +57,15 @@ def draw(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(values) * scale
 
 
-def release_model(preset: str, layers: dict[str, str], seed: int) -> APMModel:
-    """Our architecture with the release's weights under our names."""
-    with torch.device("meta"):
-        model = APMModel(APMConfig.preset(preset))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    weights = {}
-    for theirs, ours in layers.items():
-        for kind in ("weight", "bias"):
-            weights[f"{ours}.{kind}"] = draw(seed, f"{theirs}.{kind}", shapes[f"{ours}.{kind}"])
-    if model.pooler is not None:
-        width = model.config.feature_size
-        weights["pooler.query"] = draw(seed, "little_query", (width,))
-        in_projection = {
-            "weight": draw(seed, "little_self_attention.in_proj_weight", (3 * width, width)),
-            "bias": draw(seed, "little_self_attention.in_proj_bias", (3 * width,)),
-        }
-        for kind, stacked in in_projection.items():
-            for projection, part in zip(("q_proj", "k_proj", "v_proj"), stacked.split(width), strict=True):
-                weights[f"pooler.{projection}.{kind}"] = part.clone()
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval()
+def release_model(weight_shapes: dict[str, tuple[int, ...]], seed: int) -> APMModel:
+    """A checkpoint with the release's names, as `torch.save` writes it, converted and loaded."""
+    shapes = weight_shapes | {name.replace("weight", "bias"): shape[:1] for name, shape in weight_shapes.items()}
+    if "norm.weight" in shapes:
+        shapes["little_query"] = (768,)
+    with tempfile.TemporaryDirectory() as folder:  # hundreds of megabytes, which pytest would keep
+        path = Path(folder, "model_15.pth")
+        torch.save({name: draw(seed, name, shape) for name, shape in shapes.items()}, path)
+        return AutoModel.from_pretrained(convert_checkpoint(path, Path(folder, "converted")))
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +89,16 @@ def assert_equal_to_the_release(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_coco_network_answers_as_the_release(release, pixel_values):
-    model = release_model("dinov2-large", COCO_LAYERS, release["seed"].item())
+def test_converted_coco_network_answers_as_the_release(release, pixel_values):
+    model = release_model(COCO, release["seed"].item())
     with torch.inference_mode():
         outputs = model(pixel_values, grid_coordinates(32, 32)[release["locations"]])
     assert_equal_to_the_release(outputs.last_hidden_state[0], release["coco_features"])
     assert_equal_to_the_release(outputs.rgb[0], release["coco_rgb"])
 
 
-def test_ttt_network_answers_as_the_release(release, pixel_values):
-    model = release_model("clip-ttt", TTT_LAYERS, release["seed"].item())
+def test_converted_ttt_network_answers_as_the_release(release, pixel_values):
+    model = release_model(TTT, release["seed"].item())
     with torch.inference_mode():
         outputs = model(pixel_values)
     assert_equal_to_the_release(outputs.last_hidden_state[0, release["locations"]], release["ttt_features"])

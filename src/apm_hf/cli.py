@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from .commands import classify, demo, evaluate, interpolate, islands
+from .commands import classify, convert, demo, evaluate, export, interpolate, islands
 
 logger = logging.getLogger("apm_hf")
 
@@ -22,6 +22,8 @@ COMMANDS = {
     "islands": islands,
     "interpolate": interpolate,
     "evaluate": evaluate,
+    "convert": convert,
+    "export": export,
 }
 
 
@@ -32,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parsed = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     try:
-        return parsed.run(parsed)
+        result = parsed.run(parsed)
+        return result if isinstance(result, int) else 0
     except (ValueError, OSError, ImportError) as error:
         # What the user can mend is one line; anything else is a defect of ours and keeps its traceback.
         logger.error(f"apm {parsed.command}: {error}")

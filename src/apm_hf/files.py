@@ -1,7 +1,9 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,3 +21,34 @@ def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill with files, beside `path`; when the block ends without an error, it becomes `path`.
+
+    Args:
+        path: does not exist yet, or is an empty folder.
+        overwrite: `path` may hold files: those of the same names are replaced, one after the other, others stay.
+
+    Raises:
+        ValueError: where `path` is a file or, without `overwrite`, a folder that is not empty.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"output_dir: expected a folder, got the file {os.fspath(path)!r}")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"output_dir: expected a new or an empty folder (or overwrite), got {os.fspath(path)!r}")
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if target.is_dir() and any(target.iterdir()):
+            for file in beside.iterdir():
+                os.replace(file, target / file.name)
+        else:
+            if target.is_dir():
+                target.rmdir()
+            os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

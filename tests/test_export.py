@@ -1,0 +1,199 @@
+"""Exported graphs answer as the model, at any number of images and places, where nothing of this package is loaded."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from apm_hf import APMForImageClassification, APMImageProcessor, APMModel
+from apm_hf import export as export_module
+from apm_hf.cli import main
+from apm_hf.export import available_graphs, export_model, export_onnx, export_program, read_description
+from naive_apm import assert_close, random_coordinates, small_config, small_images, small_model
+
+# Every module that a graph may hold, in three machines; `rich` is asked about the same places for all images.
+RICH = {
+    "local_patch": True,
+    "local_patch_scales": [1, 2],
+    "pooling": "attention",
+    "num_levels": 2,
+    "level_size": 6,
+    "hidden_sizes": [24],
+    "rgb_hidden_sizes": [8],
+}
+EMBEDDING = {"trigger_source": "embedding", "use_rgb_head": False}
+
+OUTSIDE = """
+import sys
+import numpy as np
+import onnxruntime
+
+cases = np.load("cases.npz")
+answers = {}
+for case in sorted({name.partition(" ")[0] for name in cases}):
+    path = case.partition("@")[0]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given = {i.name: cases[f"{case} {i.name}"] for i in session.get_inputs()}
+    names = [output.name for output in session.get_outputs()]
+    answers |= {f"{case} {name}": value for name, value in zip(names, session.run(names, given))}
+np.savez("answers.npz", **answers)
+assert not {"torch", "apm_hf", "transformers"} & set(sys.modules)
+"""
+
+
+def answers_of(model: APMModel, pixels: Tensor | None, places: Tensor, column: Tensor | None = None) -> dict:
+    with torch.no_grad():
+        outputs = model(pixels, places, trigger_column=column)
+    return {
+        "features": outputs.last_hidden_state,
+        "rgb": outputs.rgb,
+        "pooled": outputs.pooler_output,
+        "levels": outputs.levels,
+    }
+
+
+def rich_model() -> APMModel:
+    return small_model(**RICH)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Folders of graphs: `rich` through the command, `plain` and `embedding` through the library."""
+    folder = tmp_path_factory.mktemp("exported")
+    rich_model().save_pretrained(folder / "apm")
+    APMImageProcessor(size={"height": 12, "width": 12}).save_pretrained(folder / "apm")
+    assert main(["export", str(folder / "apm"), str(folder / "rich"), "--graphs", "fold", "query"]) == 0
+    export_model(small_model(), folder / "plain", graphs=["model"], per_image=True)
+    narrow = small_model(**EMBEDDING).bfloat16().train()
+    export_model(narrow, folder / "embedding", opset=20)
+    assert narrow.dtype == torch.bfloat16 and narrow.training  # the model is left as it was
+    return folder
+
+
+def test_onnx_graphs_answer_as_the_model_without_torch_and_without_this_package(exported, environment):
+    cases, expected = {}, {}
+
+    def add(case: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor | None]) -> None:
+        cases.update({f"{case} {name}": tensor.numpy() for name, tensor in inputs.items()})
+        expected.update({f"{case} {name}": tensor for name, tensor in outputs.items() if tensor is not None})
+
+    rich, plain = rich_model(), small_model()
+    embedding = small_model(**EMBEDDING).bfloat16().float()
+    for size, (batch_size, num_locations) in enumerate([(1, 1), (4, 11), (2, 64)]):
+        pixels = small_images(batch_size, seed=size)
+        with torch.no_grad():
+            column = rich.fold(pixels)
+        add(f"rich/fold.onnx@{size}", {"pixel_values": pixels}, {"trigger_column": column})
+        places = random_coordinates(num_locations, seed=size, reach=1.3)
+        given = {"trigger_column": column, "coordinates": places, "pixel_values": pixels}
+        add(f"rich/query.onnx@{size}", given, answers_of(rich, pixels, places))
+        given = {"trigger_column": torch.randn(batch_size, 16), "coordinates": places}
+        add(f"embedding/query.onnx@{size}", given, answers_of(embedding, None, places, given["trigger_column"]))
+        places = random_coordinates(batch_size, num_locations, seed=size)
+        given = {"pixel_values": pixels, "coordinates": places}
+        add(f"plain/model.onnx@{size}", given, answers_of(plain, pixels, places))
+    np.savez(exported / "cases.npz", **cases)
+    # -I: neither the current folder nor PYTHONPATH is looked at.
+    command = [sys.executable, "-I", "-c", OUTSIDE]
+    done = subprocess.run(command, cwd=exported, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    with np.load(exported / "answers.npz") as answers:
+        assert sorted(answers) == sorted(expected)
+        for name, values in answers.items():
+            assert_close(torch.from_numpy(values), expected[name])
+
+
+def test_the_description_names_inputs_and_outputs_with_their_axes(exported):
+    import onnx
+    import onnxruntime
+
+    assert sorted(path.name for path in (exported / "rich").iterdir()) == [
+        "config.json",
+        "export.json",
+        "fold.onnx",
+        "preprocessor_config.json",
+        "query.onnx",
+    ]
+    query = read_description(exported / "rich")["graphs"]["query"]
+    assert query["inputs"] == {
+        "trigger_column": ["batch", 18],
+        "coordinates": ["locations", 2],
+        "pixel_values": ["batch", 3, 12, 12],
+    }
+    assert query["outputs"]["levels"] == ["batch", "locations", 2, 6]
+    for folder in ("rich", "plain", "embedding"):
+        description = read_description(exported / folder)
+        assert description["format"] == "onnx" and len(description["graphs"]) == (2 if folder == "rich" else 1)
+        for graph in description["graphs"].values():
+            session = onnxruntime.InferenceSession(exported / folder / graph["file"])
+            assert {i.name: i.shape for i in session.get_inputs()} == graph["inputs"]
+            assert {o.name: o.shape for o in session.get_outputs()} == graph["outputs"]
+            assert 0 < graph["largest_error"] < 1e-5
+    opsets = onnx.load(exported / "embedding" / "query.onnx").opset_import
+    assert [opset.version for opset in opsets if not opset.domain] == [20]
+
+
+def test_a_program_of_torch_answers_as_the_model(tmp_path):
+    model = small_model()
+    assert 0 <= export_program(model, tmp_path / "model.pt2") < 1e-5
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for batch_size, num_locations in [(1, 1), (4, 11)]:
+        pixels, places = small_images(batch_size), random_coordinates(num_locations)
+        expected = answers_of(model, pixels, places)
+        answers = program(pixels, places)
+        assert list(answers) == ["features", "rgb", "pooled"]
+        for name, values in answers.items():
+            assert_close(values, expected[name])
+
+
+@pytest.mark.parametrize("wrong", [1e-3, torch.nan])
+def test_a_graph_that_answers_otherwise_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, wrong):
+    right = export_module._Fold.forward
+
+    def forward(self, pixel_values):
+        return {name: values * (1 + wrong) for name, values in right(self, pixel_values).items()}
+
+    monkeypatch.setattr(export_module._Fold, "forward", forward)
+    with pytest.raises(RuntimeError, match="fold: trigger_column: expected the model's values"):
+        export_model(small_model(), tmp_path / "out", format="torch", graphs=["fold"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    embedding = small_model(**EMBEDDING)
+    assert available_graphs(embedding) == ("query",)
+    cases = [
+        (lambda: export_model(embedding, tmp_path / "out", graphs=["fold"]), "trigger_source='embedding', got 'fold'"),
+        (lambda: export_model(small_model(), tmp_path / "out", graphs=["unfold"]), "got 'unfold'"),
+        (lambda: export_model(small_model(), tmp_path / "out", format="tflite"), "format: expected one of"),
+        (lambda: export_model(small_model(), tmp_path / "out", opset=17), "opset: expected 18 or later, got 17"),
+        (lambda: export_onnx(small_model(), tmp_path / "fold.onnx", "fold", opset=99), "opset: .*, got 99"),
+        (
+            lambda: export_model(APMForImageClassification(small_config()), tmp_path / "out"),
+            "expected an APMModel .* got APMForImageClassification",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r'pip install "apm_hf\[export\]"'):
+        export_model(small_model(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_refuses_in_one_line(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="apm_hf")
+    small_model().save_pretrained(tmp_path / "apm")
+    APMImageProcessor().save_pretrained(tmp_path / "apm")
+    assert main(["export", str(tmp_path / "apm"), str(tmp_path / "apm"), "--graphs", "fold"]) == 1
+    assert main(["export", str(tmp_path / "apm"), str(tmp_path / "out"), "--graphs", "grid"]) == 1
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(lines) == 2 and lines[0].startswith("apm export: output_dir: expected a new or an empty folder")
+    assert "'grid'" in lines[1] and not (tmp_path / "out").exists()
+    assert "export.json" not in json.dumps([path.name for path in (tmp_path / "apm").iterdir()])
