@@ -130,7 +130,6 @@ def test_steps_are_those_asked_for(apm):
     [
         (["--labels", "nowhere.txt"], "nowhere.txt"),
         (["--labels", "empty.txt"], "at least one label"),
-        (["--preset", "slow"], "preset: expected one of ['fast', 'paper', 'reference'], got 'slow'"),
         (["--steps", "0"], "steps: expected a positive number, got 0"),
         (["--template", "a photo"], "template"),
         (["--top_k", "0"], "0"),
@@ -214,7 +213,7 @@ def test_islands_of_a_model_alone_and_the_same_bytes_again(pictures):
 
 
 def test_a_fresh_machine_is_fitted_to_the_photo_and_filmed(pictures):
-    arguments = ("0.png", "--teacher", "clip", "--steps", "4", "--size", "16", "--text", "a cat", "--movie")
+    arguments = ("0.png", "--teacher", "clip", "--steps", "2", "--size", "16", "--text", "a cat", "--movie")
     status, files, logged = pictures("islands", *arguments)
     assert status == 0 and {"islands.png", "islands.gif"} <= set(files)
     assert all(str(path) in logged[-1] for path in files.values())
@@ -238,7 +237,7 @@ def test_two_photos_are_interpolated_between(pictures, options):
 
 
 def test_interpolation_of_a_model_alone_gives_the_same_bytes_again(pictures):
-    arguments = ("0.png", "1.png", "--model", "apm", "--size", "12", "--frames", "3")
+    arguments = ("0.png", "1.png", "--model", "apm", "--size", "12", "--frames", "2")
     first, second = (pictures("interpolate", *arguments, folder=name)[1] for name in "ab")
     assert first and [path.read_bytes() for path in first.values()] == [path.read_bytes() for path in second.values()]
 
@@ -252,7 +251,6 @@ def test_interpolation_of_a_model_alone_gives_the_same_bytes_again(pictures):
         (("islands", "0.png", "--size", "4"), "size: expected at least 8 locations along the longer side, got 4"),
         (("islands", "0.png", "--heights", "6", "2"), "heights: expected ascending"),
         (("islands", "0.png", "--size", "8", "--heights", "900"), "num_regions: expected 1 to"),
-        (("islands", "0.png", "--colours", "rainbow"), "colours: expected one of"),
         (("islands", "0.png", "--point", "2", "0"), "points: expected (y, x) in [-1, 1]"),
         (("islands", "0.png", "--steps", "0"), "--steps: expected a positive number"),
         (("islands", "0.png", "--model", "clip"), "--model: expected an APM"),
@@ -263,7 +261,6 @@ def test_interpolation_of_a_model_alone_gives_the_same_bytes_again(pictures):
         (("islands", "0.png", "--model", "apm", "--fresh"), "--fresh: expected no --model"),
         (("interpolate", "0.png", "broken.jpg"), "broken.jpg: cannot decode"),
         (("interpolate", "0.png", "1.png", "--frames", "1"), "steps: expected at least 2"),
-        (("interpolate", "0.png", "1.png", "--blending", "cubic"), "blending: expected one of"),
         (("interpolate", "0.png", "1.png", "--model", "apm", "--trigger_only"), "--trigger_only: expected a fresh"),
     ],
 )

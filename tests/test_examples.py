@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
-from apm_hf import APMModel, TTTConfig, load_teacher
+from apm_hf import APMModel, TTTConfig, load_teacher, training
+from apm_hf.data.images import ImageCollator
 from apm_hf.distillation import matching_image_processor
 from apm_hf.ttt_classification import TTTClassifier
 from fixtures_tiny import LABELS, photo, save_clip, save_splits, student
@@ -168,7 +169,7 @@ def test_the_same_command_gives_the_same_model_and_logs_its_processes(script, mo
 def test_a_run_goes_on_where_it_was_interrupted(script, monkeypatch, place, tmp_path):
     settings = {"batch_size": 4, "checkpoint_steps": 3, "max_steps": 7, "num_locations": 5}
     train(script, monkeypatch, flags(place, tmp_path / "whole", **settings))
-    seen, collate = [], script.ImageCollator.__call__
+    seen, collate = [], ImageCollator.__call__
 
     def interrupted(collator, rows):
         seen.append(rows)
@@ -177,7 +178,7 @@ def test_a_run_goes_on_where_it_was_interrupted(script, monkeypatch, place, tmp_
         return collate(collator, rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script.ImageCollator, "__call__", interrupted)
+        patch.setattr(ImageCollator, "__call__", interrupted)
         train(script, monkeypatch, flags(place, tmp_path / "cut", **settings))
     assert not (tmp_path / "cut/model.safetensors").exists()
     train(script, monkeypatch, flags(place, tmp_path / "cut", **settings, resume=True))
@@ -211,7 +212,7 @@ def test_the_result_is_published_with_its_card_where_that_is_asked_for(script, m
         published.append((Path(folder), repo_id, (Path(folder) / "README.md").read_text()))
         return "https://huggingface.co/someone/apm-tiny/commit/1"
 
-    monkeypatch.setattr(script, "publish", publish)
+    monkeypatch.setattr(training, "publish", publish)
     settings = {"push_to_hub": True, "hub_model_id": "someone/apm-tiny", "max_steps": 1}
     train(script, monkeypatch, flags(place, tmp_path / "run", **settings))
     ((folder, repo_id, card),) = published
@@ -220,7 +221,7 @@ def test_the_result_is_published_with_its_card_where_that_is_asked_for(script, m
 
 
 def test_publishing_without_a_name_is_refused_before_anything_is_loaded(script, monkeypatch, place, tmp_path):
-    monkeypatch.setattr(script, "load_teacher", lambda name: pytest.fail("the teacher is loaded first"))
+    monkeypatch.setattr(training, "load_teacher", lambda *_, **__: pytest.fail("the teacher is loaded first"))
     with pytest.raises(ValueError, match="--push_to_hub: expected --hub_model_id"):
         train(script, monkeypatch, flags(place, tmp_path / "run", push_to_hub=True))
 
