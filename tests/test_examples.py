@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
 from apm_hf import APMModel, TTTConfig, load_teacher, training
+from apm_hf.cli import main
+from apm_hf.commands import distill
 from apm_hf.data.images import ImageCollator
 from apm_hf.distillation import matching_image_processor
 from apm_hf.ttt_classification import TTTClassifier
@@ -132,8 +134,12 @@ def assert_card_without_paths(folder, *places):
 
 def test_two_processes_train_as_one_does_with_the_same_global_batch(script, monkeypatch, place, environment, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    # The command line's own way to the same training: launchers take it as a module.
+    command = [*command[:-1], "-m", "apm_hf.cli", "distill", "--json"]
     two = launch([*command, *flags(place, tmp_path / "two", batch_size=4, num_locations=5)], environment)
     assert "processes: 2" in two
+    (told,) = [json.loads(line) for line in two.splitlines() if line.startswith("{")]
+    assert set(told) == set(distill.RESULT) and told["processes"] == 2 and told["url"] is None
     train(script, monkeypatch, flags(place, tmp_path / "one", batch_size=8, num_locations=5))
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
@@ -164,6 +170,21 @@ def test_the_same_command_gives_the_same_model_and_logs_its_processes(script, mo
     assert largest_difference(tmp_path / "first", tmp_path / "second") == 0
     train(script, monkeypatch, flags(place, tmp_path / "third", seed=1))
     assert largest_difference(tmp_path / "first", tmp_path / "third") > 1e-2
+
+
+def test_apm_distill_makes_the_same_model_with_the_same_flags(script, monkeypatch, place, tmp_path, capfd):
+    train(script, monkeypatch, flags(place, tmp_path / "script", max_steps=2))
+    forget_accelerate()
+    capfd.readouterr()
+    words = [word.replace("_", "-") if word.startswith("--") else word for word in flags(place, tmp_path / "command")]
+    assert main(["distill", *words, "--max_steps", "2", "--json", "--quiet"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert set(told) == set(distill.RESULT)
+    assert told["output_dir"] == str(tmp_path / "command") and told["steps"] == 2 and told["processes"] == 1
+    assert told["metrics"] == json.loads((tmp_path / "command/metrics.json").read_text())
+    assert largest_difference(tmp_path / "script", tmp_path / "command") == 0
+    assert_card_without_paths(tmp_path / "command", tmp_path, place)
+    assert "apm distill --teacher clip" in (tmp_path / "command/README.md").read_text()
 
 
 def test_a_run_goes_on_where_it_was_interrupted(script, monkeypatch, place, tmp_path):

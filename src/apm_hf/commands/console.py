@@ -15,12 +15,14 @@ from typing import Any, TextIO
 @contextlib.contextmanager
 def console(options: argparse.Namespace) -> Iterator[TextIO]:
     """As `--json`, `--quiet` and `--verbose` ask; gives the stream for the result. What was set before comes back."""
-    logging.basicConfig(format="%(message)s")
     logger, stdout = logging.getLogger("apm_hf"), sys.stdout
-    level = logger.level
-    logger.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
     with contextlib.ExitStack() as stack:
-        stack.callback(logger.setLevel, level)
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+        if not logger.hasHandlers():  # at the root it would repeat what libraries write with handlers of their own
+            handler = logging.StreamHandler()
+            logger.addHandler(handler)
+            stack.callback(logger.removeHandler, handler)
         if options.quiet:
             stack.enter_context(_no_progress_bars())
         if options.verbose:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+_TEACHER = "Could not load the "  # begins what `load_teacher` says
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -22,7 +23,8 @@ def explain(error: BaseException, *, smaller: str = "") -> str | None:
     """
     for cause in _causes(error):
         if (said := _of_the_hub(cause)) or (said := _of_the_machine(cause, smaller)):
-            return _one_line(said)
+            context = str(error).partition("\n")[0]  # whose name is not in every answer
+            return _one_line(f"{context} {said}" if cause is not error and context.startswith(_TEACHER) else said)
     if isinstance(error, ModuleNotFoundError):
         return f"{error}: `apm env` says what is missing, and how to add it"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
@@ -43,9 +45,11 @@ def _of_the_machine(error: BaseException, smaller: str) -> str | None:
     out_of_memory = isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
     # On the CPU, torch has no class of its own for it.
     if out_of_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
-        return f"out of memory: {smaller or 'a smaller image or model'} can make it smaller"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {os.fspath(error.filename)}" if error.filename is not None else ""
+        return f"out of memory: {smaller or 'a smaller image or model'} needs less"
+    # Libraries that are not written in Python have errors of their own, with the system's words.
+    if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+        file = getattr(error, "filename", None)
+        where = f" (writing {os.fspath(file)})" if file is not None else ""
         return f"the disk is full{where}: make room, and start again"
     return None
 

@@ -108,10 +108,10 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {shown})"
 
 
-def _paragraph(text: str, indent: str = "", first: str | None = None) -> str:
+def _paragraph(text: str, indent: str = "", first: str = "") -> str:
     width = min(shutil.get_terminal_size().columns, 100) - 2
     return textwrap.fill(
-        " ".join(text.split()), width, initial_indent=indent if first is None else first, subsequent_indent=indent
+        " ".join(text.split()), width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
     )
 
 
