@@ -17,7 +17,10 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
-from apm_hf import APMModel, TTTConfig, load_teacher
+from apm_hf import APMModel, TTTConfig, load_teacher, training
+from apm_hf.cli import main
+from apm_hf.commands import distill
+from apm_hf.data.images import ImageCollator
 from apm_hf.distillation import matching_image_processor
 from apm_hf.ttt_classification import TTTClassifier
 from fixtures_tiny import LABELS, photo, save_clip, save_splits, student
@@ -131,8 +134,12 @@ def assert_card_without_paths(folder, *places):
 
 def test_two_processes_train_as_one_does_with_the_same_global_batch(script, monkeypatch, place, environment, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    # The command line's own way to the same training: launchers take it as a module.
+    command = [*command[:-1], "-m", "apm_hf.cli", "distill", "--json"]
     two = launch([*command, *flags(place, tmp_path / "two", batch_size=4, num_locations=5)], environment)
     assert "processes: 2" in two
+    (told,) = [json.loads(line) for line in two.splitlines() if line.startswith("{")]
+    assert set(told) == set(distill.RESULT) and told["processes"] == 2 and told["url"] is None
     train(script, monkeypatch, flags(place, tmp_path / "one", batch_size=8, num_locations=5))
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
@@ -165,10 +172,25 @@ def test_the_same_command_gives_the_same_model_and_logs_its_processes(script, mo
     assert largest_difference(tmp_path / "first", tmp_path / "third") > 1e-2
 
 
+def test_apm_distill_makes_the_same_model_with_the_same_flags(script, monkeypatch, place, tmp_path, capfd):
+    train(script, monkeypatch, flags(place, tmp_path / "script", max_steps=2))
+    forget_accelerate()
+    capfd.readouterr()
+    words = [word.replace("_", "-") if word.startswith("--") else word for word in flags(place, tmp_path / "command")]
+    assert main(["distill", *words, "--max_steps", "2", "--json", "--quiet"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert set(told) == set(distill.RESULT)
+    assert told["output_dir"] == str(tmp_path / "command") and told["steps"] == 2 and told["processes"] == 1
+    assert told["metrics"] == json.loads((tmp_path / "command/metrics.json").read_text())
+    assert largest_difference(tmp_path / "script", tmp_path / "command") == 0
+    assert_card_without_paths(tmp_path / "command", tmp_path, place)
+    assert "apm distill --teacher clip" in (tmp_path / "command/README.md").read_text()
+
+
 def test_a_run_goes_on_where_it_was_interrupted(script, monkeypatch, place, tmp_path):
     settings = {"batch_size": 4, "checkpoint_steps": 3, "max_steps": 7, "num_locations": 5}
     train(script, monkeypatch, flags(place, tmp_path / "whole", **settings))
-    seen, collate = [], script.ImageCollator.__call__
+    seen, collate = [], ImageCollator.__call__
 
     def interrupted(collator, rows):
         seen.append(rows)
@@ -177,7 +199,7 @@ def test_a_run_goes_on_where_it_was_interrupted(script, monkeypatch, place, tmp_
         return collate(collator, rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script.ImageCollator, "__call__", interrupted)
+        patch.setattr(ImageCollator, "__call__", interrupted)
         train(script, monkeypatch, flags(place, tmp_path / "cut", **settings))
     assert not (tmp_path / "cut/model.safetensors").exists()
     train(script, monkeypatch, flags(place, tmp_path / "cut", **settings, resume=True))
@@ -211,7 +233,7 @@ def test_the_result_is_published_with_its_card_where_that_is_asked_for(script, m
         published.append((Path(folder), repo_id, (Path(folder) / "README.md").read_text()))
         return "https://huggingface.co/someone/apm-tiny/commit/1"
 
-    monkeypatch.setattr(script, "publish", publish)
+    monkeypatch.setattr(training, "publish", publish)
     settings = {"push_to_hub": True, "hub_model_id": "someone/apm-tiny", "max_steps": 1}
     train(script, monkeypatch, flags(place, tmp_path / "run", **settings))
     ((folder, repo_id, card),) = published
@@ -220,7 +242,7 @@ def test_the_result_is_published_with_its_card_where_that_is_asked_for(script, m
 
 
 def test_publishing_without_a_name_is_refused_before_anything_is_loaded(script, monkeypatch, place, tmp_path):
-    monkeypatch.setattr(script, "load_teacher", lambda name: pytest.fail("the teacher is loaded first"))
+    monkeypatch.setattr(training, "load_teacher", lambda *_, **__: pytest.fail("the teacher is loaded first"))
     with pytest.raises(ValueError, match="--push_to_hub: expected --hub_model_id"):
         train(script, monkeypatch, flags(place, tmp_path / "run", push_to_hub=True))
 

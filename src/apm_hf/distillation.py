@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from .distillation_targets import TargetMaker
 from .feature_statistics import KINDS, set_statistics, statistics_of
@@ -39,15 +39,15 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """Settings of a distillation run; the names are also the flags of `examples/train.py`.
+    """Settings of a distillation run; the names are also the flags of `apm distill` and `examples/train.py`.
 
     Raises:
         ValueError: for a value outside its range; says what was expected.
     """
 
-    output_dir: str = field(metadata={"help": "folder of the final model, its checkpoints, logs and pictures"})
-    max_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
-    batch_size: int = field(default=64, metadata={"help": "images per process and forward pass"})
+    output_dir: str = field(metadata={"help": "folder of what is made; model, checkpoints, logs and pictures"})
+    max_steps: int = field(default=1000, metadata={"help": "optimiser steps of the distillation"})
+    batch_size: int = field(default=64, metadata={"help": "images at a time; in every process, a forward pass"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimiser step"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of Adam"})
     warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up, before the cosine decay"})
@@ -82,7 +82,7 @@ class DistillationConfig:
     num_workers: int = field(default=0, metadata={"help": "processes that load images, per training process"})
     num_pictures: int = field(default=4, metadata={"help": "validation images drawn at each validation"})
     report_to: str = field(default="tensorboard", metadata={"help": "an Accelerate tracker, or none"})
-    seed: int = field(default=0, metadata={"help": "of the order of images and of the locations"})
+    seed: int = field(default=0, metadata={"help": "of everything that is drawn; weights, images, locations"})
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "validation_steps", "keep_checkpoints"):
@@ -348,7 +348,7 @@ class _Run:
                 raise ValueError("train_data: expected at least one image, got none")
             self.epoch, self.batch = self.epoch + 1, 0
 
-    def _report(self, step: int, losses: dict[str, Tensor], progress: tqdm, images_per_second: float) -> None:
+    def _report(self, step: int, losses: dict[str, Tensor], progress: Any, images_per_second: float) -> None:
         values = {name: self.accelerator.reduce(loss, "mean").item() for name, loss in losses.items()}
         values["learning_rate"] = self.scheduler.get_last_lr()[0]
         values["images_per_second"] = images_per_second

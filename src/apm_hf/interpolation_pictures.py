@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from transformers.utils.logging import tqdm
 
 from .figures import figure_pixels, new_figure, place, png_bytes
 from .files import write_atomically

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
+from transformers.utils.logging import tqdm
 
 from .configuration_apm import APMConfig
 from .data.targets import TargetCache

@@ -3,9 +3,11 @@
 import argparse
 import logging
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..demo_assets import DEMO_MODEL, DEMO_TEACHER
+from .options import add
 
 if TYPE_CHECKING:
     from ..ttt_classification import TTTClassifier
@@ -13,39 +15,65 @@ if TYPE_CHECKING:
 logger = logging.getLogger("apm_hf")
 
 HELP = "adapt to photos and classify them, the teacher beside the APM"
+DESCRIPTION = """
+Adapt an APM to each photo at test time and classify it zero-shot, the teacher's own answer beside it: a machine that
+is fitted to the end repeats its teacher. With --teacher alone a fresh machine is fitted; without --teacher and --model
+the embedded ones are used, which know drawn scenes only.
+"""
+EXAMPLES = (
+    "apm classify photo.jpg --teacher openai/clip-vit-large-patch14 --labels classes.txt",
+    "apm classify *.png --model user/apm-photos --teacher openai/clip-vit-base-patch16 --labels classes.txt --json",
+)
+RESULT = {
+    "teacher": "as given; null is the demo's",
+    "model": "as given; null is the demo's, or with --teacher a fresh one",
+    "photos": "a list: photo, steps, loss (at the first and the last step), cosine (to the teacher's embedding), "
+    "agrees (on the first class), seconds, and teacher and apm: the --top_k classes as label and score",
+    "errors": "a list: photo and message, of those that could not be read",
+}
+INTERRUPTED = "what is printed is done; start again with the other photos"
+SMALLER = "a smaller --batch_size"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files")
-    parser.add_argument("--teacher", help="name or folder; by default the one in this package")
-    parser.add_argument("--labels", help="file of class names, one a line or a JSON list; else the teacher's classes")
-    parser.add_argument("--model", help="APM to adapt; with --teacher alone, a fresh one as wide as the teacher")
-    parser.add_argument("--preset", default="fast", help="recipe: paper, reference or fast (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="gradient steps, instead of the recipe's")
-    parser.add_argument("--template", action="append", help="prompt with {} for the class name; may be repeated")
-    parser.add_argument("--top_k", type=int, default=5, help="classes to print (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=4, help="photos adapted to at once (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    add(parser, "--teacher", "by default the one in this package")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="of class names, one a line or a JSON list; else the teacher's classes",
+    )
+    add(parser, "--model", "the one to adapt; with --teacher alone, a fresh one as wide as the teacher")
+    add(parser, "--preset", "of the adaptation", choices=("fast", "paper", "reference"), default="fast")
+    add(parser, "--steps", "instead of the preset's")
+    parser.add_argument(
+        "--template", metavar="TEXT", action="append", help="prompt with {} for the class name; may be repeated"
+    )
+    parser.add_argument("--top_k", type=int, default=5, help="classes to print")
+    add(parser, "--batch_size", "adapted to at once", default=4)
+    add(parser, "--seed", default=0)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..data.images import decode_image, eight_bit_rgb
 
     for name in ("batch_size", "top_k"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: expected a positive number, got {getattr(options, name)}")
     classifier = _classifier(options)
-    status, readable = 0, []
+    readable, errors = [], []
     for name in options.photos:
         try:
             readable.append((name, eight_bit_rgb(decode_image(name))))
         except ValueError as error:
             logger.error(f"apm classify: {name}: {error}")
-            status = 1
+            errors.append({"photo": name, "message": str(error)})
+    photos = []
     for start in range(0, len(readable), options.batch_size):
-        batch = readable[start : start + options.batch_size]
-        _print_predictions(classifier, batch, options.top_k)
-    return status
+        for entry in _classify(classifier, readable[start : start + options.batch_size], options.top_k):
+            _print(entry)
+            photos.append(entry)
+    return {"teacher": options.teacher, "model": options.model, "photos": photos, "errors": errors}
 
 
 def _classifier(options: argparse.Namespace) -> "TTTClassifier":
@@ -98,7 +126,7 @@ def _default_labels(options: argparse.Namespace, teacher: Any) -> list[str]:
     return teacher.class_names
 
 
-def _print_predictions(classifier: "TTTClassifier", batch: list[tuple[str, Any]], top_k: int) -> None:
+def _classify(classifier: "TTTClassifier", batch: list[tuple[str, Any]], top_k: int) -> list[dict[str, Any]]:
     from ..zero_shot import topk
 
     started = time.perf_counter()
@@ -107,13 +135,30 @@ def _print_predictions(classifier: "TTTClassifier", batch: list[tuple[str, Any]]
     top_k = min(top_k, len(classifier.class_names))
     teachers = topk(result.teacher_logits, classifier.class_names, top_k)
     adapted = topk(result.logits, classifier.class_names, top_k)
+    entries = []
     for index, (name, _) in enumerate(batch):
         losses = result.adapted.losses[index]
-        print(f"{name}")
-        print(
-            f"  {len(losses)} steps: loss {losses[0]:.4f} -> {losses[-1]:.4f}, cosine to the teacher's embedding "
-            f"{result.target_cosine[index]:.4f}, {seconds:.2f} s"
+        entries.append(
+            {
+                "photo": name,
+                "steps": len(losses),
+                "loss": [float(losses[0]), float(losses[-1])],
+                "cosine": result.target_cosine[index].item(),
+                "agrees": bool(result.agreement[index]),
+                "seconds": seconds,
+                "teacher": [asdict(prediction) for prediction in teachers[index]],
+                "apm": [asdict(prediction) for prediction in adapted[index]],
+            }
         )
-        print(f"  {'teacher':<38}  adapted APM")
-        for left, right in zip(teachers[index], adapted[index], strict=True):
-            print(f"  {left.score:6.1%} {left.label[:30]:<31}  {right.score:6.1%} {right.label[:30]}")
+    return entries
+
+
+def _print(entry: dict[str, Any]) -> None:
+    print(f"{entry['photo']}")
+    print(
+        f"  {entry['steps']} steps: loss {entry['loss'][0]:.4f} -> {entry['loss'][1]:.4f}, cosine to the teacher's "
+        f"embedding {entry['cosine']:.4f}, {entry['seconds']:.2f} s"
+    )
+    print(f"  {'teacher':<38}  adapted APM")
+    for left, right in zip(entry["teacher"], entry["apm"], strict=True):
+        print(f"  {left['score']:6.1%} {left['label'][:30]:<31}  {right['score']:6.1%} {right['label'][:30]}")

@@ -1,35 +1,45 @@
 """`apm interpolate`: what an APM sees between two photos, as a strip and a movie."""
 
 import argparse
-import logging
 from pathlib import Path
+from typing import Any
 
-from .machines import add_machine_options, describe, load_machine, read_photo
-
-logger = logging.getLogger("apm_hf")
+from .machines import TOLD, add_machine_options, describe, load_machine, read_photo, tell
+from .options import add
 
 HELP = "blend the trigger columns of two photos: colours and features on the way, as a strip and a movie"
+DESCRIPTION = """
+Go from one photo's trigger column to another's in small steps and draw what the APM answers on the way: colours and
+features, as a strip and a movie. Without --model a fresh machine is first distilled on the two photos alone.
+"""
+EXAMPLES = (
+    "apm interpolate one.jpg other.jpg --output_dir frames",
+    "apm interpolate one.jpg other.jpg --teacher openai/clip-vit-large-patch14 --trigger_only --output_dir frames",
+)
+RESULT = TOLD
+INTERRUPTED = "a fit cannot go on where it was; start it again"
+SMALLER = "a smaller --size or --frames"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs=2, metavar="PHOTO", help="image files; drawn in the first one's shape")
-    parser.add_argument("--output_dir", required=True, help="where the pictures go")
+    add(parser, "--output_dir", "the pictures", required=True)
     add_machine_options(parser)
-    parser.add_argument("--steps", type=int, default=300, help="of a fresh machine's fit (default: %(default)s)")
+    add(parser, "--steps", "of a fresh machine", default=300)
     parser.add_argument(
         "--trigger_only", action="store_true", help="the fresh machine sees no pixels beside the trigger column"
     )
-    parser.add_argument("--frames", type=int, default=25, help="from photo to photo (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=192, help="locations along the longer side (default: %(default)s)")
-    parser.add_argument("--blending", default="linear", help="of the columns: linear or spherical (default: linear)")
+    parser.add_argument("--frames", type=int, default=25, help="from photo to photo")
+    add(parser, "--size", default=192)
+    parser.add_argument("--blending", default="linear", choices=("linear", "spherical"), help="of the columns")
     parser.add_argument(
-        "--patches", default="blend", help="of machines that see local patches: blend, a or b (default: %(default)s)"
+        "--patches", default="blend", choices=("blend", "a", "b"), help="of machines that see local patches"
     )
-    parser.add_argument("--fps", type=float, default=10, help="frames a second (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fps", type=float, default=10, help="frames a second")
+    add(parser, "--seed", default=0)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..interpolation_pictures import InterpolationConfig, interpolation_picture
     from ..photo_machine import fit_photos, map_size, teacher_features
 
@@ -65,5 +75,4 @@ def run(options: argparse.Namespace) -> int:
         trigger_columns=None if columns is None else (columns[:1], columns[1:]),
         caption=describe(machine, what),
     )
-    logger.info("pictures: " + ", ".join(map(str, files)))
-    return 0
+    return tell(options, files, machine, fitted=machine.is_fresh)

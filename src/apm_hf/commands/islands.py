@@ -1,11 +1,11 @@
 """`apm islands`: the islands of a photo, with what they have to be compared with, and how they come about."""
 
 import argparse
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .machines import Machine, add_machine_options, describe, load_machine, read_photo
+from .machines import TOLD, Machine, add_machine_options, describe, load_machine, read_photo, tell
+from .options import add
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -14,36 +14,49 @@ if TYPE_CHECKING:
     from ..islands.pictures import IslandsConfig
     from ..modeling_apm import APMModel
 
-logger = logging.getLogger("apm_hf")
-
 HELP = "draw the parts and wholes an APM sees in a photo, beside its controls"
+DESCRIPTION = """
+Draw the islands of agreement an APM sees in a photo: its features as colours, regions at several heights, places that
+look alike, beside the teacher's grid and the controls they have to be compared with; and a film of how they come
+about.
+"""
+EXAMPLES = (
+    "apm islands photo.jpg --output_dir islands",
+    "apm islands photo.jpg --teacher openai/clip-vit-large-patch14 --text 'a dog' --output_dir islands --movie",
+    "apm islands photo.jpg --model user/apm-photos --point 0.1 -0.5 --heights 3 9 27 --output_dir islands",
+)
+RESULT = TOLD
+INTERRUPTED = "a fit cannot go on where it was; start it again"
+SMALLER = "a smaller --size"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photo", metavar="PHOTO", help="image file")
-    parser.add_argument("--output_dir", required=True, help="where the pictures go")
+    add(parser, "--output_dir", "the pictures", required=True)
     add_machine_options(parser)
     parser.add_argument(
         "--adapt", action="store_true", help="fit the --model to the teacher's answers about the photo"
     )
     parser.add_argument("--movie", action="store_true", help="also a movie over the steps of the fit; means --adapt")
-    parser.add_argument("--steps", type=int, default=300, help="of the fit (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=256, help="locations along the longer side (default: %(default)s)")
-    parser.add_argument(
-        "--heights", type=int, nargs="+", default=[2, 6, 20], help="numbers of regions (default: %(default)s)"
-    )
-    parser.add_argument("--colours", default="pca", help="of the features: pca, tsne or umap (default: %(default)s)")
+    add(parser, "--steps", default=300)
+    add(parser, "--size", default=256)
+    parser.add_argument("--heights", type=int, nargs="+", default=[2, 6, 20], help="numbers of regions")
+    parser.add_argument("--colours", default="pca", choices=("pca", "tsne", "umap"), help="of the features")
     parser.add_argument(
         "--point", type=float, nargs=2, action="append", default=[], metavar=("Y", "X"),
         help="in [-1, 1]: where else does it look like there? may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--text", action="append", default=[], help="where is it? for a teacher that reads; repeatable"
+        "--text",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="where is it? for a teacher that reads; may be repeated",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    add(parser, "--seed", default=0)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..islands.pictures import IslandsConfig, islands_picture
     from ..photo_machine import teacher_features
 
@@ -87,8 +100,7 @@ def run(options: argparse.Namespace) -> int:
             machine, f"fitted to this photo in {options.steps} steps" if fits else "not fitted to this photo"
         ),
     )
-    logger.info("pictures: " + ", ".join(map(str, [picture, *movie])))
-    return 0
+    return tell(options, [picture, *movie], machine, fitted=fits)
 
 
 def _fit(

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..demo_assets import DEMO_MODEL, DEMO_TEACHER
+from .options import add
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL import Image
     from torch import Tensor
 
@@ -16,6 +19,27 @@ if TYPE_CHECKING:
     from ..teachers import Teacher
 
 logger = logging.getLogger("apm_hf")
+
+# What `apm islands` and `apm interpolate` tell of the machine, for their RESULT.
+TOLD = {
+    "files": "pictures, and films where there are any",
+    "model": "as given; null is the demo's, or a fresh one",
+    "teacher": "as given; null is the demo's, or none",
+    "num_parameters": "of the APM",
+    "fitted": "whether the APM was fitted to what it is shown",
+}
+
+
+def tell(options: argparse.Namespace, files: "Sequence[Path]", machine: "Machine", *, fitted: bool) -> dict[str, Any]:
+    """The result that `TOLD` describes."""
+    logger.info("pictures: " + ", ".join(map(str, files)))
+    return {
+        "files": list(files),
+        "model": options.model,
+        "teacher": options.teacher,
+        "num_parameters": machine.model.num_parameters(),
+        "fitted": fitted,
+    }
 
 
 @dataclass(frozen=True)
@@ -53,8 +77,8 @@ class Machine:
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="a distilled APM, name or folder; by default, without --teacher, the demo's")
-    parser.add_argument("--teacher", help="name or folder; alone, a fresh APM is fitted to its answers on the spot")
+    add(parser, "--model", "distilled; by default, without --teacher, the demo's")
+    add(parser, "--teacher", "alone, a fresh APM is fitted to its answers on the spot")
     parser.add_argument("--fresh", action="store_true", help="fit a fresh APM, to the demo's teacher if need be")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
+from transformers.utils.logging import tqdm
 
 from apm_hf.dense_targets import encode_densely
 from apm_hf.losses import normalise_levels

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from transformers.utils.logging import tqdm
 
 from .. import provenance
 from ..configuration_apm import APMConfig

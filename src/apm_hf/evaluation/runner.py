@@ -20,8 +20,8 @@ import psutil
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm import tqdm
 from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from .. import provenance
 from ..data.corruptions import corrupt_image, imagenet_crop

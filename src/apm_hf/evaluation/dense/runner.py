@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from ... import provenance
 from ...demo import demo_layers

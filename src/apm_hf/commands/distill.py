@@ -1,0 +1,76 @@
+"""`apm distill`: a teacher and images in, a model folder with its card out, on one CPU or many GPUs."""
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from .options import SHARED
+
+HELP = "distil a teacher into an APM"
+DESCRIPTION = """
+Distil a teacher into an APM on your images and save it with its image processor and a card; --push_to_hub publishes
+it too. The same command runs under `torchrun --nproc_per_node N -m apm_hf.cli distill ...` and under
+`accelerate launch -m apm_hf.cli distill ...`.
+"""
+EXAMPLES = (
+    "apm distill --teacher openai/clip-vit-base-patch16 --dataset photos/ --output_dir runs/photos",
+    "apm distill --teacher facebook/dinov2-with-registers-large --preset dinov2-large --cls_weight 0 \\\n"
+    "      --dataset detection-datasets/coco --image_processor '{\"do_min_max\": true}' --output_dir runs/coco",
+    "apm distill --teacher openai/clip-vit-base-patch16 --dataset photos/ --output_dir runs/photos --resume",
+)
+RESULT = {
+    "output_dir": "folder of the model, for AutoModel.from_pretrained",
+    "steps": "optimiser steps",
+    "processes": "that took part",
+    "num_parameters": "of the APM",
+    "metrics": "of every validation: step, feature_cosine, feature_r2, embed_cosine, rgb_mse",
+    "url": "of the commit with --push_to_hub, else null",
+}
+INTERRUPTED = "with --resume the same command goes on from its last checkpoint (--checkpoint_steps), if it got so far"
+SMALLER = "a smaller --batch_size (with --gradient_accumulation_steps as much larger) or --num_locations"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    from transformers import HfArgumentParser
+
+    from ..configuration_apm import PRESETS
+    from ..distillation import DistillationConfig
+    from ..training import TrainingConfig
+
+    source = HfArgumentParser((TrainingConfig, DistillationConfig), add_help=False)
+    for action in source._actions:
+        del action.option_strings[1:]  # forms with hyphens, which every command understands
+        (name,) = action.option_strings
+        if name in SHARED:
+            action.metavar = SHARED[name]["metavar"]
+        elif action.nargs == "?":
+            action.metavar = "BOOL"  # a flag, which may also be told false
+        elif action.type is str:
+            action.metavar = "JSON" if (action.help or "").startswith("JSON") else "NAME"
+        if name == "--preset":
+            action.choices = sorted(PRESETS)
+    parser._add_container_actions(source)  # what `ArgumentParser(parents=[...])` does
+
+
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
+    from ..distillation import DistillationConfig
+    from ..processes import command_line
+    from ..training import TrainingConfig, train
+
+    config = DistillationConfig(**_given(options, DistillationConfig))
+    training = TrainingConfig(**_given(options, TrainingConfig))
+    result = train(training, config, command=command_line("apm", options.arguments))
+    if not result.is_main_process:
+        return None
+    return {
+        "output_dir": result.distillation.output_dir,
+        "steps": config.max_steps,
+        "processes": result.num_processes,
+        "num_parameters": result.distillation.student.num_parameters(),
+        "metrics": result.distillation.metrics,
+        "url": result.address,
+    }
+
+
+def _given(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in fields(kind)}
