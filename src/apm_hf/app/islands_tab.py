@@ -1,0 +1,132 @@
+"""A photo -> islands at three heights, what they are made of, controls; a point in it -> what is similar to it.
+
+Source: the islands are GLOM's (arXiv:2102.12627); an APM's, arXiv:2410.20535, section 4.
+
+Legend: F feature width, (rows, cols) a map of locations, row-major; coordinates are (y, x) in [-1, 1].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..figures import figure_pixels
+from ..islands.colours import PCAColours
+from ..islands.maps import ask, upsample
+from ..islands.panels import Panel, draw_panels, draw_regions
+from ..islands.similarity import similarity_map
+from ..islands.tree import RegionTree, tree_colours
+from ..photo_machine import ask_map, map_size, teacher_features
+from .machines import Machines
+from .pictures import Picture, from_colours
+
+HEIGHTS = (2, 6, 20)  # regions: wholes, parts, sub-parts
+_NAMES = ("Wholes", "Parts", "Sub-parts")
+_NOTES = ("what differs most", "each lies in one of the wholes", "each lies in one of the parts")
+_SIZE, _TREE_SIZE = 128, 96  # locations along the longer side, of maps and of the maps trees are fitted to
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """A photo and what the machine sees in it.
+
+    Args:
+        photo: 8-bit RGB.
+        pixel_values: `(1, C, S, S)`, as the machine is shown it.
+        trigger_column: `(1, D)`, where the machine takes it from its teacher.
+        features: `(rows, cols, F)`.
+        rgb: `(rows, cols, 3)` in [0, 1], or None without RGB head.
+    """
+
+    photo: Image.Image
+    pixel_values: Tensor
+    trigger_column: Tensor | None
+    features: Tensor
+    rgb: Tensor | None
+
+
+def look(machines: Machines, photo: Image.Image) -> Sight:
+    """Show the machine a photo."""
+    pixel_values, column = machines.machine.pixel_values([photo]), machines.machine.trigger_column([photo])
+    features, rgb = ask_map(machines.model, pixel_values, map_size(photo, _SIZE), trigger_column=column)
+    return Sight(photo, pixel_values, column, features[0], None if rgb is None else rgb[0])
+
+
+def island_pictures(
+    machines: Machines, sight: Sight, heights: Sequence[int] = HEIGHTS
+) -> tuple[list[Picture], list[Picture]]:
+    """Islands at three heights with their control, and what they are made of with its control.
+
+    Raises:
+        ValueError: for numbers of regions that do not ascend, or more than locations.
+    """
+    heights = [int(height) for height in heights]
+    if heights[0] < 1 or heights != sorted(set(heights)):
+        raise ValueError("Wholes, parts and sub-parts: please give three numbers of regions, each above the last.")
+    photo = np.asarray(sight.photo)
+    size = map_size(sight.photo, _TREE_SIZE)
+    maps = [
+        ask_map(model, sight.pixel_values, size, trigger_column=sight.trigger_column)[0][0]
+        for model in (machines.model, machines.control)
+    ]
+    tree, control_tree = (RegionTree.fit(features) for features in maps)
+    if heights[-1] > tree.num_locations:
+        raise ValueError(f"This photo has {tree.num_locations} locations: please ask for fewer regions.")
+    cuts = tree.cuts(heights)
+    islands = [
+        Picture(f"{name}: {height}", from_colours(draw_regions(photo, cut, fill)), note)
+        for name, height, note, cut, fill in zip(_NAMES, heights, _NOTES, cuts, tree_colours(cuts), strict=True)
+    ]
+    control_cut = control_tree.cut(heights[1])
+    (control_fill,) = tree_colours([control_cut])
+    control = from_colours(draw_regions(photo, control_cut, control_fill))
+    islands.append(Picture(f"Control: {heights[1]} parts", control, "of an APM with random weights", is_control=True))
+
+    colours, control_colours = PCAColours.fit(sight.features), PCAColours.fit(maps[1])
+    made_of = [Picture("Features", from_colours(colours(sight.features)), "of the APM, three principal components")]
+    if machines.teacher is not None:
+        grid = teacher_features(machines.teacher, [sight.photo], fine=False)[0]
+        upsampled = upsample(grid, (sight.features.shape[0], sight.features.shape[1]))
+        rows, cols = grid.shape[:2]
+        made_of.append(
+            Picture("Teacher", from_colours(colours(upsampled)), f"its {rows} × {cols} features, in the same colours")
+        )
+    if sight.rgb is not None:
+        made_of.append(
+            Picture("RGB decoded", from_colours(sight.rgb.float().cpu().numpy()), "the photo as the APM holds it")
+        )
+    made_of.append(
+        Picture(
+            "Control: features",
+            from_colours(control_colours(maps[1])),
+            "of an APM with random weights",
+            is_control=True,
+        )
+    )
+    return islands, made_of
+
+
+def similarity_picture(machines: Machines, sight: Sight, point: tuple[float, float]) -> Picture:
+    """Where the features are like those at a point (y, x) in [-1, 1].
+
+    Raises:
+        ValueError: for a point outside of the photo.
+    """
+    y, x = point
+    if max(abs(y), abs(x)) > 1:
+        raise ValueError("The point lies outside of the photo: y and x go from -1 to 1.")
+    where = torch.tensor([[y, x]])
+    there = ask(machines.model, sight.pixel_values, where, trigger_column=sight.trigger_column).last_hidden_state
+    assert there is not None
+    similar = similarity_map(sight.features[None], there)[0, 0].cpu().numpy()
+    figure = draw_panels([[Panel("", similar, "cosine similarity", point=point)]], similar.shape[0] / similar.shape[1])
+    return Picture("Like the point", Image.fromarray(figure_pixels(figure)), f"at y {y:+.2f}, x {x:+.2f} (+): bright is similar")
+
+
+def point_of_pixel(x: float, y: float, size: tuple[int, int]) -> tuple[float, float]:
+    """(y, x) in [-1, 1] of the centre of a pixel of a picture of `size` (width, height)."""
+    width, height = size
+    return 2 * (y + 0.5) / height - 1, 2 * (x + 0.5) / width - 1
