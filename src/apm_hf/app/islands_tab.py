@@ -122,8 +122,8 @@ def similarity_picture(machines: Machines, sight: Sight, point: tuple[float, flo
     there = ask(machines.model, sight.pixel_values, where, trigger_column=sight.trigger_column).last_hidden_state
     assert there is not None
     similar = similarity_map(sight.features[None], there)[0, 0].cpu().numpy()
-    figure = draw_panels([[Panel("", similar, "cosine similarity", point=point)]], similar.shape[0] / similar.shape[1])
-    return Picture("Like the point", Image.fromarray(figure_pixels(figure)), f"at y {y:+.2f}, x {x:+.2f} (+): bright is similar")
+    figure = draw_panels([[Panel("Like the point", similar, "cosine similarity", point=point)]], similar.shape[0] / similar.shape[1])
+    return Picture("Similarity", Image.fromarray(figure_pixels(figure)), f"to the place marked, y {y:.2f}, x {x:.2f}: the brighter, the more alike")
 
 
 def point_of_pixel(x: float, y: float, size: tuple[int, int]) -> tuple[float, float]:

@@ -28,7 +28,7 @@ _WAITING, _AT_ONCE = 32, 2  # visitors in the queue; actions computed at a time
 
 def page_style() -> dict[str, Any]:
     """Options of `gradio.Blocks.launch` for how the page looks: fonts of the visitor's system, so none is fetched."""
-    theme = gr.themes.Soft(
+    theme = gr.themes.Default(
         primary_hue="blue",
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
@@ -38,17 +38,17 @@ def page_style() -> dict[str, Any]:
 
 
 def build_page(machines: Machines) -> gr.Blocks:
-    """The page, to be launched with [`page_style`]."""
+    """The page, to be launched with [`page_style`]. It opens with drawn scenes already looked at."""
     scenes = example_scenes()
     with gr.Blocks(title=_TITLE, analytics_enabled=False) as page:
         gr.Markdown(_introduction(machines), elem_classes="apm-intro")
-        with gr.Tab("Islands in a photo"):
-            _islands_tab(page, machines, scenes)
-        with gr.Tab("Teacher against APM"):
+        with gr.Tab("Islands"):
+            _islands_tab(machines, scenes)
+        with gr.Tab("Labels"):
             _labels_tab(machines, scenes)
-        with gr.Tab("Between two photos"):
-            _blend_tab(page, machines, scenes)
-        gr.Markdown(f"apm_hf {__version__}. Photos are held in memory for your session and used for nothing else.")
+        with gr.Tab("Blends"):
+            _blend_tab(machines, scenes)
+        gr.Markdown(f"apm_hf {__version__}. Photos are kept for your session only and used for nothing else.")
     page.queue(max_size=_WAITING, default_concurrency_limit=_AT_ONCE)
     return page
 
@@ -72,58 +72,62 @@ def _introduction(machines: Machines) -> str:
     )
 
 
-def _islands_tab(page: gr.Blocks, machines: Machines, scenes: list[Image.Image]) -> None:
-    sight = gr.State(None, time_to_live=_SESSION_SECONDS)
+def _islands_tab(machines: Machines, scenes: list[Image.Image]) -> None:
+    def see(image: Image.Image, y: float | None, x: float | None, *numbers: int | None) -> tuple[Sight, str, str]:
+        sight = look(machines, image)
+        islands, made_of = island_pictures(machines, sight, [number or 0 for number in numbers])
+        html = figures_html(islands, "Islands of agreement") + figures_html(made_of, "What they are made of")
+        return sight, html, like(sight, y or 0.0, x or 0.0)
+
+    def like(sight: Sight, y: float | None, x: float | None) -> str:
+        if y is None or x is None:
+            raise ValueError("Please write both y and x, numbers from -1 to 1.")
+        return figures_html([similarity_picture(machines, sight, (y, x))], columns=1)
+
+    def see_upload(path: str | None, *settings: Any) -> Any:
+        return see(read_photo(path), *settings)
+
+    def like_place(sight: Sight | None, path: str | None, y: float | None, x: float | None) -> str:
+        return like(sight or look(machines, read_photo(path)), y, x)
+
+    def like_click(sight: Sight | None, path: str, event: gr.SelectData) -> Any:
+        y, x = point_of_pixel(*event.index, shown_size(path))
+        return like_place(sight, path, y, x), round(y, 3), round(x, 3)
+
+    first_sight, first_islands, first_similar = see(scenes[0], 0.0, 0.0, *HEIGHTS)
+    sight = gr.State(first_sight, time_to_live=_SESSION_SECONDS)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             photo = _photo("Photo: click a point in it", "islands-photo", scenes[0])
-            _examples(scenes, [photo])
+            _examples(scenes, photo)
             with gr.Row():
                 place = [
                     gr.Number(0, label=label, minimum=-1, maximum=1, step=0.05, min_width=80, elem_id=f"point-{label[0]}")
                     for label in ("y: -1 top, 1 bottom", "x: -1 left, 1 right")
                 ]
             compare = gr.Button("Show what is like this point", elem_id="point-show")
-            similar = gr.HTML(elem_id="similar")
+            similar = gr.HTML(first_similar, elem_id="similar")
         with gr.Column(scale=5, min_width=300):
-            with gr.Row(equal_height=False):
+            with gr.Row():
                 heights = [
-                    gr.Number(number, label=f"{name}, regions", precision=0, minimum=1, maximum=500, min_width=90)
+                    gr.Number(number, label=name, precision=0, minimum=1, maximum=500, min_width=90)
                     for name, number in zip(("Wholes", "Parts", "Sub-parts"), HEIGHTS, strict=True)
                 ]
             show = gr.Button("Show the islands", variant="primary", elem_id="islands-show")
-            islands = gr.HTML(elem_id="islands")
-
-    def see(path: str | None, y: float | None, x: float | None, *numbers: int | None) -> Any:
-        seen = look(machines, read_photo(path))
-        islands, made_of = island_pictures(machines, seen, [number or 0 for number in numbers])
-        html = figures_html(islands, "Islands of agreement") + figures_html(made_of, "What they are made of")
-        return seen, html, like(seen, y or 0.0, x or 0.0)
-
-    def like(seen: Sight | None, y: float | None, x: float | None) -> str:
-        if seen is None:
-            raise ValueError("There is no photo yet: please upload one or choose a scene.")
-        if y is None or x is None:
-            raise ValueError("Please write both y and x, numbers from -1 to 1.")
-        return figures_html([similarity_picture(machines, seen, (y, x))], columns=1)
-
-    def like_pixel(seen: Sight | None, path: str, event: gr.SelectData) -> Any:
-        y, x = point_of_pixel(*event.index, shown_size(path))
-        return like(seen, y, x), round(y, 3), round(x, 3)
+            islands = gr.HTML(first_islands, elem_id="islands")
 
     inputs, outputs = [photo, *place, *heights], [sight, islands, similar]
-    page.load(_telling(see, None, "", ""), inputs, outputs, api_visibility="private")
-    _on_change([photo], see, inputs, outputs)
-    show.click(_telling(see, None, "", ""), inputs, outputs, api_visibility="private")
-    photo.select(_telling(like_pixel, *[gr.skip()] * 3), [sight, photo], [similar, *place], api_visibility="private")
-    compare.click(_telling(like, gr.skip()), [sight, *place], similar, api_visibility="private")
+    _on_change([photo], see_upload, inputs, outputs)
+    show.click(_telling(see_upload, None, "", ""), inputs, outputs, api_visibility="private")
+    photo.select(_telling(like_click, *[gr.skip()] * 3), [sight, photo], [similar, *place], api_visibility="private")
+    compare.click(_telling(like_place, gr.skip()), [sight, photo, *place], similar, api_visibility="private")
 
 
 def _labels_tab(machines: Machines, scenes: list[Image.Image]) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             photo = _photo("Photo", "labels-photo", scenes[1])
-            _examples(scenes, [photo])
+            _examples(scenes, photo)
             labels = gr.Textbox(
                 ", ".join(machines.default_labels), lines=3, elem_id="labels",
                 label=f"Labels, 2 to {MAX_LABELS}, with commas between them",
@@ -133,8 +137,10 @@ def _labels_tab(machines: Machines, scenes: list[Image.Image]) -> None:
             num_steps = gr.Slider(10, 200, value=60, step=10, label="Steps")
             adapt = gr.Button("Adapt to this photo", variant="primary", elem_id="adapt")
         with gr.Column(scale=5, min_width=300):
-            curve = gr.HTML(elem_id="curve")
-            scores = gr.HTML(_HOW_TO_ADAPT, elem_id="scores")
+            gr.Markdown(_WHAT_ADAPTATION_IS)
+            with gr.Row():
+                scores = gr.HTML(elem_id="scores", min_width=330)
+                curve = gr.HTML(elem_id="curve", min_width=330)
 
     def adapt_live(path: str | None, text: str, start: str, num_steps: int) -> Iterator[Any]:
         image, names = read_photo(path), read_labels(text)
@@ -156,45 +162,52 @@ def _labels_tab(machines: Machines, scenes: list[Image.Image]) -> None:
     )
 
 
-def _blend_tab(page: gr.Blocks, machines: Machines, scenes: list[Image.Image]) -> None:
-    way = gr.State(None, time_to_live=_SESSION_SECONDS)
-    has_patches = machines.model.config.local_patch
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            photos = [_photo(f"Photo {name}", f"blend-{name}", scene) for name, scene in zip("AB", scenes[2:], strict=False)]
-            _examples(list(zip(scenes, scenes[1:] + scenes[:1], strict=True)), photos)
-        with gr.Column(scale=5, min_width=300):
-            share = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of photo B in the trigger column", elem_id="share")
-            patches = gr.Radio(
-                [("both photos, cross-faded", "blend"), ("photo A", "a"), ("photo B", "b")],
-                value="blend",
-                label="Local patches in the queries are those of",
-                visible=has_patches,
-            )
-            between = gr.HTML(elem_id="between")
-            gr.Markdown(_WHAT_A_BLEND_IS if has_patches else "")
+def _blend_tab(machines: Machines, scenes: list[Image.Image]) -> None:
+    def take(first: Image.Image, second: Image.Image, patches: str, alpha: float) -> tuple[Pair, str]:
+        taken = pair(machines, first, second, patches=patches)
+        return taken, blend(taken, alpha)
 
-    def take(first: str | None, second: str | None, patches: str, alpha: float) -> Any:
+    def blend(taken: Pair, alpha: float) -> str:
+        return figures_html(blend_pictures(taken, alpha), columns=2)
+
+    def take_uploads(first: str | None, second: str | None, patches: str, alpha: float) -> tuple[Pair, str]:
         photos = []
         for name, path in (("A", first), ("B", second)):
             try:
                 photos.append(read_photo(path))
             except ValueError as error:
                 raise ValueError(f"Photo {name}: {error}") from error
-        taken = pair(machines, *photos, patches=patches)
-        return taken, blend(taken, alpha)
+        return take(photos[0], photos[1], patches, alpha)
 
-    def blend(taken: Pair | None, alpha: float) -> str:
-        if taken is None:
-            raise ValueError("There are no two photos yet: please upload both or choose two scenes.")
-        return figures_html(blend_pictures(taken, alpha), columns=2)
+    def move(taken: Pair | None, *settings: Any) -> str:
+        return take_uploads(*settings)[1] if taken is None else blend(taken, settings[-1])
+
+    first_pair, first_blend = take(scenes[2], scenes[3], "blend", 0.5)
+    way = gr.State(first_pair, time_to_live=_SESSION_SECONDS)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            with gr.Row():
+                photos = [
+                    _photo(f"Photo {name}", f"blend-{name}", scene) for name, scene in zip("AB", scenes[2:4], strict=True)
+                ]
+            for name, photo in zip("AB", photos, strict=True):
+                _examples(scenes, photo, f"Drawn scenes for photo {name}")
+        with gr.Column(scale=5, min_width=300):
+            share = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of photo B in the trigger column", elem_id="share")
+            patches = gr.Radio(
+                [("both photos, cross-faded", "blend"), ("photo A", "a"), ("photo B", "b")],
+                value="blend",
+                label="Local patches in the queries are those of",
+                visible=machines.model.config.local_patch,
+            )
+            between = gr.HTML(first_blend, elem_id="between")
+            gr.Markdown(_WHAT_A_BLEND_IS, visible=machines.model.config.local_patch)
 
     inputs, outputs = [*photos, patches, share], [way, between]
-    page.load(_telling(take, None, ""), inputs, outputs, api_visibility="private")
-    _on_change(photos, take, inputs, outputs)
-    patches.change(_telling(take, None, ""), inputs, outputs, api_visibility="private")
+    _on_change(photos, take_uploads, inputs, outputs)
+    patches.change(_telling(take_uploads, None, ""), inputs, outputs, api_visibility="private")
     share.change(
-        _telling(blend, gr.skip()), [way, share], between,
+        _telling(move, gr.skip()), [way, *inputs], between,
         trigger_mode="always_last", show_progress="hidden", api_visibility="private",
     )  # fmt: skip
 
@@ -209,9 +222,8 @@ def _photo(label: str, elem_id: str, scene: Image.Image) -> gr.Image:
     return photo
 
 
-def _examples(scenes: list[Any], photos: list[gr.Image]) -> None:
-    rows = [list(scene) if isinstance(scene, tuple) else [scene] for scene in scenes]
-    gr.Examples(rows, photos, label="Drawn scenes to try", cache_examples=False, api_visibility="private")
+def _examples(scenes: list[Image.Image], photo: gr.Image, label: str = "Drawn scenes to try") -> None:
+    gr.Examples([[scene] for scene in scenes], photo, label=label, cache_examples=False, api_visibility="private")
 
 
 def _on_change(photos: list[gr.Image], action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
@@ -253,9 +265,10 @@ def _telling(action: Callable[..., Any], *instead: Any) -> Callable[..., Any]:
     return told
 
 
-_HOW_TO_ADAPT = (
-    '<p class="apm">Here the scores of the teacher and of the APM will stand side by side, and above them how close '
-    "the APM comes to its teacher, step by step. An APM that is adapted to the end repeats its teacher.</p>"
+_WHAT_ADAPTATION_IS = (
+    "The teacher looks at the photo once. An APM is then fitted, on this photo alone, until its own pooled feature is the "
+    "teacher's embedding: the curve. An APM that is fitted to the end repeats its teacher, mistakes included; what it "
+    "said before stands beside."
 )
 _WHAT_A_BLEND_IS = (
     "The fold into the trigger column is linear, so the blend of two columns is the column of the cross-faded image. "
