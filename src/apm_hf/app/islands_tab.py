@@ -24,8 +24,8 @@ from .machines import Machines
 from .pictures import Picture, from_colours
 
 HEIGHTS = (2, 6, 20)  # regions: wholes, parts, sub-parts
-_NAMES = ("Wholes", "Parts", "Sub-parts")
-_NOTES = ("what differs most", "each lies in one of the wholes", "each lies in one of the parts")
+_NAMES = ("wholes", "parts", "sub-parts")
+_NOTES = ("that differ most", "each within a whole", "each within a part")
 _SIZE, _TREE_SIZE = 128, 96  # locations along the longer side, of maps and of the maps trees are fitted to
 
 
@@ -77,7 +77,7 @@ def island_pictures(
         raise ValueError(f"This photo has {tree.num_locations} locations: please ask for fewer regions.")
     cuts = tree.cuts(heights)
     islands = [
-        Picture(f"{name}: {height}", from_colours(draw_regions(photo, cut, fill)), note)
+        Picture(f"{height} {name}", from_colours(draw_regions(photo, cut, fill)), note)
         for name, height, note, cut, fill in zip(_NAMES, heights, _NOTES, cuts, tree_colours(cuts), strict=True)
     ]
     control_cut = control_tree.cut(heights[1])

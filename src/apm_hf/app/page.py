@@ -99,21 +99,21 @@ def _islands_tab(machines: Machines, scenes: list[Image.Image]) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             photo = _photo("Photo: click a point in it", "islands-photo", scenes[0])
-            _examples(scenes, photo)
+            similar = gr.HTML(first_similar, elem_id="similar")
             with gr.Row():
                 place = [
                     gr.Number(0, label=label, minimum=-1, maximum=1, step=0.05, min_width=80, elem_id=f"point-{label[0]}")
                     for label in ("y: -1 top, 1 bottom", "x: -1 left, 1 right")
                 ]
             compare = gr.Button("Show what is like this point", elem_id="point-show")
-            similar = gr.HTML(first_similar, elem_id="similar")
         with gr.Column(scale=5, min_width=300):
-            with gr.Row():
+            _examples(scenes, photo)
+            with gr.Row(equal_height=True):
                 heights = [
-                    gr.Number(number, label=name, precision=0, minimum=1, maximum=500, min_width=90)
+                    gr.Number(number, label=name, precision=0, minimum=1, maximum=500, min_width=80)
                     for name, number in zip(("Wholes", "Parts", "Sub-parts"), HEIGHTS, strict=True)
                 ]
-            show = gr.Button("Show the islands", variant="primary", elem_id="islands-show")
+                show = gr.Button("Show the islands", variant="primary", elem_id="islands-show", min_width=200)
             islands = gr.HTML(first_islands, elem_id="islands")
 
     inputs, outputs = [photo, *place, *heights], [sight, islands, similar]
@@ -139,8 +139,10 @@ def _labels_tab(machines: Machines, scenes: list[Image.Image]) -> None:
         with gr.Column(scale=5, min_width=300):
             gr.Markdown(_WHAT_ADAPTATION_IS)
             with gr.Row():
-                scores = gr.HTML(elem_id="scores", min_width=330)
-                curve = gr.HTML(elem_id="curve", min_width=330)
+                with gr.Column(scale=5, min_width=320):
+                    scores = gr.HTML(elem_id="scores")
+                with gr.Column(scale=4, min_width=320):
+                    curve = gr.HTML(elem_id="curve")
 
     def adapt_live(path: str | None, text: str, start: str, num_steps: int) -> Iterator[Any]:
         image, names = read_photo(path), read_labels(text)
@@ -214,7 +216,8 @@ def _blend_tab(machines: Machines, scenes: list[Image.Image]) -> None:
 
 def _photo(label: str, elem_id: str, scene: Image.Image) -> gr.Image:
     photo = gr.Image(
-        scene, type="filepath", label=label, elem_id=elem_id, elem_classes="apm-photo", alt_text=label,
+        scene, type="filepath", label=label, elem_id=elem_id, elem_classes="apm-photo", alt_text=label, min_width=120,
+        format="png",  # what is shown and taken is what was drawn
         sources=["upload", "clipboard"], buttons=["fullscreen"], interactive=True,
     )  # fmt: skip
     # Gradio would decode it first, and say "Error" where it cannot.
