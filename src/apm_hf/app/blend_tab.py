@@ -26,10 +26,12 @@ class Pair:
     """Two photos and the way between them.
 
     Args:
+        photo: the first one, in whose shape all is shown.
         frame: what the machine sees at alpha, from 0, the first photo, to 1, the second.
         colours: of features; the same everywhere on the way, so that they compare.
     """
 
+    photo: Image.Image
     frame: Callable[[float], InterpolationFrame]
     colours: PCAColours
 
@@ -47,7 +49,7 @@ def pair(machines: Machines, first: Image.Image, second: Image.Image, *, patches
     images = pixel_values[:1], pixel_values[1:]
     frame = frame_between(model, *images, map_size(first, _SIZE), patches=patches, trigger_columns=ends)
     grid = frame_between(model, *images, patches=patches, trigger_columns=ends)
-    return Pair(frame, PCAColours.fit(torch.stack([grid(alpha).features for alpha in _FITTED])))
+    return Pair(first, frame, PCAColours.fit(torch.stack([grid(alpha).features for alpha in _FITTED])))
 
 
 def blend_pictures(pair: Pair, alpha: float) -> list[Picture]:
@@ -60,7 +62,10 @@ def blend_pictures(pair: Pair, alpha: float) -> list[Picture]:
         raise ValueError("The share of photo B lies between 0 and 1.")
     frame = pair.frame(alpha)
     share = f"{100 * alpha:.0f} % of photo B"
-    features = Picture("Features", from_colours(pair.colours(frame.features)), f"at {share}, principal components")
+    features = Picture(
+        "Features", from_colours(pair.colours(frame.features), pair.photo), f"at {share}, principal components"
+    )
     if frame.rgb is None:
         return [features]
-    return [Picture("RGB decoded", from_colours(frame.rgb.float().cpu().numpy()), f"at {share}"), features]
+    decoded = from_colours(frame.rgb.float().cpu().numpy(), pair.photo)
+    return [Picture("RGB decoded", decoded, f"at {share}"), features]

@@ -26,7 +26,8 @@ from .pictures import Picture, from_colours
 HEIGHTS = (2, 6, 20)  # regions: wholes, parts, sub-parts
 _NAMES = ("wholes", "parts", "sub-parts")
 _NOTES = ("that differ most", "each within a whole", "each within a part")
-_SIZE, _TREE_SIZE = 128, 96  # locations along the longer side, of maps and of the maps trees are fitted to
+_CONTROL = "of an APM with random weights"
+_TREE_SIZE = 96  # locations along the longer side of the maps that trees are fitted to, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +49,10 @@ class Sight:
     rgb: Tensor | None
 
 
-def look(machines: Machines, photo: Image.Image) -> Sight:
-    """Show the machine a photo."""
+def look(machines: Machines, photo: Image.Image, *, size: int = 128) -> Sight:
+    """Show the machine a photo, and ask for `size` locations along its longer side."""
     pixel_values, column = machines.machine.pixel_values([photo]), machines.machine.trigger_column([photo])
-    features, rgb = ask_map(machines.model, pixel_values, map_size(photo, _SIZE), trigger_column=column)
+    features, rgb = ask_map(machines.model, pixel_values, map_size(photo, size), trigger_column=column)
     return Sight(photo, pixel_values, column, features[0], None if rgb is None else rgb[0])
 
 
@@ -63,50 +64,47 @@ def island_pictures(
     Raises:
         ValueError: for numbers of regions that do not ascend, or more than locations.
     """
-    heights = [int(height) for height in heights]
-    if heights[0] < 1 or heights != sorted(set(heights)):
+    if min(heights) < 1 or list(heights) != sorted(set(heights)):
         raise ValueError("Wholes, parts and sub-parts: please give three numbers of regions, each above the last.")
-    photo = np.asarray(sight.photo)
-    size = map_size(sight.photo, _TREE_SIZE)
-    maps = [
+    size = map_size(sight.photo, min(_TREE_SIZE, max(sight.features.shape[:2])))
+    if heights[-1] > size[0] * size[1]:
+        raise ValueError(f"{heights[-1]} regions are too many for this photo: please ask for fewer.")
+    features, control_features = (
         ask_map(model, sight.pixel_values, size, trigger_column=sight.trigger_column)[0][0]
         for model in (machines.model, machines.control)
-    ]
-    tree, control_tree = (RegionTree.fit(features) for features in maps)
-    if heights[-1] > tree.num_locations:
-        raise ValueError(f"This photo has {tree.num_locations} locations: please ask for fewer regions.")
-    cuts = tree.cuts(heights)
-    islands = [
-        Picture(f"{height} {name}", from_colours(draw_regions(photo, cut, fill)), note)
-        for name, height, note, cut, fill in zip(_NAMES, heights, _NOTES, cuts, tree_colours(cuts), strict=True)
-    ]
-    control_cut = control_tree.cut(heights[1])
-    (control_fill,) = tree_colours([control_cut])
-    control = from_colours(draw_regions(photo, control_cut, control_fill))
-    islands.append(Picture(f"Control: {heights[1]} parts", control, "of an APM with random weights", is_control=True))
+    )
+    return _islands(sight, features, control_features, heights), _made_of(machines, sight, control_features)
 
-    colours, control_colours = PCAColours.fit(sight.features), PCAColours.fit(maps[1])
-    made_of = [Picture("Features", from_colours(colours(sight.features)), "of the APM, three principal components")]
+
+def _islands(sight: Sight, features: Tensor, control_features: Tensor, heights: Sequence[int]) -> list[Picture]:
+    cuts = RegionTree.fit(features).cuts(heights)
+    control_cut = RegionTree.fit(control_features).cut(heights[1])
+    drawn = [
+        from_colours(draw_regions(np.asarray(sight.photo), cut, fill), sight.photo)
+        for cut, fill in zip([*cuts, control_cut], [*tree_colours(cuts), *tree_colours([control_cut])], strict=True)
+    ]
+    islands = [
+        Picture(f"{height} {name}", image, note)
+        for height, name, image, note in zip(heights, _NAMES, drawn[:-1], _NOTES, strict=True)
+    ]
+    return [*islands, Picture(f"Control: {heights[1]} parts", drawn[-1], _CONTROL, is_control=True)]
+
+
+def _made_of(machines: Machines, sight: Sight, control_features: Tensor) -> list[Picture]:
+    colours = PCAColours.fit(sight.features)
+    shown = {"Features": (colours(sight.features), "of the APM, three principal components")}
     if machines.teacher is not None:
         grid = teacher_features(machines.teacher, [sight.photo], fine=False)[0]
-        upsampled = upsample(grid, (sight.features.shape[0], sight.features.shape[1]))
-        rows, cols = grid.shape[:2]
-        made_of.append(
-            Picture("Teacher", from_colours(colours(upsampled)), f"its {rows} × {cols} features, in the same colours")
-        )
+        note = f"its {len(grid)} × {grid.shape[1]} features, in the same colours"
+        shown["Teacher"] = colours(upsample(grid, (sight.features.shape[0], sight.features.shape[1]))), note
     if sight.rgb is not None:
-        made_of.append(
-            Picture("RGB decoded", from_colours(sight.rgb.float().cpu().numpy()), "the photo as the APM holds it")
-        )
-    made_of.append(
-        Picture(
-            "Control: features",
-            from_colours(control_colours(maps[1])),
-            "of an APM with random weights",
-            is_control=True,
-        )
-    )
-    return islands, made_of
+        shown["RGB decoded"] = sight.rgb.float().cpu().numpy(), "the photo as the APM holds it"
+    # Colours of its own, in which a control shows the most.
+    shown["Control: features"] = PCAColours.fit(control_features)(control_features), _CONTROL
+    return [
+        Picture(title, from_colours(picture, sight.photo), note, is_control=note == _CONTROL)
+        for title, (picture, note) in shown.items()
+    ]
 
 
 def similarity_picture(machines: Machines, sight: Sight, point: tuple[float, float]) -> Picture:
@@ -122,8 +120,14 @@ def similarity_picture(machines: Machines, sight: Sight, point: tuple[float, flo
     there = ask(machines.model, sight.pixel_values, where, trigger_column=sight.trigger_column).last_hidden_state
     assert there is not None
     similar = similarity_map(sight.features[None], there)[0, 0].cpu().numpy()
-    figure = draw_panels([[Panel("Like the point", similar, "cosine similarity", point=point)]], similar.shape[0] / similar.shape[1])
-    return Picture("Similarity", Image.fromarray(figure_pixels(figure)), f"to the place marked, y {y:.2f}, x {x:.2f}: the brighter, the more alike")
+    figure = draw_panels(
+        [[Panel("Like the point", similar, "cosine similarity", point=point)]], similar.shape[0] / similar.shape[1]
+    )
+    return Picture(
+        "Similarity",
+        Image.fromarray(figure_pixels(figure)),
+        f"to the place marked, y {y:.2f}, x {x:.2f}: the brighter, the more alike",
+    )
 
 
 def point_of_pixel(x: float, y: float, size: tuple[int, int]) -> tuple[float, float]:

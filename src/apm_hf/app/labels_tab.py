@@ -1,7 +1,7 @@
 """A photo and labels -> the teacher's scores against the APM's, while the APM adapts to the photo.
 
-Source: test-time training, arXiv:2410.20535, section 4. A machine that is fitted to the end repeats its teacher; what it
-said before is shown beside.
+Source: test-time training, arXiv:2410.20535, section 4. A machine that is fitted to the end repeats its teacher; what
+it said before is shown beside.
 
 Legend: K labels, F feature width.
 """
@@ -136,7 +136,7 @@ def curve_picture(progress: Progress, num_steps: int) -> Picture:
     axes.annotate("the teacher's embedding", (0.99, 1), xycoords=("axes fraction", "data"), xytext=(0, -4),
                   textcoords="offset points", ha="right", va="top", color="0.4", fontsize=11)  # fmt: skip
     axes.plot(steps, cosines, color=_ORANGE, linewidth=2.5, marker="o", markersize=5, clip_on=False)
-    axes.set(xlim=(0, num_steps), ylim=(min(0.0, *cosines) if len(cosines) > 1 else min(0.0, cosines[0]), 1.04))
+    axes.set(xlim=(0, num_steps), ylim=(min(0.0, min(cosines)), 1.04))
     axes.set_xlabel("step", fontsize=12)
     axes.set_ylabel("cosine to the target", fontsize=12)
     axes.tick_params(labelsize=11)
@@ -152,9 +152,13 @@ class _Closed(Exception):
 
 def _check_teacher(teacher: Teacher | None, labels: Sequence[str]) -> Teacher:
     if teacher is None or not (teacher.has_text or teacher.class_names):
-        raise ValueError("Labels need a teacher that reads: please start the app with --teacher and a CLIP-like model.")
+        raise ValueError(
+            "Labels need a teacher that reads: please start the app with --teacher and a CLIP-like model."
+        )
     if not teacher.has_text:
         others = [label for label in labels if label not in (teacher.class_names or ())]
         if others:
-            raise ValueError(f"This teacher is a classifier and knows its own labels alone, which “{others[0]}” is not.")
+            raise ValueError(
+                f"This teacher is a classifier and knows its own labels alone, which “{others[0]}” is not."
+            )
     return teacher

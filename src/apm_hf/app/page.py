@@ -1,7 +1,7 @@
 """The page: three tabs of widgets around `islands_tab`, `labels_tab` and `blend_tab`.
 
-What a visitor's photos gave is kept in that visitor's session, and dropped after an hour. Uploads come as paths and are
-decoded by `uploads`, so that every file that cannot be used gets a clear sentence.
+Uploads, and what they gave, are kept for the visitor's session alone, and dropped after an hour. They come as paths,
+and are decoded by `uploads`, so that every file that cannot be used gets a clear sentence.
 """
 
 import functools
@@ -22,7 +22,7 @@ from .pictures import figures_html, scores_html
 from .uploads import MAX_LABELS, read_labels, read_photo, shown_size, unknown_labels
 
 _TITLE = "Asynchronous Perception Machine"
-_SESSION_SECONDS = 3600
+_SESSION_SECONDS, _SWEEP_SECONDS = 3600, 600  # how long what a visitor gave is kept; how often it is swept away
 _WAITING, _AT_ONCE = 32, 2  # visitors in the queue; actions computed at a time
 
 
@@ -40,7 +40,8 @@ def page_style() -> dict[str, Any]:
 def build_page(machines: Machines) -> gr.Blocks:
     """The page, to be launched with [`page_style`]. It opens with drawn scenes already looked at."""
     scenes = example_scenes()
-    with gr.Blocks(title=_TITLE, analytics_enabled=False) as page:
+    kept = (_SWEEP_SECONDS, _SESSION_SECONDS)
+    with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=kept) as page:
         gr.Markdown(_introduction(machines), elem_classes="apm-intro")
         with gr.Tab("Islands"):
             _islands_tab(machines, scenes)
@@ -48,7 +49,7 @@ def build_page(machines: Machines) -> gr.Blocks:
             _labels_tab(machines, scenes)
         with gr.Tab("Blends"):
             _blend_tab(machines, scenes)
-        gr.Markdown(f"apm_hf {__version__}. Photos are kept for your session only and used for nothing else.")
+        gr.Markdown(f"apm_hf {__version__}. Photos are dropped after an hour, and used for nothing else.")
     page.queue(max_size=_WAITING, default_concurrency_limit=_AT_ONCE)
     return page
 
@@ -66,9 +67,9 @@ def _introduction(machines: Machines) -> str:
         teacher = "" if machines.teacher is None else f", compared with its teacher {machines.teacher.name}"
         known = f"**Here:** an APM of {size}{teacher}."
     return (
-        f"# {_TITLE}\nAn image is folded into one vector; a small network then answers, for any place asked about, with "
-        "the feature a large vision model would give it. Neighbouring places that agree form *islands*: parts and "
-        f"wholes. [Paper](https://arxiv.org/abs/2410.20535)\n\n{known}"
+        f"# {_TITLE}\nAn image is folded into one vector; a small network then answers, for any place asked about, "
+        "with the feature a large vision model would give it. Neighbouring places that agree form *islands*: parts "
+        f"and wholes. [Paper](https://arxiv.org/abs/2410.20535)\n\n{known}"
     )
 
 
@@ -102,7 +103,9 @@ def _islands_tab(machines: Machines, scenes: list[Image.Image]) -> None:
             similar = gr.HTML(first_similar, elem_id="similar")
             with gr.Row():
                 place = [
-                    gr.Number(0, label=label, minimum=-1, maximum=1, step=0.05, min_width=80, elem_id=f"point-{label[0]}")
+                    gr.Number(
+                        0, label=label, minimum=-1, maximum=1, step=0.05, min_width=80, elem_id=f"point-{label[0]}"
+                    )
                     for label in ("y: -1 top, 1 bottom", "x: -1 left, 1 right")
                 ]
             compare = gr.Button("Show what is like this point", elem_id="point-show")
@@ -190,12 +193,15 @@ def _blend_tab(machines: Machines, scenes: list[Image.Image]) -> None:
         with gr.Column(scale=2, min_width=300):
             with gr.Row():
                 photos = [
-                    _photo(f"Photo {name}", f"blend-{name}", scene) for name, scene in zip("AB", scenes[2:4], strict=True)
+                    _photo(f"Photo {name}", f"blend-{name}", scene)
+                    for name, scene in zip("AB", scenes[2:4], strict=True)
                 ]
             for name, photo in zip("AB", photos, strict=True):
                 _examples(scenes, photo, f"Drawn scenes for photo {name}")
         with gr.Column(scale=5, min_width=300):
-            share = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of photo B in the trigger column", elem_id="share")
+            share = gr.Slider(
+                0, 1, value=0.5, step=0.05, label="Share of photo B in the trigger column", elem_id="share"
+            )
             patches = gr.Radio(
                 [("both photos, cross-faded", "blend"), ("photo A", "a"), ("photo B", "b")],
                 value="blend",
@@ -269,9 +275,9 @@ def _telling(action: Callable[..., Any], *instead: Any) -> Callable[..., Any]:
 
 
 _WHAT_ADAPTATION_IS = (
-    "The teacher looks at the photo once. An APM is then fitted, on this photo alone, until its own pooled feature is the "
-    "teacher's embedding: the curve. An APM that is fitted to the end repeats its teacher, mistakes included; what it "
-    "said before stands beside."
+    "The teacher looks at the photo once. An APM is then fitted, on this photo alone, until its own pooled feature is "
+    "the teacher's embedding: the curve. An APM that is fitted to the end repeats its teacher, mistakes included; what "
+    "it said before stands beside."
 )
 _WHAT_A_BLEND_IS = (
     "The fold into the trigger column is linear, so the blend of two columns is the column of the cross-faded image. "

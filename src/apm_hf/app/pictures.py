@@ -34,10 +34,10 @@ class Picture:
     is_control: bool = False
 
 
-def from_colours(colours: np.ndarray) -> Image.Image:
-    """A picture, smoothly enlarged, of colours `(rows, cols, 3)` in [0, 1]."""
+def from_colours(colours: np.ndarray, photo: Image.Image) -> Image.Image:
+    """A picture in the photo's shape, smoothly enlarged, of colours `(rows, cols, 3)` in [0, 1]."""
     image = Image.fromarray((colours.clip(0, 1) * 255).round().astype(np.uint8))
-    height, width = map_size(image, _LONGEST)
+    height, width = map_size(photo, _LONGEST)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 

@@ -26,6 +26,8 @@ def read_photo(path: str | None) -> Image.Image:
             width, height = header.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(_TOO_LARGE) from error
+    except FileNotFoundError as error:
+        raise ValueError("This photo is no longer on the server: please upload it again.") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise ValueError("This file cannot be read as a picture: please upload a JPEG, PNG or WebP.") from error
     if width * height > MAX_MEGAPIXELS * 1e6:
