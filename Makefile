@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>
 demo: .venv/installed
 	$(BIN)/apm demo --output_dir apm
 
-test: .venv/installed
+test: .venv/installed .venv/browser
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
@@ -35,6 +35,10 @@ assets: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/browser: .venv/installed
+	scripts/install_browser.sh
 	touch $@
 
 clean:

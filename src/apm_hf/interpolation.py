@@ -12,7 +12,7 @@ Legend: C channels, D trigger width, S image side, T frames, F feature width, (r
 row-major.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,10 +85,42 @@ def interpolate(
     Frames are computed as they are asked for, so that many large ones need not be held.
 
     Args:
+        steps: T, at least 2.
+        model, pixel_values_a, pixel_values_b, size, blending, patches, trigger_columns: as in [`frame_between`].
+
+    Raises:
+        ValueError: for fewer than 2 steps, and as [`frame_between`] does.
+    """
+    if steps < 2:
+        raise ValueError(f"steps: expected at least 2, the two images, got {steps}")
+    frame = frame_between(
+        model,
+        pixel_values_a,
+        pixel_values_b,
+        size,
+        blending=blending,
+        patches=patches,
+        trigger_columns=trigger_columns,
+    )
+    return (frame(index / (steps - 1)) for index in range(steps))
+
+
+def frame_between(
+    model: nn.Module,
+    pixel_values_a: Tensor | None,
+    pixel_values_b: Tensor | None,
+    size: tuple[int, int] | None = None,
+    *,
+    blending: str = "linear",
+    patches: str = "blend",
+    trigger_columns: tuple[Tensor, Tensor] | None = None,
+) -> Callable[[float], InterpolationFrame]:
+    """What a machine sees at any place between two images, as a function of alpha: 0 is the first, 1 the second.
+
+    Args:
         model: an [`APMModel`] or a model that holds one.
         pixel_values_a, pixel_values_b: `(1, C, S, S)`; None where the columns are given and the machine has no local
             patch.
-        steps: T, at least 2.
         size: `(rows, cols)` of the maps; None is the machine's grid.
         blending: of the columns, `"linear"` or `"spherical"`, see [`blend`].
         patches: with `local_patch=True`, whose patches are in the queries: those of the cross-faded image
@@ -96,13 +128,11 @@ def interpolate(
         trigger_columns: `(1, D)` each, instead of folding; required with `trigger_source="embedding"`.
 
     Raises:
-        ValueError: for fewer than 2 steps, unknown options, or shapes that do not fit the machine.
+        ValueError: for unknown options, or shapes that do not fit the machine.
     """
     machine = getattr(model, "apm", model)  # heads hold the machine under this name
     if not isinstance(machine, APMModel):
         raise ValueError(f"model: expected an APMModel or a model that holds one, got {type(model).__name__}")
-    if steps < 2:
-        raise ValueError(f"steps: expected at least 2, the two images, got {steps}")
     if patches not in PATCHES:
         raise ValueError(f"patches: expected one of {list(PATCHES)}, got {patches!r}")
     if trigger_columns is None:
@@ -127,4 +157,4 @@ def interpolate(
         features, rgb = ask_map(machine, pixel_values, shape, trigger_column=column)
         return InterpolationFrame(alpha, features[0], None if rgb is None else rgb[0])
 
-    return (frame(index / (steps - 1)) for index in range(steps))
+    return frame

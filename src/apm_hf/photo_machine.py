@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from .configuration_apm import APMConfig
-from .data.targets import TargetCache
 from .dense_targets import encode_densely
-from .distillation import DistillationConfig, distill
 from .image_processing_apm import APMImageProcessor
 from .islands.maps import ask
 from .losses import rgb_targets
@@ -205,7 +203,15 @@ def fit_photos(
         pixel_values: `(B, C, S, S)`.
         features: `(B, rows, cols, F)`, the teacher's.
         image_processor: the machine's; says how colours were normalised.
+
+    Raises:
+        ImportError: without accelerate, which distils; says what to install.
     """
+    try:
+        from .data.targets import TargetCache
+        from .distillation import DistillationConfig, distill
+    except ImportError as error:
+        raise ImportError('one machine for several photos needs accelerate: pip install "apm_hf[train]"') from error
     embeds = features.mean(dim=(1, 2))  # of weight 0
     with tempfile.TemporaryDirectory() as folder:
         config = DistillationConfig(

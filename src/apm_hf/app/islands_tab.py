@@ -1,0 +1,136 @@
+"""A photo -> islands at three heights, what they are made of, controls; a point in it -> what is similar to it.
+
+Source: the islands are GLOM's (arXiv:2102.12627); an APM's, arXiv:2410.20535, section 4.
+
+Legend: F feature width, (rows, cols) a map of locations, row-major; coordinates are (y, x) in [-1, 1].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..figures import figure_pixels
+from ..islands.colours import PCAColours
+from ..islands.maps import ask, upsample
+from ..islands.panels import Panel, draw_panels, draw_regions
+from ..islands.similarity import similarity_map
+from ..islands.tree import RegionTree, tree_colours
+from ..photo_machine import ask_map, map_size, teacher_features
+from .machines import Machines
+from .pictures import Picture, from_colours
+
+HEIGHTS = (2, 6, 20)  # regions: wholes, parts, sub-parts
+_NAMES = ("wholes", "parts", "sub-parts")
+_NOTES = ("that differ most", "each within a whole", "each within a part")
+_CONTROL = "of an APM with random weights"
+_TREE_SIZE = 96  # locations along the longer side of the maps that trees are fitted to, at most
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """A photo and what the machine sees in it.
+
+    Args:
+        photo: 8-bit RGB.
+        pixel_values: `(1, C, S, S)`, as the machine is shown it.
+        trigger_column: `(1, D)`, where the machine takes it from its teacher.
+        features: `(rows, cols, F)`.
+        rgb: `(rows, cols, 3)` in [0, 1], or None without RGB head.
+    """
+
+    photo: Image.Image
+    pixel_values: Tensor
+    trigger_column: Tensor | None
+    features: Tensor
+    rgb: Tensor | None
+
+
+def look(machines: Machines, photo: Image.Image, *, size: int = 128) -> Sight:
+    """Show the machine a photo, and ask for `size` locations along its longer side."""
+    pixel_values, column = machines.machine.pixel_values([photo]), machines.machine.trigger_column([photo])
+    features, rgb = ask_map(machines.model, pixel_values, map_size(photo, size), trigger_column=column)
+    return Sight(photo, pixel_values, column, features[0], None if rgb is None else rgb[0])
+
+
+def island_pictures(
+    machines: Machines, sight: Sight, heights: Sequence[int] = HEIGHTS
+) -> tuple[list[Picture], list[Picture]]:
+    """Islands at three heights with their control, and what they are made of with its control.
+
+    Raises:
+        ValueError: for numbers of regions that do not ascend, or more than locations.
+    """
+    if min(heights) < 1 or list(heights) != sorted(set(heights)):
+        raise ValueError("Wholes, parts and sub-parts: please give three numbers of regions, each above the last.")
+    size = map_size(sight.photo, min(_TREE_SIZE, max(sight.features.shape[:2])))
+    if heights[-1] > size[0] * size[1]:
+        raise ValueError(f"{heights[-1]} regions are too many for this photo: please ask for fewer.")
+    features, control_features = (
+        ask_map(model, sight.pixel_values, size, trigger_column=sight.trigger_column)[0][0]
+        for model in (machines.model, machines.control)
+    )
+    return _islands(sight, features, control_features, heights), _made_of(machines, sight, control_features)
+
+
+def _islands(sight: Sight, features: Tensor, control_features: Tensor, heights: Sequence[int]) -> list[Picture]:
+    cuts = RegionTree.fit(features).cuts(heights)
+    control_cut = RegionTree.fit(control_features).cut(heights[1])
+    drawn = [
+        from_colours(draw_regions(np.asarray(sight.photo), cut, fill), sight.photo)
+        for cut, fill in zip([*cuts, control_cut], [*tree_colours(cuts), *tree_colours([control_cut])], strict=True)
+    ]
+    islands = [
+        Picture(f"{height} {name}", image, note)
+        for height, name, image, note in zip(heights, _NAMES, drawn[:-1], _NOTES, strict=True)
+    ]
+    return [*islands, Picture(f"Control: {heights[1]} parts", drawn[-1], _CONTROL, is_control=True)]
+
+
+def _made_of(machines: Machines, sight: Sight, control_features: Tensor) -> list[Picture]:
+    colours = PCAColours.fit(sight.features)
+    shown = {"Features": (colours(sight.features), "of the APM, three principal components")}
+    if machines.teacher is not None:
+        grid = teacher_features(machines.teacher, [sight.photo], fine=False)[0]
+        note = f"its {len(grid)} × {grid.shape[1]} features, in the same colours"
+        shown["Teacher"] = colours(upsample(grid, (sight.features.shape[0], sight.features.shape[1]))), note
+    if sight.rgb is not None:
+        shown["RGB decoded"] = sight.rgb.float().cpu().numpy(), "the photo as the APM holds it"
+    # Colours of its own, in which a control shows the most.
+    shown["Control: features"] = PCAColours.fit(control_features)(control_features), _CONTROL
+    return [
+        Picture(title, from_colours(picture, sight.photo), note, is_control=note == _CONTROL)
+        for title, (picture, note) in shown.items()
+    ]
+
+
+def similarity_picture(machines: Machines, sight: Sight, point: tuple[float, float]) -> Picture:
+    """Where the features are like those at a point (y, x) in [-1, 1].
+
+    Raises:
+        ValueError: for a point outside of the photo.
+    """
+    y, x = point
+    if max(abs(y), abs(x)) > 1:
+        raise ValueError("The point lies outside of the photo: y and x go from -1 to 1.")
+    where = torch.tensor([[y, x]])
+    there = ask(machines.model, sight.pixel_values, where, trigger_column=sight.trigger_column).last_hidden_state
+    assert there is not None
+    similar = similarity_map(sight.features[None], there)[0, 0].cpu().numpy()
+    figure = draw_panels(
+        [[Panel("Like the point", similar, "cosine similarity", point=point)]], similar.shape[0] / similar.shape[1]
+    )
+    return Picture(
+        "Similarity",
+        Image.fromarray(figure_pixels(figure)),
+        f"to the place marked, y {y:.2f}, x {x:.2f}: the brighter, the more alike",
+    )
+
+
+def point_of_pixel(x: float, y: float, size: tuple[int, int]) -> tuple[float, float]:
+    """(y, x) in [-1, 1] of the centre of a pixel of a picture of `size` (width, height)."""
+    width, height = size
+    return 2 * (y + 0.5) / height - 1, 2 * (x + 0.5) / width - 1

@@ -1,0 +1,164 @@
+"""A photo and labels -> the teacher's scores against the APM's, while the APM adapts to the photo.
+
+Source: test-time training, arXiv:2410.20535, section 4. A machine that is fitted to the end repeats its teacher; what
+it said before is shown beside.
+
+Legend: K labels, F feature width.
+"""
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..figures import figure_pixels, new_figure
+from ..teachers import Teacher
+from ..ttt import TTTConfig, TTTStep, adapt
+from ..zero_shot import class_embeds, classify
+from .machines import Machines
+from .pictures import Picture
+
+_FRAMES = 10  # shown on the way, about
+_ORANGE = "#D55E00"  # of Okabe & Ito, as in `style.css`
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an adaptation is.
+
+    Args:
+        step: updates taken.
+        cosines: step and cosine between the machine's pooled feature, of the whole grid, and the teacher's embedding,
+            so far.
+        teacher: `(K,)` probabilities, the teacher's.
+        before: `(K,)`, the machine's before the first update.
+        now: `(K,)`, the machine's.
+    """
+
+    step: int
+    cosines: tuple[tuple[int, float], ...]
+    teacher: list[float]
+    before: list[float]
+    now: list[float]
+
+
+def adaptation(
+    machines: Machines,
+    photo: Image.Image,
+    labels: Sequence[str],
+    *,
+    start: str = "model",
+    num_steps: int = 60,
+    seed: int = 0,
+) -> Iterator[Progress]:
+    """Adapt to a photo with the recipe `fast`; yields every few steps, the last time after all of them.
+
+    The fit goes on while what was yielded is drawn, and ends early where nobody asks for the rest.
+
+    Args:
+        labels: K.
+        start: `"model"` adapts the distilled APM, `"random"` one with new weights.
+        num_steps: gradient steps.
+
+    Raises:
+        ValueError: without a teacher that knows the labels, or where the fit diverges.
+    """
+    config = TTTConfig.preset("fast", steps=num_steps, start=start, seed=seed)
+    teacher = _check_teacher(machines.teacher, labels)
+    texts = class_embeds(teacher, list(labels)).cpu()  # (K, F)
+    target = teacher.encode_images([photo]).image_embeds
+    assert target is not None
+    pixel_values = machines.machine.image_processor([photo], return_tensors="pt")["pixel_values"]
+    column = machines.machine.trigger_column([photo])
+    machine, updates = copy.deepcopy(machines.model), list[Progress]()
+
+    def scores(embeds: Tensor) -> list[float]:
+        return classify(embeds.cpu(), texts, logit_scale=teacher.logit_scale)[0].softmax(dim=-1).tolist()
+
+    teachers_scores = scores(target)
+
+    def progress(step: int, weights: dict[str, Tensor]) -> Progress:
+        machine.load_state_dict(weights)
+        with torch.no_grad():
+            inputs = pixel_values.to(machine.device)
+            embeds = machine(inputs, trigger_column=column, return_dict=True).pooler_output.float()
+        cosine = float(F.cosine_similarity(embeds, target.to(embeds)))
+        now, past = scores(embeds), updates[-1].cosines if updates else ()
+        before = updates[0].now if updates else now
+        updates.append(Progress(step, (*past, (step, cosine)), teachers_scores, before, now))
+        return updates[-1]
+
+    seen: SimpleQueue[Progress | BaseException | None] = SimpleQueue()
+    closed, every = threading.Event(), max(1, num_steps // _FRAMES)
+
+    def callback(step: TTTStep) -> None:
+        if closed.is_set():
+            raise _Closed
+        if step.step % every == 0:
+            seen.put(progress(step.step, step.state_dict(0)))
+
+    def fit() -> None:
+        try:
+            adapted = adapt(
+                machines.model, pixel_values, target, config=config, trigger_column=column, callback=callback
+            )
+            if adapted.diverged.any():
+                raise ValueError("The fit diverged: please take fewer steps or another photo.")
+            seen.put(progress(num_steps, adapted.state_dict(0)))
+            seen.put(None)
+        except BaseException as error:  # raised again where it is waited for
+            seen.put(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    try:
+        while (update := seen.get()) is not None:
+            if isinstance(update, BaseException):
+                raise update
+            yield update
+    finally:
+        closed.set()
+        thread.join()
+
+
+def curve_picture(progress: Progress, num_steps: int) -> Picture:
+    """How close the machine has come to its teacher, step by step."""
+    steps, cosines = zip(*progress.cosines, strict=True)
+    figure = new_figure(5.2, 3.1, dpi=150)
+    axes = figure.add_axes((0.13, 0.19, 0.84, 0.76))
+    axes.axhline(1, color="0.6", linestyle=(0, (4, 3)), linewidth=1)
+    axes.annotate("the teacher's embedding", (0.99, 1), xycoords=("axes fraction", "data"), xytext=(0, -4),
+                  textcoords="offset points", ha="right", va="top", color="0.4", fontsize=11)  # fmt: skip
+    axes.plot(steps, cosines, color=_ORANGE, linewidth=2.5, marker="o", markersize=5, clip_on=False)
+    axes.set(xlim=(0, num_steps), ylim=(min(0.0, min(cosines)), 1.04))
+    axes.set_xlabel("step", fontsize=12)
+    axes.set_ylabel("cosine to the target", fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    note = f"cosine to the teacher's embedding {cosines[0]:.2f} before, {cosines[-1]:.2f} after {progress.step} steps"
+    return Picture("Adaptation", Image.fromarray(figure_pixels(figure)), note)
+
+
+class _Closed(Exception):
+    """Nobody waits for the rest of the fit."""
+
+
+def _check_teacher(teacher: Teacher | None, labels: Sequence[str]) -> Teacher:
+    if teacher is None or not (teacher.has_text or teacher.class_names):
+        raise ValueError(
+            "Labels need a teacher that reads: please start the app with --teacher and a CLIP-like model."
+        )
+    if not teacher.has_text:
+        others = [label for label in labels if label not in (teacher.class_names or ())]
+        if others:
+            raise ValueError(
+                f"This teacher is a classifier and knows its own labels alone, which “{others[0]}” is not."
+            )
+    return teacher
