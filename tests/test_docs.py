@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from apm_hf import cli
+from apm_hf.cli import COMMANDS
+from apm_hf.commands.parsing import parse
 from apm_hf.data.scenes import SceneDataset
 from apm_hf.demo_assets import DEMO_MODEL
 from fixtures_hub import TOKEN
@@ -60,7 +61,7 @@ def test_commands_are_understood(path):
     for program, *words in commands(path):
         if program == "apm":
             try:
-                cli._parser().parse_args(words, argparse.Namespace(arguments=words))
+                parse(COMMANDS, words, version="")
             except SystemExit as refused:
                 assert refused.code == 0, f"apm {shlex.join(words)}"
             continue
