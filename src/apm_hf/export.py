@@ -68,7 +68,7 @@ def export_model(
         image_processor: what makes `pixel_values`; saved as `preprocessor_config.json`.
         format: `"onnx"`, or `"torch"` for what `torch.export.load` reads.
         graphs: some of `GRAPHS`; None is all that the machine has.
-        per_image: coordinates are `(B, L, 2)` instead of `(L, 2)`, the same for all images.
+        per_image: coordinates are `(B, L, 2)`, each image's own places, instead of `(L, 2)`, the same for all.
         opset: of ONNX, 18 or later; None is the one that this version of torch writes.
         overwrite: files of a folder that is not empty may be replaced.
 
@@ -129,7 +129,8 @@ def export_onnx(
         The largest error found, as a share of the largest value expected.
 
     Raises:
-        ValueError, ImportError, RuntimeError: as [`export_model`].
+        ValueError, ImportError: as [`export_model`].
+        RuntimeError: for a graph that does not answer as the model does; the file is then good for nothing.
     """
     onnxruntime = _load_onnxruntime()
     if opset is not None and opset < LOWEST_OPSET:
@@ -165,7 +166,7 @@ def export_program(
     `torch.export.load(path).module()` takes the inputs in order and returns the outputs by name.
 
     Raises:
-        ValueError, RuntimeError: as [`export_model`].
+        ValueError, RuntimeError: as in [`export_onnx`].
     """
     model = _plain(model)
     traced = _trace(model, graph, per_image)
