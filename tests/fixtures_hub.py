@@ -57,6 +57,7 @@ class Repository:
     refs: dict = field(default_factory=dict)  # branch -> commit
     commits: dict = field(default_factory=dict)  # commit -> {path: File}
     titles: dict = field(default_factory=dict)  # commit -> title
+    variables: dict = field(default_factory=dict)  # of a Space
 
     def commit(self, branch, files, title):
         commit = hashlib.sha1(f"{self.kind}/{self.name} {len(self.commits)} {title}".encode()).hexdigest()
@@ -259,6 +260,12 @@ class _Handler(BaseHTTPRequestHandler):
         repository.refs[branch] = repository.refs["main"]
         self.send(200, {})
 
+    def variable(self, kind, name):
+        self.writer()
+        wish = json.loads(self.body)
+        self.repository(kind, name).variables[wish["key"]] = wish["value"]
+        self.send(200, {wish["key"]: {"key": wish["key"], "value": wish["value"], "updatedAt": DATE}})
+
     def preupload(self, kind, name, revision):
         self.writer()
         _, commit = self.at(kind, name, revision)
@@ -396,6 +403,7 @@ _ROUTES = [
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
+    ("POST", _REPO + r"/variables", _Handler.variable),
     ("POST", _REPO + r"/preupload/(.+)", _Handler.preupload),
     ("POST", r"/(datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", r"/lfs/(\w+)", _Handler.lfs_put),

@@ -24,9 +24,9 @@ from fixtures_hub import TOKEN
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.S | re.M)
+BLOCK = re.compile(r"^ *```([^`\n]*)\n(.*?)^ *```", re.S | re.M)
 SHELL = ("bash", "sh", "")
-PROGRAM = re.compile(r"apm|(examples|benchmarks|scripts)/[\w/]+\.py")
+PROGRAM = re.compile(r"(^|\s)(apm|(?:examples|benchmarks|scripts)/[\w/]+\.py)\s")
 
 
 def blocks(path, *languages):
@@ -37,15 +37,17 @@ def commands(path):
     """Words of every command that starts `apm` or a script of this project, whatever launches it."""
     for block in blocks(path, *SHELL):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            starts = [index for index, word in enumerate(words) if PROGRAM.fullmatch(word)]
-            if starts:
-                yield words[starts[0] :]
+            if found := PROGRAM.search(line):
+                yield shlex.split(re.split(r"[|>&]", line[found.start(2) :])[0], comments=True)
 
 
+# Of Gradio's servers, when they are closed.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("path", [p for p in FILES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_blocks_run_as_they_stand(path, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("src", "examples"):
+        Path(name).symlink_to(ROOT / name)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.user = "user"
     shutil.copytree(DEMO_MODEL, "apm")

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from .files import whole_folder, write_atomically
 from .modeling_apm import APMModel
 from .modeling_apm_decoder import APMQuery
+from .modeling_apm_pooling import begin_pooling
 from .position_encoding import grid_coordinates
 
 logger = logging.getLogger(__name__)
@@ -246,9 +247,12 @@ class _Query(nn.Module):
             coordinates=coordinates if coordinates.ndim == 3 else coordinates[None],  # (L, 2) -> (1, L, 2)
         )
         answer = model.decoder(query, output_hidden_states=False)
-        pooling = model._pooling()
-        pooling.add(answer["last_hidden_state"], query.locations())
-        answer |= {"features": answer["last_hidden_state"], "pooled": pooling.result(column.dtype)}
+        features, pooling = answer["last_hidden_state"], begin_pooling(model.pooler)
+        pooling.add(features, query.locations())
+        pooled, space = pooling.result(column.dtype), model.feature_space
+        if space is not None:  # from the standardised space to the teacher's own
+            features, pooled = space(features), space(pooled)
+        answer |= {"features": features, "pooled": pooled}
         return {name: answer[name] for name in self.outputs}
 
 
