@@ -34,7 +34,7 @@ def page_style() -> dict[str, Any]:
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-    return {"theme": theme, "css_paths": Path(__file__).parent / "style.css"}
+    return {"theme": theme, "css_paths": Path(__file__).parent / "style.css", "js": _NAME_EXAMPLES}
 
 
 def build_page(machines: Machines) -> gr.Blocks:
@@ -274,6 +274,14 @@ def _telling(action: Callable[..., Any], *instead: Any) -> Callable[..., Any]:
     return told
 
 
+# Gradio's thumbnails of examples are buttons without a name, for those who hear a page or speak to it.
+_NAME_EXAMPLES = """() => {
+    const named = button => `Scene ${[...button.parentElement.children].indexOf(button) + 1}`;
+    const name = () => document.querySelectorAll('.gallery-item:not([aria-label])')
+        .forEach(button => button.setAttribute('aria-label', named(button)));
+    new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+    name();
+}"""
 _WHAT_ADAPTATION_IS = (
     "The teacher looks at the photo once. An APM is then fitted, on this photo alone, until its own pooled feature is "
     "the teacher's embedding: the curve. An APM that is fitted to the end repeats its teacher, mistakes included; "
