@@ -34,7 +34,7 @@ def page_style() -> dict[str, Any]:
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-    return {"theme": theme, "css_paths": Path(__file__).parent / "style.css"}
+    return {"theme": theme, "css_paths": Path(__file__).parent / "style.css", "js": _NAME_EXAMPLES}
 
 
 def build_page(machines: Machines) -> gr.Blocks:
@@ -99,7 +99,7 @@ def _islands_tab(machines: Machines, scenes: list[Image.Image]) -> None:
     sight = gr.State(first_sight, time_to_live=_SESSION_SECONDS)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            photo = _photo("Photo: click a point in it", "islands-photo", scenes[0])
+            photo = _photo("Photo: click a point, × for another", "islands-photo", scenes[0])
             similar = gr.HTML(first_similar, elem_id="similar")
             with gr.Row():
                 place = [
@@ -129,7 +129,7 @@ def _islands_tab(machines: Machines, scenes: list[Image.Image]) -> None:
 def _labels_tab(machines: Machines, scenes: list[Image.Image]) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            photo = _photo("Photo", "labels-photo", scenes[1])
+            photo = _photo("Photo, × for another", "labels-photo", scenes[1])
             _examples(scenes, photo)
             labels = gr.Textbox(
                 ", ".join(machines.default_labels), lines=3, elem_id="labels",
@@ -274,10 +274,18 @@ def _telling(action: Callable[..., Any], *instead: Any) -> Callable[..., Any]:
     return told
 
 
+# Gradio's thumbnails of examples are buttons without a name, for those who hear a page or speak to it.
+_NAME_EXAMPLES = """() => {
+    const named = button => `Scene ${[...button.parentElement.children].indexOf(button) + 1}`;
+    const name = () => document.querySelectorAll('.gallery-item:not([aria-label])')
+        .forEach(button => button.setAttribute('aria-label', named(button)));
+    new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+    name();
+}"""
 _WHAT_ADAPTATION_IS = (
     "The teacher looks at the photo once. An APM is then fitted, on this photo alone, until its own pooled feature is "
-    "the teacher's embedding: the curve. An APM that is fitted to the end repeats its teacher, mistakes included; what "
-    "it said before stands beside."
+    "the teacher's embedding: the curve. An APM that is fitted to the end repeats its teacher, mistakes included; "
+    "what it said before stands beside."
 )
 _WHAT_A_BLEND_IS = (
     "The fold into the trigger column is linear, so the blend of two columns is the column of the cross-faded image. "
