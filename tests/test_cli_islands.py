@@ -13,7 +13,7 @@ from apm_hf.demo_assets import DEMO_TEACHER
 def test_islands_of_drawn_scenes_are_scored_from_the_command_line(tmp_path, caplog, capfd):
     folder = tmp_path / "report"
     methods = ["teacher", "apm", "image_shuffled"]
-    arguments = ["--max_images", "3", "--map_size", "16", "--ttt_steps", "2", "--methods", *methods]
+    arguments = ["--max_images", "4", "--map_size", "16", "--ttt_steps", "2", "--methods", *methods]
     assert main(["evaluate", "--task", "islands", "--output_dir", str(folder), *arguments, "--json"]) == 0
     text = (folder / "report.md").read_text()
     assert "apm evaluate --task islands" in text and "APM, image shuffled" in text

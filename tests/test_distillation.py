@@ -603,6 +603,8 @@ def test_bfloat16_trains_and_leaves_an_ordinary_float32_student(tmp_path):
     with torch.no_grad():
         first, second = loaded(pixels), result.student(pixels)
     assert largest_difference(dict(first), dict(second)) < 1e-6
+    with torch.no_grad():
+        assert isinstance(result.student(pixels, return_dict=False), tuple)
 
 
 def test_the_folder_loads_as_model_and_image_processor(tmp_path, clip):

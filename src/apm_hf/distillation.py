@@ -422,6 +422,8 @@ class _Run:
 
     def _finish(self) -> DistillationResult:
         student = self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False).cpu()
+        # Accelerate peels its autocast off the method, and transformers' decorators with it: back to the class's own.
+        student.__dict__.pop("forward", None)
         if self.accelerator.is_main_process:
             student.save_pretrained(self.output_dir)
             self.image_processor.save_pretrained(self.output_dir)
