@@ -10,6 +10,7 @@ than others' by that much; cosines and R² do not change by it.
 """
 
 import argparse
+import copy
 import logging
 import tempfile
 
@@ -82,7 +83,7 @@ def train(architecture, data: Answers, held_out: Answers, image_processor, optio
             report_to="none",
             seed=options.seed,
         )
-        model = APMModel(architecture)
+        model = APMModel(copy.deepcopy(architecture))  # statistics are written into it
         result = distill(model, data, config=config, image_processor=image_processor, validation_data=held_out)
     return result.metrics[-1]
 
