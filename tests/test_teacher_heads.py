@@ -391,7 +391,10 @@ def test_training_with_statistics_is_training_on_standardised_targets(tmp_path, 
     std = std if kind == "channel" else np.sqrt((std**2).mean())
     options = {"max_steps": 12, "seed": 3, "num_locations": 7}
     config = settings(tmp_path / "own", statistics_images=24, statistics=kind, **options)
-    result = distill(student(), data, config=config, image_processor=PROCESSOR, validation_data=data)
+    machine = student()
+    given = machine.config
+    result = distill(machine, data, config=config, image_processor=PROCESSOR, validation_data=data)
+    assert given.feature_std is None, "another student of the same configuration has other statistics"
     saved = APMConfig.from_pretrained(tmp_path / "own")
     np.testing.assert_allclose(saved.feature_mean, mean, rtol=2e-7)
     np.testing.assert_allclose(saved.feature_std, std, rtol=2e-7)

@@ -5,6 +5,7 @@ image's own colours, Adam 1e-4, batch 64.
 Legend: B images in a process's batch, L locations, F feature width, (rows, cols) the teacher's grid.
 """
 
+import copy
 import itertools
 import json
 import shutil
@@ -169,6 +170,7 @@ def distill(
         raise ValueError(
             f"level_layers: expected as many layers as the student has levels, {num_levels}, got {config.level_layers}"
         )
+    student.config = copy.deepcopy(student.config)  # others may be made of the one given: what is found is this one's
     inherit(student.config, [one for one in (teacher, *(teachers or {}).values()) if one is not None])
     run = _Run(student, train_data, config, image_processor, teacher, teachers, validation_data, collate_fn)
     return run()
