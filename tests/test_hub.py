@@ -252,6 +252,15 @@ def test_the_card_of_a_run_on_this_machine_names_no_path(tmp_path):
     assert "| teacher | teacher |" in card and "| data | photos |" in card
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("org/data:config", "org/data"), ("gpt2", "gpt2"), ("apm_hf's drawn scenes", None), ("a/b/c", None), ("", None)],
+)
+def test_only_names_of_repositories_are_metadata(tmp_path, name, told):
+    card = ModelCard.load(write_card(tmp_path, CardFacts(**vars(FACTS) | {"dataset": name, "teacher": name})))
+    assert card.data.base_model == told and card.data.datasets == (None if told is None else [told])
+
+
 def test_a_model_that_was_not_measured_says_so(tmp_path):
     facts = CardFacts(**{**vars(FACTS), "metrics": {}})
     text = write_card(tmp_path, facts).read_text()

@@ -120,7 +120,9 @@ def run_demo(config: DemoConfig) -> DemoResult:
     write_card_picture(output_dir, student, image_processor, seed=config.seed)
     report_dir = Path(config.report_dir or f"{config.output_dir.rstrip('/')}_report")
     table, files = write_report(report_dir, test.rows, test.sights, test.losses, facts)
-    write_card(output_dir, replace(facts, comparison=f"Beside its teacher and controls:\n\n{table}"))
+    write_card(
+        output_dir, replace(facts, comparison=f"Beside its teacher and controls (top-1 in percent):\n\n{table}")
+    )
     return DemoResult(test.rows, table, files, output_dir)
 
 

@@ -6,6 +6,7 @@ kept beside it in `card.json`, so that a model that moves can be given a card fo
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import provenance
 from .files import write_atomically
+from .teacher_license import public_name
 
 FACTS_FILE = "card.json"
 PICTURE = "islands.png"
@@ -75,7 +77,7 @@ def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
         FileNotFoundError: if the package was installed without its template.
     """
     folder = Path(folder)
-    teacher, dataset = (None if is_local(name) else name.split(":")[0] for name in (facts.teacher, facts.dataset))
+    teacher, dataset = (_hub_name(name) for name in (facts.teacher, facts.dataset))
     facts = facts.public()
     hub_names = {"base_model": teacher, "datasets": None if dataset is None else [dataset]}
     content = {**asdict(facts), "hub_names": hub_names}
@@ -126,13 +128,10 @@ def write_card_picture(folder: str | os.PathLike[str], model: Any, image_process
         return islands_picture(scene, Path(folder), model, pixel_values, config=IslandsConfig(size=128, seed=seed))
 
 
-def public_name(name: str) -> str:
-    """A name on the Hub as it is, of a local folder the last part."""
-    return Path(name).name if is_local(name) else name
-
-
-def is_local(name: str) -> bool:
-    return os.path.exists(name) or name.startswith((".", os.sep)) or not name
+def _hub_name(name: str) -> str | None:
+    """`user/name`, without the configuration of a data set; None for what is no repository."""
+    name = name.partition(":")[0]
+    return name if not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) else None
 
 
 def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str:
