@@ -92,7 +92,8 @@ def _islands_tab(machines: Machines, scenes: list[Image.Image]) -> None:
         return like(sight or look(machines, read_photo(path)), y, x)
 
     def like_click(sight: Sight | None, path: str, event: gr.SelectData) -> Any:
-        y, x = point_of_pixel(*event.index, shown_size(path))
+        column, row = event.index
+        y, x = point_of_pixel(column, row, shown_size(path))
         return like_place(sight, path, y, x), round(y, 3), round(x, 3)
 
     first_sight, first_islands, first_similar = see(scenes[0], 0.0, 0.0, *HEIGHTS)
@@ -227,7 +228,7 @@ def _photo(label: str, elem_id: str, scene: Image.Image) -> gr.Image:
         sources=["upload", "clipboard"], buttons=["fullscreen"], interactive=True,
     )  # fmt: skip
     # Gradio would decode it first, and say "Error" where it cannot.
-    photo.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+    photo.preprocess = lambda payload: None if payload is None else payload.path
     return photo
 
 
