@@ -33,9 +33,19 @@ RECORD_HEADINGS = """
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory, environment):
-    """Where the Space is served: by a process of its own, of a folder as it is published, on 127.0.0.1."""
+def chromium():
+    """What starts Chromium; where it, playwright or gradio is missing, all tests here skip."""
     pytest.importorskip("gradio", reason="gradio is not installed")
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("there is no Chromium: scripts/install_browser.sh installs Debian's")
+    return executable
+
+
+@pytest.fixture(scope="module")
+def address(chromium, tmp_path_factory, environment):
+    """Where the Space is served: by a process of its own, of a folder as it is published, on 127.0.0.1."""
     folder = tmp_path_factory.mktemp("space")
     shutil.copytree(SPACE, folder, dirs_exist_ok=True)
     shutil.copytree(Path(apm_hf.__file__).parent, folder / "apm_hf", ignore=shutil.ignore_patterns("__pycache__"))
@@ -62,15 +72,13 @@ def address(tmp_path_factory, environment):
 
 
 @pytest.fixture(scope="module")
-def browser(address):
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("there is no Chromium: scripts/install_browser.sh installs Debian's")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+def browser(chromium):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()
 
 
 class Visit:
@@ -124,7 +132,7 @@ class Visit:
 
 
 @pytest.fixture(scope="module")
-def visited(browser, address):
+def visited(address, browser):
     return Visit(browser, address, viewport={"width": 1280, "height": 900})
 
 
@@ -263,7 +271,7 @@ def test_every_field_and_button_has_a_name(visit):
         assert visit.run(NAMELESS) == []
 
 
-def test_on_a_phone_everything_is_in_one_column(browser, address):
+def test_on_a_phone_everything_is_in_one_column(address, browser):
     phone = Visit(browser, address, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     for name, pictures in (("Islands", "#islands img"), ("Labels", "#curve img"), ("Blends", "#between img")):
         phone.tab(name)

@@ -27,7 +27,7 @@ HEIGHTS = (2, 6, 20)  # regions: wholes, parts, sub-parts
 _NAMES = ("wholes", "parts", "sub-parts")
 _NOTES = ("that differ most", "each within a whole", "each within a part")
 _CONTROL = "of an APM with random weights"
-_TREE_SIZE = 96  # locations along the longer side of the maps that trees are fitted to, at most
+_TREE_SIZE = 64  # locations along the longer side of the maps that trees are fitted to, at most
 
 
 @dataclass(frozen=True, eq=False)

@@ -228,7 +228,7 @@ def _photo(label: str, elem_id: str, scene: Image.Image) -> gr.Image:
         sources=["upload", "clipboard"], buttons=["fullscreen"], interactive=True,
     )  # fmt: skip
     # Gradio would decode it first, and say "Error" where it cannot.
-    photo.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+    photo.preprocess = lambda payload: None if payload is None else payload.path
     return photo
 
 
