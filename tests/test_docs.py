@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from apm_hf import teacher_families
 from apm_hf.cli import COMMANDS
 from apm_hf.commands.parsing import parse
 from apm_hf.data.scenes import SceneDataset
@@ -53,9 +54,14 @@ def test_python_blocks_run_as_they_stand(path, hub, tmp_path, monkeypatch):
     shutil.copytree(DEMO_MODEL, "apm")
     for index, name in enumerate(("photo.jpg", "other.jpg")):
         SceneDataset(2, seed=99)[index]["image"].save(name)
+    families = [teacher_families.VISION_TOWERS, teacher_families.DUAL_ENCODERS]  # a guide adds one
+    before = [dict(table) for table in families]
     namespace = {"__name__": "__main__"}
     for number, block in enumerate(blocks(path, "python")):
         exec(compile(block, f"{path.name}, block {number}", "exec"), namespace)
+    for table, kept in zip(families, before, strict=True):
+        table.clear()
+        table.update(kept)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -78,7 +78,6 @@ def test_suites_ask_for_what_there_is(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "everything"], r"suite: expected one of \['custom', 'fine_grained', 'ood', 'photos', 'smoke'\]"),
         (["--suite", "photos", "--teacher", DEMO_TEACHER], "data: expected labelled images"),
         (["--suite", "ood"], "teachers: expected one or more for suite 'ood'"),
         (["--suite", "custom", "--data", "scenes", "--teacher", DEMO_TEACHER], "methods: expected one or more"),

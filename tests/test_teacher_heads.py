@@ -4,7 +4,6 @@ Legend: B images, L locations, F feature width, (rows, cols) a teacher's grid.
 """
 
 import copy
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from apm_hf import APMConfig, APMForImageClassification, APMModel, TTTConfig, adapt, load_teacher
+from apm_hf import APMConfig, APMForImageClassification, APMModel, TTTConfig, adapt, load_teacher, training
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.scenes import SceneDataset
 from apm_hf.data.targets import TargetCache
@@ -43,8 +42,6 @@ from fixtures_tiny import (
     student,
 )
 from naive_apm import assert_close, small_config, small_images, small_model
-
-TRAIN = Path(__file__).resolve().parents[1] / "examples" / "train.py"
 
 
 def noise(*shape, seed=0):
@@ -660,27 +657,23 @@ def test_names_say_nothing_of_the_machine(tmp_path, monkeypatch):
     assert public_name(".") == tmp_path.name
 
 
-def test_the_script_distils_a_further_teacher(tmp_path, clip, classifier, monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_example", TRAIN)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_further_teachers_are_named_with_their_heads(tmp_path, clip, classifier, monkeypatch):
     rows = [{"image": photo(seed)} for seed in range(8)]
     data = [SimpleNamespace(dataset=part, image_column="image") for part in (rows[:6], rows[6:])]
-    monkeypatch.setattr(script, "train_and_validation", lambda *_, **options: data)
+    monkeypatch.setattr(training, "train_and_validation", lambda *_, **options: data)
     sizes = {"image_size": 24, "patch_size": 8, "position_size": 16, "hidden_sizes": [32], "rgb_hidden_sizes": [8]}
-    result = script.run(
-        script.ScriptConfig(
-            teacher=clip.name, extra_teachers=[f"vit={classifier.name}"], dataset=str(tmp_path / "photos"),
-            config_overrides=json.dumps(sizes),
-        ),
+    wishes = {"teacher": clip.name, "dataset": str(tmp_path / "photos"), "config_overrides": json.dumps(sizes)}
+    result = training.train(
+        training.TrainingConfig(extra_teachers=[f"vit={classifier.name}"], **wishes),
         settings(tmp_path / "out", max_steps=2, batch_size=4, statistics_images=5),
-    )  # fmt: skip
+        command="",
+    ).distillation
     assert "vit/feature_cosine" in result.metrics[-1]
     config = APMConfig.from_pretrained(tmp_path / "out")
     assert len(config.teacher_head("vit")["feature_std"]) == len(config.feature_std) == FEATURE_SIZE
     assert {origin["dataset"] for origin in config.distilled_from} == {"photos"}
     assert len(config.distilled_from) == 2
     with pytest.raises(ValueError, match="--extra_teachers: expected NAME=TEACHER, got"):
-        script.run(
-            script.ScriptConfig(teacher=clip.name, extra_teachers=["vit"], dataset="x"), settings(tmp_path / "no")
+        training.train(
+            training.TrainingConfig(extra_teachers=["vit"], **wishes), settings(tmp_path / "no"), command=""
         )
