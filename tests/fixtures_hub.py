@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 import yaml
 from huggingface_hub import close_session, constants
+from transformers.utils import hub as transformers_hub
 
 TOKEN = "hf_loopback"
 LFS = (".safetensors", ".png", ".onnx", ".parquet", ".npz")
@@ -148,6 +149,7 @@ def client_of(hub, home):
         }
         for name, value in settings.items():
             patch.setattr(constants, name, value)
+        patch.setattr(transformers_hub, "_hf_api", None, raising=False)  # it would remember the first address
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             patch.delenv(name, raising=False)
         for name in ("NO_PROXY", "no_proxy"):
