@@ -128,6 +128,13 @@ def test_a_folder_without_a_whole_model_is_refused_before_the_hub_is_asked(hub, 
     assert hub.requests == []
 
 
+def test_a_machine_that_sees_no_pixels_needs_no_image_processor(hub, trained):
+    (trained / "preprocessor_config.json").unlink()
+    student(trigger_source="embedding").save_pretrained(trained)
+    publish(trained, NAME, token=TOKEN)
+    assert "model.safetensors" in hub.model(NAME).files()
+
+
 @pytest.mark.parametrize("token", ["hf_wrong", False], ids=["wrong", "none"])
 def test_a_token_that_is_missing_or_wrong_is_named_and_nothing_is_left_behind(hub, trained, token):
     with pytest.raises(PermissionError, match="someone/apm-tiny: the Hub knows no such token, or got none; log in"):

@@ -90,7 +90,7 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").exists():
         raise ValueError(f"folder: expected a saved model with a config.json, got {os.fspath(folder)!r}")
     try:
-        APMConfig.from_pretrained(folder)
+        config = APMConfig.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     weights = sorted(folder.glob("*.safetensors"))
@@ -102,7 +102,8 @@ def check_folder(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{path}: expected a whole safetensors file, got: {error}") from error
-    if not (folder / "preprocessor_config.json").exists():
+    sees_pixels = config.trigger_source == "conv" or config.local_patch
+    if sees_pixels and not (folder / "preprocessor_config.json").exists():
         raise ValueError(
             f"folder: expected an image processor beside the model, found no preprocessor_config.json in "
             f"{os.fspath(folder)!r}; APMImageProcessor(...).save_pretrained(folder) writes it"
