@@ -443,6 +443,7 @@ class _Run:
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
+                self.checkpoints.sweep()
                 found = [self.checkpoints.newest()]
             except (ValueError, OSError) as error:  # of all processes, so that none waits for this one
                 found = [error]
