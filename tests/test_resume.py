@@ -53,8 +53,12 @@ SETTINGS = {
 def fresh_accelerate(monkeypatch):
     """Accelerate keeps its state between runs of one process; a new process starts without."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Accelerate warns of several processes without
     forget_accelerate()
+    # A test run that was started in the background ignores Ctrl-C, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, before)
     forget_accelerate()
 
 
@@ -360,6 +364,13 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits
     assert not (folder / "model.safetensors").exists()
     go_on(folder)
     assert_same_results(folder, whole)
+
+
+def test_what_was_ignored_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stopping.StopRequests() as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert requests.received is None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_the_second_ctrl_c_interrupts_at_once_and_handlers_are_given_back():

@@ -42,6 +42,8 @@ class StopRequests:
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # as shells start what runs in the background: it is not meant
                 before = signal.signal(number, self._remember)
                 self._before[number] = signal.SIG_DFL if before is None else before  # None: not set from Python
         return self
