@@ -31,6 +31,7 @@ from .commands import (
 from .commands.console import as_json, console
 from .commands.errors import explain
 from .commands.parsing import parse
+from .stopping import EXIT_STOPPED, RunStopped
 
 logger = logging.getLogger("apm_hf")
 
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0; 1 where something failed; 130 after Ctrl-C; 141 where nobody read the output to its end.
+        The exit status: 0; 1 where something failed; 75 where a distillation was stopped and saved a checkpoint; 130
+        after Ctrl-C; 141 where nobody read the output to its end.
 
     Raises:
         SystemExit: 2 for wrong usage, 0 after `--help` and `--version`.
@@ -72,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(as_json(result), file=stdout)
             stdout.flush()
             return 1 if result and result.get("errors") else 0
+        except RunStopped as stopped:
+            logger.error(f"{name}: {stopped}; {command.INTERRUPTED}")
+            return EXIT_STOPPED
         except KeyboardInterrupt:
             logger.error(f"{name}: interrupted; {command.INTERRUPTED}")
             return 130

@@ -16,26 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
+from .checkpoints import PARTIAL, Checkpoints, progress_of
 from .distillation_targets import TargetMaker
 from .feature_statistics import KINDS, set_statistics, statistics_of
+from .files import move_files
 from .image_processing_apm import APMImageProcessor
 from .losses import LossWeights
 from .modeling_apm import APMModel
 from .objective import MAIN, Objective
-from .processes import on_cpu
+from .processes import on_cpu, process_state
+from .run_changes import check_changes, facts
+from .stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
 from .teacher_license import inherit
 from .teachers import Teacher
 from .validation import ValidationMetrics, validation_picture
 
 logger = logging.get_logger(__name__)
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +80,9 @@ class DistillationConfig:
         default=None, metadata={"help": "no, bf16 or fp16; by default bf16 where a GPU supports it, else no"}
     )
     validation_steps: int = field(default=200, metadata={"help": "steps between validations; also one at each end"})
-    checkpoint_steps: int = field(default=500, metadata={"help": "steps between checkpoints; 0 never"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "how many checkpoints stay on the disk"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    checkpoint_steps: int = field(default=500, metadata={"help": "steps between checkpoints; 0 only when stopped"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many whole checkpoints stay on the disk"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint in output_dir"})
     num_workers: int = field(default=0, metadata={"help": "processes that load images, per training process"})
     num_pictures: int = field(default=4, metadata={"help": "validation images drawn at each validation"})
     report_to: str = field(default="tensorboard", metadata={"help": "an Accelerate tracker, or none"})
@@ -154,8 +157,11 @@ def distill(
         collate_fn: e.g. [`apm_hf.data.images.ImageCollator`].
 
     Raises:
-        ValueError: for a student whose features are not as wide as the teacher's, or a loss that is not finite.
+        ValueError: for a student whose features are not as wide as the teacher's, a loss that is not finite, a folder
+            that another run is writing, or with `config.resume`, where no checkpoint is whole or the run is another.
         FileNotFoundError: with `config.resume`, where there is no checkpoint.
+        RunStopped: after SIGTERM or SIGINT, when the step is done and a checkpoint saved. A `SystemExit`: a program
+            that lets it pass ends with status `apm_hf.stopping.EXIT_STOPPED`.
     """
     if teacher is not None and teacher.feature_size != student.config.feature_size:
         raise ValueError(
@@ -172,22 +178,23 @@ def distill(
         )
     student.config = copy.deepcopy(student.config)  # others may be made of the one given: what is found is this one's
     inherit(student.config, [one for one in (teacher, *(teachers or {}).values()) if one is not None])
-    run = _Run(student, train_data, config, image_processor, teacher, teachers, validation_data, collate_fn)
-    return run()
+    with only_writer(Path(config.output_dir), process_state()):
+        run = _Run(student, train_data, config, image_processor, teacher, teachers, validation_data, collate_fn)
+        return run()
 
 
 class _EpochSampler(Sampler[int]):
-    """A random order for every epoch that depends on the seed and the epoch alone."""
+    """A random order for every epoch that depends on the seed and the epoch alone; `start` images of it are done."""
 
     def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.epoch = length, seed, 0
+        self.length, self.seed, self.epoch, self.start = length, seed, 0, 0
 
     def __len__(self) -> int:
-        return self.length
+        return max(self.length - self.start, 0)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.length, generator=generator).tolist()
+        yield from torch.randperm(self.length, generator=generator).tolist()[self.start :]
 
 
 class _Run:
@@ -224,39 +231,64 @@ class _Run:
         if not streaming and len(train_data) == 0:
             raise ValueError("train_data: expected at least one image, got none")
         self.sampler = None if streaming else _EpochSampler(len(train_data), config.seed)
+        processes = self.accelerator.num_processes
+        self.facts = facts(
+            config,
+            student.config,
+            {name: one for name, one in {MAIN: teacher, **(teachers or {})}.items() if one is not None},
+            num_images=None if streaming else len(train_data),
+            num_processes=processes,
+        )
+        self.checkpoints = Checkpoints(self.output_dir, keep=config.keep_checkpoints)
+        self.resumed: Path | None = None
+        self.progress: dict[str, Any] = {}
+        if config.resume:
+            self.resumed, self.progress = self._checkpoint()
         self._set_statistics(student, collate_fn)
         optimizer = torch.optim.Adam(student.parameters(), lr=config.learning_rate)
-        # Accelerate steps the schedule once per process.
-        processes = self.accelerator.num_processes
-        scheduler = get_cosine_schedule_with_warmup(
-            optimizer, config.warmup_steps * processes, config.max_steps * processes
-        )
         train_loader = DataLoader(
             train_data,
             batch_size=config.batch_size,
             sampler=self.sampler,
             collate_fn=collate_fn,
             num_workers=config.num_workers,
+            worker_init_fn=ignore_stop_requests,
             drop_last=not streaming and len(train_data) >= config.batch_size * processes,
         )
-        self.student, self.optimizer, self.scheduler, self.train_loader = self.accelerator.prepare(
-            student, optimizer, scheduler, train_loader
-        )
+        self.student, self.optimizer, self.train_loader = self.accelerator.prepare(student, optimizer, train_loader)
+        self._set_schedule(0)
         self.validation_loader = None
         if validation_data is not None:
             loader = DataLoader(validation_data, batch_size=config.batch_size, collate_fn=collate_fn)
             self.validation_loader = self.accelerator.prepare(loader)
         self.metrics: list[dict[str, float]] = []
-        self.epoch, self.batch = 0, 0  # where in the data the run is: batches of this epoch that are done
+        # Where in the data the run is: images of this epoch that all processes together are done with.
+        self.epoch, self.images, self.images_a_pass = 0, 0, config.batch_size * processes
 
     def __call__(self) -> DistillationResult:
         config, accelerator = self.config, self.accelerator
         logger.info(f"processes: {accelerator.num_processes}, device: {accelerator.device.type}")
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         if config.report_to != "none":
             tracked = {name: value for name, value in vars(config).items() if value is not None}
             accelerator.init_trackers("distillation", config=tracked)
-        step = self._resume() if config.resume else self._start_anew()
+        step = self._resume(self.resumed) if self.resumed else self._start_anew()
+        with StopRequests() as requests:
+            step = self._train(step, requests)
+            result = self._finish() if step >= config.max_steps else None
+        # A wrapper for several processes that outlives its process group takes it along when it dies, without letting
+        # go of the interpreter: a thread of the group that waits for it at that moment is waited for until for ever.
+        self.student, self.optimizer = accelerator.free_memory(self.student, self.optimizer)
+        del self.scheduler  # it knows the optimizer
+        accelerator.end_training()  # leaves the process group: nobody can be waited for afterwards
+        if result is None:
+            stopped = RunStopped(f"stopped by {requests.received or 'another process'}, saved after step {step}")
+            logger.info(str(stopped))
+            raise stopped
+        return result
+
+    def _train(self, step: int, requests: StopRequests) -> int:
+        """All steps, or those until one of the processes is asked to stop; the number of the last."""
+        config, accelerator = self.config, self.accelerator
         if step == 0:
             self._validate(step)
         progress = tqdm(
@@ -279,24 +311,27 @@ class _Run:
                 self._report(step, losses, progress, images / (time.perf_counter() - started))
             if step % config.validation_steps == 0 or step == config.max_steps:
                 self._validate(step)
-            if config.checkpoint_steps and (step % config.checkpoint_steps == 0) and step < config.max_steps:
-                self._save_checkpoint(step)
             if step == config.max_steps:
                 break
+            stopped = self._any(requests.received)
+            if stopped or (config.checkpoint_steps and step % config.checkpoint_steps == 0):
+                self._save_checkpoint(step)
+            if stopped:
+                break
         progress.close()
-        result = self._finish()
-        # A wrapper for several processes that outlives its process group takes it along when it dies, without letting
-        # go of the interpreter: a thread of the group that waits for it at that moment is waited for until for ever.
-        self.student, self.optimizer, self.scheduler = accelerator.free_memory(
-            self.student, self.optimizer, self.scheduler
-        )
-        accelerator.end_training()  # leaves the process group: nobody can be waited for afterwards
-        return result
+        return step
+
+    def _any(self, value: object) -> bool:
+        """Whether any process has it: all get the same answer, at the same step."""
+        if self.accelerator.num_processes == 1:
+            return bool(value)
+        flag = torch.tensor([float(bool(value))], device=self.accelerator.device)
+        return self.accelerator.reduce(flag, "sum").item() > 0
 
     def _set_statistics(self, student: APMModel, collate_fn: Callable | None) -> None:
         """Measured; a run that is resumed goes on with those that it began with."""
         if self.config.resume:
-            for name, statistics in _progress(self.output_dir).get("statistics", {}).items():
+            for name, statistics in self.progress["statistics"].items():
                 student.set_feature_statistics(**statistics, head=name)
         elif self.config.statistics_images:
             answers = (self.objective.features(batch) for batch in self._first_batches(collate_fn))
@@ -328,27 +363,28 @@ class _Run:
         if accelerator.sync_gradients and config.max_grad_norm:
             accelerator.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
         self.optimizer.step()
-        self.scheduler.step()
+        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
         self.optimizer.zero_grad()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """Batches for ever, from the one where the run stands."""
+        """Batches for ever, from where the run stands."""
         while True:
             if self.sampler is not None:
-                self.sampler.epoch = self.epoch
+                self.sampler.epoch, self.sampler.start = self.epoch, self.images
             self.train_loader.set_epoch(self.epoch)
             if self.sampler is not None and hasattr(self.train_data, "set_epoch"):  # e.g. random crops
                 self.train_data.set_epoch(self.epoch)
             loader = self.train_loader
-            if self.batch:
-                loader = self.accelerator.skip_first_batches(loader, self.batch)
+            if self.sampler is None and self.images:  # a stream is read up to there
+                loader = self.accelerator.skip_first_batches(loader, self.images // self.images_a_pass)
             for batch in loader:
-                self.batch += 1
+                self.images += self.images_a_pass
                 yield batch
-            if not self.batch:
+            if not self.images:
                 raise ValueError("train_data: expected at least one image, got none")
-            self.epoch, self.batch = self.epoch + 1, 0
+            self.epoch, self.images = self.epoch + 1, 0
 
     def _report(self, step: int, losses: dict[str, Tensor], progress: Any, images_per_second: float) -> None:
         values = {name: self.accelerator.reduce(loss, "mean").item() for name, loss in losses.items()}
@@ -385,51 +421,68 @@ class _Run:
         self.student.train()
 
     def _save_checkpoint(self, step: int) -> None:
-        """Written to the side and renamed: a checkpoint under its final name is whole."""
-        final = self.output_dir / CHECKPOINTS / f"step_{step:08d}"
-        partial = final.with_name(final.name + ".partial")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            progress = {"step": step, "epoch": self.epoch, "batch": self.batch, "metrics": self.metrics}
-            progress["statistics"] = statistics_of(self.architecture)
-            (partial / "progress.json").write_text(json.dumps(progress))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in _checkpoints(self.output_dir)[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        progress = {
+            "step": step,
+            "epoch": self.epoch,
+            "images": self.images,
+            "metrics": self.metrics,
+            "statistics": statistics_of(self.architecture),
+            "facts": self.facts,
+        }
+        self.checkpoints.save(self.accelerator, step, progress)
 
     def _start_anew(self) -> int:
         """Checkpoints of an earlier run in this folder must not be what this one is resumed from."""
-        old = _checkpoints(self.output_dir)
-        if old and self.accelerator.is_main_process:
-            logger.warning(f"{len(old)} checkpoints of an earlier run are removed from {self.output_dir}")
-            shutil.rmtree(self.output_dir / CHECKPOINTS)
+        if self.accelerator.is_main_process:
+            self.checkpoints.clear()
         self.accelerator.wait_for_everyone()
         return 0
 
-    def _resume(self) -> int:
-        found = _checkpoints(self.output_dir)
-        if not found:
-            raise FileNotFoundError(f"resume: found no checkpoint in {self.output_dir / CHECKPOINTS}")
-        self.accelerator.load_state(str(found[-1]))
-        progress = _progress(self.output_dir)
-        self.metrics, self.epoch, self.batch = progress["metrics"], progress["epoch"], progress["batch"]
-        logger.info(f"resumed from {found[-1].name}")
-        return progress["step"]
+    def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
+        """The one that all processes go on from, verified by the main one, and what it knows of its run."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                self.checkpoints.sweep()
+                found = [self.checkpoints.newest()]
+            except (ValueError, OSError) as error:  # of all processes, so that none waits for this one
+                found = [error]
+        (checkpoint,) = broadcast_object_list(found)
+        if isinstance(checkpoint, Exception):
+            raise checkpoint
+        progress = progress_of(checkpoint)
+        check_changes(progress["facts"], self.facts)
+        return checkpoint, progress
+
+    def _resume(self, checkpoint: Path) -> int:
+        self.accelerator.load_state(str(checkpoint))
+        self.accelerator.step = 0  # passes of the step under way: checkpoints lie between steps
+        self.metrics, self.epoch, self.images = (self.progress[name] for name in ("metrics", "epoch", "images"))
+        self._set_schedule(self.progress["step"])
+        logger.info(f"resumed from {checkpoint.name}")
+        return self.progress["step"]
+
+    def _set_schedule(self, step: int) -> None:
+        """The learning rate is a function of settings and step alone, whatever the number of processes."""
+        config, optimizer = self.config, self.optimizer.optimizer
+        for group in optimizer.param_groups:
+            group["initial_lr"] = config.learning_rate
+        self.scheduler = get_cosine_schedule_with_warmup(
+            optimizer, config.warmup_steps, config.max_steps, last_epoch=step - 1
+        )
 
     def _finish(self) -> DistillationResult:
+        """Saved to the side and moved: a run that is killed here can be resumed."""
         student = self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False).cpu()
         # Accelerate peels its autocast off the method, and transformers' decorators with it: back to the class's own.
         student.__dict__.pop("forward", None)
         if self.accelerator.is_main_process:
-            student.save_pretrained(self.output_dir)
-            self.image_processor.save_pretrained(self.output_dir)
-            (self.output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
+            partial = self.output_dir / f".model{PARTIAL}"
+            shutil.rmtree(partial, ignore_errors=True)
+            student.save_pretrained(partial)
+            self.image_processor.save_pretrained(partial)
+            (partial / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
+            move_files(partial, self.output_dir, last="config.json")
         self.accelerator.wait_for_everyone()
         return DistillationResult(student.eval(), self.metrics, self.output_dir)
 
@@ -452,16 +505,6 @@ def matching_image_processor(teacher: Teacher, image_size: int, **options: Any) 
         size = {name: round(side * scale) for name, side in dict(theirs.size).items() if side}
         options = {"do_center_crop": True, "crop_size": {"height": image_size, "width": image_size}, **options}
     return APMImageProcessor(size=size, **options)
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    return sorted(path for path in (output_dir / CHECKPOINTS).glob("step_*") if path.suffix != ".partial")
-
-
-def _progress(output_dir: Path) -> dict[str, Any]:
-    """What the last checkpoint knows of its run; nothing where there is none."""
-    found = _checkpoints(output_dir)
-    return json.loads((found[-1] / "progress.json").read_text()) if found else {}
 
 
 def _default_precision() -> str:

@@ -23,6 +23,33 @@ def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
         beside.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: what was written or renamed outlives a loss of power."""
+    if path.is_dir() and os.name == "nt":
+        return  # where folders cannot be opened
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_files(source: Path, target: Path, *, last: str) -> None:
+    """All files of a folder into another one on the same disk, whose files of these names they replace.
+
+    Args:
+        last: name of the file that goes last, and whose namesake goes first: where it lies, all others do.
+    """
+    paths = sorted(source.iterdir(), key=lambda path: (path.name == last, path.name))
+    for path in paths:
+        sync(path)
+    (target / last).unlink(missing_ok=True)
+    for path in paths:
+        os.replace(path, target / path.name)
+    sync(target)
+    source.rmdir()
+
+
 @contextmanager
 def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill with files, beside `path`; when the block ends without an error, it becomes `path`.

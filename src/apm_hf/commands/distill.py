@@ -26,7 +26,7 @@ RESULT = {
     "metrics": "of every validation: step, feature_cosine, feature_r2, embed_cosine, rgb_mse",
     "url": "of the commit with --push_to_hub, else null",
 }
-INTERRUPTED = "with --resume the same command goes on from its last checkpoint (--checkpoint_steps), if it got so far"
+INTERRUPTED = "with --resume the same command goes on from its last checkpoint, if there is one (--checkpoint_steps)"
 SMALLER = "a smaller --batch_size (with --gradient_accumulation_steps as much larger) or --num_locations"
 
 

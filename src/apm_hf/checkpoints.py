@@ -1,0 +1,192 @@
+"""Checkpoints of a training run: there whole or not at all, and verified before they are used.
+
+    OUTPUT_DIR/checkpoints/step_00000500/
+        model.safetensors, optimizer.bin, random_states_0.pkl, ...   what `Accelerator.save_state` writes
+        progress.json                                                where the run stands, and its settings
+        manifest.json                                                size and SHA-256 of all of these; written last
+
+A checkpoint is written under another name, brought to the disk, sealed with its manifest and renamed: whatever moment
+a run is killed at, the checkpoints under their final names are whole. What a disk does to them later, the manifest
+tells. The folder is one that all processes share.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from .files import sync, write_atomically
+from .provenance import versions
+
+logger = logging.get_logger(__name__)
+
+FOLDER = "checkpoints"
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
+PARTIAL = ".partial"
+
+
+class Checkpoints:
+    """Those of one run.
+
+    Args:
+        output_dir: of the run; they lie in its folder `checkpoints`.
+        keep: how many whole ones stay on the disk.
+    """
+
+    def __init__(self, output_dir: Path, *, keep: int) -> None:
+        self.folder, self.keep = output_dir / FOLDER, keep
+        self._removed = output_dir / f"{FOLDER}{PARTIAL}"
+
+    def names(self) -> list[str]:
+        """Of all, oldest first, verified or not."""
+        return sorted(path.name for path in self.folder.glob("step_*") if path.suffix != PARTIAL)
+
+    def newest(self) -> Path:
+        """The newest whole one; what is wrong with newer ones is logged.
+
+        Raises:
+            FileNotFoundError: where there is none.
+            ValueError: where all are damaged.
+        """
+        names = self.names()
+        if not names:
+            raise FileNotFoundError(f"resume: found no checkpoint in {self.folder}; start the run without resume")
+        for name in reversed(names):
+            found = faults(self.folder / name)
+            if not found:
+                return self.folder / name
+            logger.warning(f"checkpoint {name} is damaged, the one before it is tried: {'; '.join(found)}")
+        raise ValueError(
+            f"resume: expected a whole checkpoint in {self.folder}, got {len(names)} damaged; of {name}: {found[0]}"
+        )
+
+    def save(self, accelerator: Any, step: int, progress: Mapping[str, Any]) -> None:
+        """Called by all processes, after an optimiser step.
+
+        Args:
+            accelerator: whose state is saved.
+            progress: kept as JSON.
+        """
+        final = self.folder / f"step_{step:08d}"
+        partial = final.with_name(final.name + PARTIAL)
+        if accelerator.is_main_process:
+            self.sweep()
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (partial / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+            seal(partial, step=step, num_processes=accelerator.num_processes)
+            if final.exists():
+                self._discard(final)
+            partial.rename(final)
+            sync(self.folder)
+            self._prune()
+        accelerator.wait_for_everyone()
+
+    def clear(self) -> None:
+        """Away with all: checkpoints of an earlier run must not be what this one is resumed from."""
+        self.sweep()
+        if names := self.names():
+            logger.warning(f"{len(names)} checkpoints of an earlier run are removed from {self.folder.parent}")
+            self.folder.rename(self._removed)  # all at once: none is left should the run be killed here
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Away with what a run that was killed left half written, or half removed."""
+        shutil.rmtree(self._removed, ignore_errors=True)
+        for path in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(path)
+
+    def _prune(self) -> None:
+        """Verified anew: of two checkpoints of which one is damaged, a third is worth its place."""
+        whole = 0
+        for name in reversed(self.names()):
+            path = self.folder / name
+            if whole == self.keep:
+                self._discard(path)
+            elif found := faults(path):
+                logger.warning(f"checkpoint {name} is damaged and removed: {'; '.join(found)}")
+                self._discard(path)
+            else:
+                whole += 1
+
+    def _discard(self, path: Path) -> None:
+        """Renamed first: no half of it is ever left under its name."""
+        shutil.rmtree(path.rename(path.with_name(f"{path.name}.old{PARTIAL}")))
+
+
+def progress_of(checkpoint: Path) -> dict[str, Any]:
+    """What [`Checkpoints.save`] was given."""
+    return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+
+
+def manifest_of(checkpoint: Path) -> dict[str, Any]:
+    """`step`, `num_processes`, `versions` (by package) and `files` (name -> `size` in bytes and `sha256`).
+
+    Raises:
+        ValueError: for a manifest that is not as it was written.
+        FileNotFoundError: where there is none.
+    """
+    text = (checkpoint / MANIFEST).read_bytes()
+    try:
+        manifest = json.loads(text)
+        del manifest["sha256"]
+    except (ValueError, KeyError, TypeError):
+        manifest = None
+    if manifest is None or _rendered(manifest) != text:
+        raise ValueError(f"{MANIFEST}: expected text that fits its checksum, found {len(text)} bytes that do not")
+    return manifest
+
+
+def seal(folder: Path, *, step: int, num_processes: int) -> None:
+    """Bring all files of a folder to the disk, and write down what they are."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    manifest = {
+        "step": step,
+        "num_processes": num_processes,
+        "versions": versions(),
+        "files": {name: {"size": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()},
+    }
+    for path in (*files.values(), *{path.parent for path in files.values()}):
+        sync(path)
+    write_atomically(folder / MANIFEST, _rendered(manifest))
+    sync(folder)
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint: file, what was expected, what was found. Empty for a whole one."""
+    try:
+        files = manifest_of(checkpoint)["files"]
+    except ValueError as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{MANIFEST}: expected a file, found {error.strerror}"]
+    found = ((name, _fault(checkpoint / name, **expected)) for name, expected in files.items())
+    return [f"{name}: {fault}" for name, fault in found if fault]
+
+
+def _fault(path: Path, size: int, sha256: str) -> str | None:
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            return f"expected {size} bytes, found {actual}"
+        digest = _digest(path)
+    except OSError as error:
+        return f"expected a file, found {error.strerror}"
+    return None if digest == sha256 else f"expected SHA-256 {sha256[:12]}..., found {digest[:12]}..."
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rendered(manifest: Mapping[str, Any]) -> bytes:
+    """With a checksum of its own."""
+    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**manifest, "sha256": checksum}, sort_keys=True, indent=1) + "\n").encode()
