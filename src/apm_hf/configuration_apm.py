@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -99,6 +100,21 @@ _TRANSFORMERS_KWARGS = {
 _LOADING_KWARGS = {"code_revision", "commit_hash", "dtype", "return_unused_kwargs", "trust_remote_code"}
 
 
+def _wrong_types_are_value_errors(cls):
+    """A field of another type is an error like every other in a field, whether it is given or set later."""
+    set_strictly = cls.__setattr__
+
+    def set_attribute(self, name, value):
+        try:
+            set_strictly(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(f"{name}: {' '.join(str(error.__cause__ or error).split())}") from error
+
+    cls.__setattr__ = set_attribute
+    return cls
+
+
+@_wrong_types_are_value_errors
 @strict
 class APMConfig(PreTrainedConfig):
     r"""

@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
         message = f"output_dir: cannot write to {os.fspath(path)!r}: {error.strerror}"
         raise type(error)(error.errno, message) from error
     return folder
+
+
+def plain_name(text: str) -> str:
+    """What may be part of a file's name whatever the text is: no separators, no `..`, not empty."""
+    return re.sub(r"[^\w.\-]", "_", text).lstrip(".") or "_"
 
 
 def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:

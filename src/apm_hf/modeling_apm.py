@@ -33,6 +33,7 @@ from .modeling_apm_pooling import APMAttentionPooling, begin_pooling
 
 # Without gradients, locations are answered in chunks whose widest activation stays below this many elements.
 CHUNK_ELEMENTS = 2**24
+FAR = 1e30  # of coordinates
 
 
 @dataclass
@@ -398,10 +399,11 @@ class APMModel(APMPreTrainedModel):
             raise ValueError(
                 f"coordinates: expected shape (L, 2) or ({batch_size}, L, 2), (y, x), with L >= 1, got {shape}"
             )
-        # Positions are worked out in float32 whatever the weights' dtype: see `sample_patches`.
         if not torch.compiler.is_compiling() and _can_be_looked_at(coordinates) and not coordinates.isfinite().all():
             raise ValueError("coordinates: expected finite numbers, (y, x), got NaN or infinite ones")
-        coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
+        # Positions are worked out in float32 whatever the weights' dtype: see `sample_patches`. Beyond the bound, where
+        # nothing can be told apart any more, they would overflow on their way.
+        coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32)).clamp(-FAR, FAR)
         return coordinates if coordinates.ndim == 3 else coordinates[None]  # (L, 2) -> (1, L, 2)
 
 
