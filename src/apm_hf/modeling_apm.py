@@ -401,8 +401,8 @@ class APMModel(APMPreTrainedModel):
             )
         if not torch.compiler.is_compiling() and _can_be_looked_at(coordinates) and not coordinates.isfinite().all():
             raise ValueError("coordinates: expected finite numbers, (y, x), got NaN or infinite ones")
-        # Positions are worked out in float32 whatever the weights' dtype: see `sample_patches`. Beyond the bound, where
-        # nothing can be told apart any more, they would overflow on their way.
+        # Positions are worked out in float32 whatever the weights' dtype: see `sample_patches`. Beyond the bound, they
+        # would overflow on their way; nothing can be told apart so far out.
         coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32)).clamp(-FAR, FAR)
         return coordinates if coordinates.ndim == 3 else coordinates[None]  # (L, 2) -> (1, L, 2)
 
