@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -95,6 +96,25 @@ _TRANSFORMERS_KWARGS = {
 }
 
 
+# Options of `from_pretrained` that may be left when a configuration is made, and are none of its fields.
+_LOADING_KWARGS = {"code_revision", "commit_hash", "dtype", "return_unused_kwargs", "trust_remote_code"}
+
+
+def _wrong_types_are_value_errors(cls):
+    """A field of another type is an error like every other in a field, whether it is given or set later."""
+    set_strictly = cls.__setattr__
+
+    def set_attribute(self, name, value):
+        try:
+            set_strictly(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(f"{name}: {' '.join(str(error.__cause__ or error).split())}") from error
+
+    cls.__setattr__ = set_attribute
+    return cls
+
+
+@_wrong_types_are_value_errors
 @strict
 class APMConfig(PreTrainedConfig):
     r"""
@@ -258,6 +278,24 @@ class APMConfig(PreTrainedConfig):
         if not self.initializer_range > 0:
             raise ValueError(f"initializer_range: expected a positive number, got {self.initializer_range}")
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, which forgets what it does not know: here a misspelt field is an error.
+
+        Raises:
+            ValueError: for fields that do not exist, that do not fit together, or of another kind of model.
+        """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(f"model_type: expected {cls.model_type!r}, got a configuration of {kind!r}")
+        wants_unused = kwargs.get("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, **{**kwargs, "return_unused_kwargs": True})
+        config.validate_architecture()  # with the fields that the caller set
+        # Where the caller asks for what is left, some of it may be meant for a model.
+        left = {name: value for name, value in unused.items() if name not in _LOADING_KWARGS}
+        cls._reject_unknown_fields({name: left[name] for name in left if not wants_unused or _resembles_field(name)})
+        return (config, unused) if wants_unused else config
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         # Whatever was saved before, the files that are written now lie in this folder; a subclass keeps its own entry.
         own = {name: path for name, path in (getattr(self, "auto_map", None) or {}).items() if "--" not in path}
@@ -364,6 +402,10 @@ class APMConfig(PreTrainedConfig):
     def query_width(self) -> int:
         """D + Q + P."""
         return self.trigger_width + self.local_patch_width + self.position_size
+
+
+def _resembles_field(name: str) -> bool:
+    return bool(difflib.get_close_matches(name, {field.name for field in fields(APMConfig)}, n=1, cutoff=0.85))
 
 
 __all__ = ["AUTO_MAP", "APMConfig", "PRESETS", "travelling_classes"]

@@ -24,9 +24,10 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from .checkpoints import PARTIAL, Checkpoints, progress_of
+from .data.bad_images import SkippedImages, readable
 from .distillation_targets import TargetMaker
 from .feature_statistics import KINDS, set_statistics, statistics_of
-from .files import move_files
+from .files import move_files, writable_folder
 from .image_processing_apm import APMImageProcessor
 from .losses import LossWeights
 from .modeling_apm import APMModel
@@ -83,6 +84,9 @@ class DistillationConfig:
     checkpoint_steps: int = field(default=500, metadata={"help": "steps between checkpoints; 0 only when stopped"})
     keep_checkpoints: int = field(default=2, metadata={"help": "how many whole checkpoints stay on the disk"})
     resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint in output_dir"})
+    max_bad_images: int = field(
+        default=0, metadata={"help": "unreadable images that are skipped and listed before the run stops"}
+    )
     num_workers: int = field(default=0, metadata={"help": "processes that load images, per training process"})
     num_pictures: int = field(default=4, metadata={"help": "validation images drawn at each validation"})
     report_to: str = field(default="tensorboard", metadata={"help": "an Accelerate tracker, or none"})
@@ -93,7 +97,8 @@ class DistillationConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in (
-            "warmup_steps", "checkpoint_steps", "max_grad_norm", "num_workers", "num_pictures", "statistics_images"
+            "warmup_steps", "checkpoint_steps", "max_grad_norm", "num_workers", "num_pictures", "statistics_images",
+            "max_bad_images",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -160,9 +165,11 @@ def distill(
         ValueError: for a student whose features are not as wide as the teacher's, a loss that is not finite, a folder
             that another run is writing, or with `config.resume`, where no checkpoint is whole or the run is another.
         FileNotFoundError: with `config.resume`, where there is no checkpoint.
+        OSError: for an `output_dir` that cannot be written to.
         RunStopped: after SIGTERM or SIGINT, when the step is done and a checkpoint saved. A `SystemExit`: a program
             that lets it pass ends with status `apm_hf.stopping.EXIT_STOPPED`.
     """
+    writable_folder(config.output_dir)  # before anything is computed
     if teacher is not None and teacher.feature_size != student.config.feature_size:
         raise ValueError(
             f"feature_size: expected the teacher's {teacher.feature_size}, got {student.config.feature_size}"
@@ -261,6 +268,12 @@ class _Run:
         if validation_data is not None:
             loader = DataLoader(validation_data, batch_size=config.batch_size, collate_fn=collate_fn)
             self.validation_loader = self.accelerator.prepare(loader)
+        self.skipped = SkippedImages(
+            self.output_dir,
+            config.max_bad_images,
+            gather=self.accelerator.gather,
+            is_main_process=self.accelerator.is_main_process,
+        )
         self.metrics: list[dict[str, float]] = []
         # Where in the data the run is: images of this epoch that all processes together are done with.
         self.epoch, self.images, self.images_a_pass = 0, 0, config.batch_size * processes
@@ -272,6 +285,7 @@ class _Run:
             tracked = {name: value for name, value in vars(config).items() if value is not None}
             accelerator.init_trackers("distillation", config=tracked)
         step = self._resume(self.resumed) if self.resumed else self._start_anew()
+        self.skipped.begin(step)
         with StopRequests() as requests:
             step = self._train(step, requests)
             result = self._finish() if step >= config.max_steps else None
@@ -349,16 +363,19 @@ class _Run:
         rows = itertools.islice(rows, *share)
         while batch := list(itertools.islice(rows, self.config.batch_size)):
             collated = (collate_fn or default_collate)(batch)
-            yield {name: values.to(self.accelerator.device) for name, values in collated.items()}
+            if len((collated := readable(collated))["pixel_values"]):
+                yield {name: values.to(self.accelerator.device) for name, values in collated.items()}
 
     def _step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         config, accelerator = self.config, self.accelerator
         # One draw for the whole step, the same in every process, afresh from (seed, step): a resumed run draws what
         # the uninterrupted one would have drawn.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        losses = self.objective.losses(self.student, batch, generator)
+        batch, share = self.skipped.sift(batch, step)
+        losses = {name: loss * share for name, loss in self.objective.losses(self.student, batch, generator).items()}
         if not torch.isfinite(losses["loss"]):
-            raise ValueError(f"step {step}: the loss is {losses['loss'].item()}; lower --learning_rate")
+            why = self.objective.not_finite(batch) or "lower --learning_rate"
+            raise ValueError(f"step {step}: the loss is {losses['loss'].item()}; {why}")
         accelerator.backward(losses["loss"])
         if accelerator.sync_gradients and config.max_grad_norm:
             accelerator.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
@@ -389,7 +406,7 @@ class _Run:
     def _report(self, step: int, losses: dict[str, Tensor], progress: Any, images_per_second: float) -> None:
         values = {name: self.accelerator.reduce(loss, "mean").item() for name, loss in losses.items()}
         values["learning_rate"] = self.scheduler.get_last_lr()[0]
-        values["images_per_second"] = images_per_second
+        values["images_per_second"], values["skipped_images"] = images_per_second, float(len(self.skipped))
         self.accelerator.log(values, step=step)
         progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{images_per_second:.0f}")
 
@@ -402,7 +419,8 @@ class _Run:
         for index, batch in enumerate(self.validation_loader):
             answers = self.objective.answers(self.student, batch)
             found = {name: ValidationMetrics.statistics(one, asked.targets) for name, (one, asked) in answers.items()}
-            for name, gathered in self.accelerator.gather_for_metrics(found).items():
+            found = self.skipped.sift_answers(found, batch, self.accelerator.gather_for_metrics, step)
+            for name, gathered in found.items():
                 metrics.setdefault(name, ValidationMetrics()).add(gathered)
             if index == 0 and self.config.num_pictures and self.accelerator.is_main_process:
                 outputs, (targets, _, grid) = answers[MAIN]
@@ -415,6 +433,8 @@ class _Run:
         values = metrics.pop(MAIN).compute()
         for name, further_metrics in metrics.items():
             values |= {f"{name}/{figure}": value for figure, value in further_metrics.compute().items()}
+        if self.config.max_bad_images:
+            values["skipped_images"] = float(len(self.skipped))
         self.metrics.append({"step": step, **values})
         self.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=step)
         logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))

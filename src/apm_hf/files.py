@@ -1,14 +1,44 @@
 """Files and folders that are there whole or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """Make the folder, and try it: what cannot be saved should not be computed first.
+
+    Raises:
+        OSError: a file is in the way, a disk that is full or read-only, missing rights; names the folder.
+    """
+    folder = Path(path)
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"0")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        message = f"output_dir: cannot write to {os.fspath(path)!r}: {error.strerror}"
+        raise type(error)(error.errno, message) from error
+    return folder
+
+
+def plain_name(text: str) -> str:
+    """What may be part of a file's name whatever the text is: no separators, no `..`, not empty."""
+    return re.sub(r"[^\w.\-]", "_", text).lstrip(".") or "_"
+
+
 def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
-    """Write beside, then rename; folders are made. Text is UTF-8, and may come in parts."""
+    """Write beside, then rename; folders are made. Text is UTF-8, and may come in parts.
+
+    Raises:
+        OSError: names the file, also where the disk is full; what was there before is left as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     parts = [content] if isinstance(content, str | bytes) else content
@@ -19,6 +49,8 @@ def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 

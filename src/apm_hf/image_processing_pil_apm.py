@@ -21,6 +21,7 @@ Legend: B images, C channels (1, 3 or 4), (H, W) the input's and (S_h, S_w) the 
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -282,11 +283,15 @@ class APMImageProcessorBase(BaseImageProcessor):
         if isinstance(image, str | os.PathLike):
             try:
                 if not os.path.isfile(image):
+                    if os.path.exists(image):  # a folder, a pipe: the next words would be about URLs
+                        raise OSError("not a file")
                     return load_image(os.fspath(image))
                 with open(image, "rb") as file:  # PIL would keep files of many frames open
                     return PIL.Image.open(io.BytesIO(file.read()))
-            except OSError as error:
-                raise ValueError(f"expected a readable image, got {image!r}: {error}") from error
+            # The second is Pillow's for a decompression bomb, which is none of the system's.
+            except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+                reason = re.sub(r"<_io.*>", "its content", str(error))
+                raise ValueError(f"expected a readable image, got {str(image)[:200]!r}: {reason[:300]}") from error
         return image
 
     def _prepare_image_like_inputs(

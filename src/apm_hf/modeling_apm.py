@@ -11,11 +11,15 @@ row-major; coordinates are (y, x) in [-1, 1] at the places of `torch.nn.function
 """
 
 import copy
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
@@ -29,6 +33,7 @@ from .modeling_apm_pooling import APMAttentionPooling, begin_pooling
 
 # Without gradients, locations are answered in chunks whose widest activation stays below this many elements.
 CHUNK_ELEMENTS = 2**24
+FAR = 1e30  # of coordinates
 
 
 @dataclass
@@ -69,6 +74,45 @@ class APMPreTrainedModel(PreTrainedModel):
     def __init__(self, config: APMConfig, *args, **kwargs):
         config.validate_architecture()  # fields may have been set since the configuration was made
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers, but weights are read from safetensors alone unless `use_safetensors=False`.
+
+        Raises:
+            ValueError: for keyword arguments that nobody knows, a configuration that is none of APM's, and weights
+                that do not have its shapes.
+            OSError: for files that are missing or broken; names them.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        name = pretrained_model_name_or_path
+        try:
+            return super().from_pretrained(name, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"{_broken_file(name)}: expected a whole safetensors file, got: {error}") from error
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown[1] not in kwargs:
+                raise
+            raise ValueError(f"{cls.__name__}: neither a field nor an option is called {unknown[1]!r}") from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"{name}: expected weights of the shapes that its configuration describes, got others; they are "
+                "listed in the log above"
+            ) from error
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers.
+
+        Raises:
+            OSError: where the weights cannot be written, as on a full disk.
+        """
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"cannot write the weights to {str(save_directory)!r}: {error}") from error
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -144,6 +188,7 @@ class APMModel(APMPreTrainedModel):
         Args:
             pixel_values: `(B, C, S, S)`; not needed where `trigger_column` is given and `config.local_patch` is off.
             coordinates: `(L, 2)` or `(B, L, 2)`, (y, x) in [-1, 1], any real values; None asks for the full grid.
+                NaN is refused, but not looked for on an accelerator where gradients are wanted.
             trigger_column: `(B, D)`, instead of folding; required with `trigger_source="embedding"`.
             chunk_size: locations answered at a time; the answers do not depend on it. None chooses: all at once where
                 gradients are needed, else as many as keep the activations below `CHUNK_ELEMENTS`.
@@ -248,6 +293,9 @@ class APMModel(APMPreTrainedModel):
     def _unfold(
         self, trigger_column: Tensor | None, coordinates: Tensor | None, pixel_values: Tensor | None
     ) -> APMQuery:
+        for name, given in (("pixel_values", pixel_values), ("trigger_column", trigger_column)):
+            if given is not None and not isinstance(given, Tensor):
+                raise ValueError(f"{name}: expected a tensor, got {type(given).__name__}")
         dtype = self.decoder.feature_head.weight.dtype  # inputs may stay float32 beside bfloat16 weights
         pixel_values = None if pixel_values is None else pixel_values.to(dtype)
         trigger_column = None if trigger_column is None else trigger_column.to(dtype)
@@ -339,6 +387,8 @@ class APMModel(APMPreTrainedModel):
             )
 
     def _check_coordinates(self, coordinates: Tensor, batch_size: int) -> Tensor:
+        if not isinstance(coordinates, Tensor):
+            raise ValueError(f"coordinates: expected a tensor, got {type(coordinates).__name__}")
         shape = tuple(coordinates.shape)
         if (
             len(shape) not in (2, 3)
@@ -349,9 +399,29 @@ class APMModel(APMPreTrainedModel):
             raise ValueError(
                 f"coordinates: expected shape (L, 2) or ({batch_size}, L, 2), (y, x), with L >= 1, got {shape}"
             )
-        # Positions are worked out in float32 whatever the weights' dtype: see `sample_patches`.
-        coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
+        if not torch.compiler.is_compiling() and _can_be_looked_at(coordinates) and not coordinates.isfinite().all():
+            raise ValueError("coordinates: expected finite numbers, (y, x), got NaN or infinite ones")
+        # Positions are worked out in float32 whatever the weights' dtype: see `sample_patches`. Beyond the bound, they
+        # would overflow on their way; nothing can be told apart so far out.
+        coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32)).clamp(-FAR, FAR)
         return coordinates if coordinates.ndim == 3 else coordinates[None]  # (L, 2) -> (1, L, 2)
+
+
+def _can_be_looked_at(coordinates: Tensor) -> bool:
+    """Not under vmap; and where gradients are wanted on an accelerator, it would have to wait at every step."""
+    mapped = torch._C._functorch.is_functorch_wrapped_tensor(coordinates)
+    return not mapped and (coordinates.device.type == "cpu" or not torch.is_grad_enabled())
+
+
+def _broken_file(name: str | os.PathLike) -> str:
+    """Which of a folder's files of weights cannot be read; the model's own name where none of them is to blame."""
+    for path in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return str(path)
+    return str(name)
 
 
 def _as_they_are(features: Tensor) -> Tensor:

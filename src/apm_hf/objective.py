@@ -102,6 +102,19 @@ class Objective:
         outputs, others = ask_all(student, batch["pixel_values"], main, further, {})
         return {MAIN: (outputs, main), **{name: (others[name], further[name]) for name in further}}
 
+    def not_finite(self, batch: dict[str, Tensor]) -> str | None:
+        """Which images a teacher answers NaN or infinity to, by their `index` where they have one; None for none."""
+        main, further = self.questions(batch)
+        for name, question in {MAIN: main, **further}.items():
+            targets = question.targets
+            finite = targets.image_embeds.isfinite().all(dim=1) & targets.features.isfinite().flatten(1).all(dim=1)
+            if not finite.all():
+                places = (~finite).nonzero().flatten()
+                where = f"rows {batch['index'][places].tolist()}" if "index" in batch else f"images {places.tolist()}"
+                teacher = f"the teacher of head {name!r}" if name else "the teacher"
+                return f"expected finite features of {teacher}, got NaN or infinite ones for {where}"
+        return None
+
     def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """By head, what statistics are measured on: the teachers' patches, or, where only they count, embeddings."""
         main, further = self.questions(batch)

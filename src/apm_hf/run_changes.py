@@ -21,7 +21,7 @@ REFUSED = ("seed", "num_images", "teachers", "student", "level_layers", "statist
 # Nothing of these is in the weights.
 WITHOUT_EFFECT = (
     "output_dir", "resume", "report_to", "num_workers", "num_pictures", "validation_steps", "checkpoint_steps",
-    "keep_checkpoints",
+    "keep_checkpoints", "max_bad_images",
 )  # fmt: skip
 # Of a student's configuration: found on the way, not given.
 FOUND = ("distilled_from", "feature_mean", "feature_std", "transformers_version", "dtype", "architectures", "auto_map")

@@ -17,7 +17,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging
 
-from .data.images import eight_bit_rgb
+from .data.images import check_resized, eight_bit_rgb
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +51,8 @@ def _to_rgb(image: Any, index: int) -> Image.Image:
 
 def process(image_processor: Any, images: list[Image.Image]) -> Tensor:
     """`(B, 3, H, W)`."""
+    for image in images:
+        check_resized(image_processor, image)
     return image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 

@@ -12,9 +12,12 @@ from transformers.utils import logging
 
 from .configuration_apm import APMConfig
 from .data.augmentation import RandomCrops
+from .data.bad_images import numbered
 from .data.images import ImageCollator
 from .data.loading import train_and_validation
+from .data.streams import Reconnecting
 from .distillation import DistillationConfig, DistillationResult, distill, matching_image_processor
+from .files import writable_folder
 from .hub import publish
 from .model_cards import CardFacts, write_card, write_card_picture
 from .modeling_apm import APMModel
@@ -94,6 +97,7 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
         raise ValueError("--random_crops: expected a data set that is not streamed")
     if wrong := [one for one in training.extra_teachers if "=" not in one]:
         raise ValueError(f"--extra_teachers: expected NAME=TEACHER, got {wrong}")
+    writable_folder(config.output_dir)  # before anything is fetched
     overrides, processor_options = (_json_object(training, name) for name in ("config_overrides", "image_processor"))
     set_seed(config.seed)
     teacher = load_teacher(training.teacher, dtype=training.teacher_dtype)
@@ -119,22 +123,23 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
         max_validation_images=training.max_validation_images,
         seed=config.seed,
     )
-    images = data.dataset
+    images = Reconnecting(data.dataset, name=training.dataset) if training.streaming else data.dataset
     if training.random_crops:
         images = RandomCrops(images, data.image_column, seed=config.seed)
     result = distill(
         student,
-        images,
+        numbered(images),
         config=config,
         image_processor=image_processor,
         teacher=teacher,
         teachers=teachers,
-        validation_data=validation.dataset,
+        validation_data=numbered(validation.dataset),
         collate_fn=ImageCollator(
             image_processor,
             data.image_column,
             teacher_image_processor=teacher.image_processor,
             teacher_image_processors={head: same_view(one, teacher) for head, one in teachers.items()},
+            max_bad_images=config.max_bad_images,
         ),
     )
     state, address = process_state(), None

@@ -43,8 +43,12 @@ class RandomCrops(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row: Mapping[str, Any] = self.dataset[index]
+        try:
+            image = decode_image(row[self.image_column])
+        except ValueError:
+            return dict(row)  # as it is: whoever makes batches counts it, or says what is wrong with it
         rng = np.random.default_rng([self.seed, self.epoch, index])
-        return {**row, self.image_column: self._view(decode_image(row[self.image_column]), rng)}
+        return {**row, self.image_column: self._view(image, rng)}
 
     def _view(self, image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
         area = rng.uniform(self.min_area, 1)

@@ -3,9 +3,11 @@
 Legend: B rows in a batch, (S_h, S_w) a processor's output height and width.
 """
 
+import hashlib
 import io
 import operator
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +19,24 @@ import torch
 from torch import Tensor
 
 from ..image_processing_pil_apm import read_image
+from .bad_images import PROBLEM, packed
+
+# What a damaged download often is instead of an image, by its first bytes.
+_SIGNATURES = {
+    b"<": "a page of HTML or XML",
+    b"PK\x03\x04": "a zip archive",
+    b"%PDF": "a PDF",
+    b"{": "JSON",
+    b"PAR1": "parquet",
+}
 
 
 def decode_image(value: Any) -> PIL.Image.Image:
     """Decode a PIL image, `{"bytes", "path"}`, encoded bytes or a path into an upright PIL image of its own mode.
 
     Raises:
-        ValueError: missing, empty, truncated or damaged data, or an image beyond PIL's decompression limit.
+        ValueError: missing, empty, truncated or damaged data, what is no file, a format that is a program (EPS), or
+            an image beyond PIL's decompression limit.
     """
     path = None
     if isinstance(value, Mapping):
@@ -32,19 +45,43 @@ def decode_image(value: Any) -> PIL.Image.Image:
     if isinstance(value, PIL.Image.Image):
         what = f"a PIL image of mode {value.mode}"
     elif isinstance(value, bytes | bytearray | memoryview):
-        what = f"{len(value)} bytes" + (f" of {path!r}" if path else "")
+        what = f"{len(value)} bytes" + (f" of {_shortened(path)}" if path else "")
     elif isinstance(value, str | os.PathLike):
-        what = repr(os.fspath(value))
+        what = _shortened(value)
     else:
         raise ValueError(
             f"expected a PIL image, encoded bytes, a path or a dict of those, got {type(value).__name__}."
         )
     try:
-        image = PIL.ImageOps.exif_transpose(value if isinstance(value, PIL.Image.Image) else _open(value))
+        image = value if isinstance(value, PIL.Image.Image) else _open(value)
+        if image.format == "EPS":  # a program: Pillow would hand it to Ghostscript
+            raise ValueError("expected a format of pixels, got EPS")
+        image = PIL.ImageOps.exif_transpose(image)
         image.load()
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise ValueError(f"cannot decode {what}: {error or type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"cannot decode {what}: {' '.join(reason.split())[:300]}") from error
     return image
+
+
+def check_resized(image_processor: Any, image: PIL.Image.Image) -> None:
+    """Refuse a strip of pixels that a processor would blow up beyond Pillow's limit for an image.
+
+    Processors that resize the short side and crop the centre make 13 million columns of an image of 30,000 x 1.
+
+    Raises:
+        ValueError: says how large it would become.
+    """
+    size: dict[str, Any] = dict(getattr(image_processor, "size", None) or {})
+    edge, limit = size.get("shortest_edge"), PIL.Image.MAX_IMAGE_PIXELS
+    if not edge or not limit or size.get("longest_edge") or not getattr(image_processor, "do_resize", True):
+        return
+    width, height = (max(1, round(side * edge / min(image.size))) for side in image.size)
+    if width * height > limit:
+        raise ValueError(
+            f"expected an image that is not so narrow, got {image.width} x {image.height} pixels, which would be "
+            f"resized to {width} x {height}, over the limit of {limit} pixels"
+        )
 
 
 def eight_bit_rgb(image: Any) -> PIL.Image.Image:
@@ -72,9 +109,13 @@ class ImageCollator:
         label_column: as in [`ImageData`]; `None` leaves labels out.
         teacher_image_processor: the teacher's, if it is to run in this batch.
         teacher_image_processors: further teachers', by the names of their heads.
+        max_bad_images: unreadable images that do not stop the run, of each process that loads images. With more than
+            0, such a row becomes a blank picture, so that batches keep their size, and batches say in `problem`, see
+            [`apm_hf.data.bad_images`], which rows are blank and why. The same image counts once.
 
     Raises:
-        ValueError: an unreadable image or a label that is no integer; the message names the row.
+        ValueError: an unreadable image, or one beyond `max_bad_images`, or a label that is no integer; the message
+            names the row.
     """
 
     image_processor: Any
@@ -82,6 +123,12 @@ class ImageCollator:
     label_column: str | None = None
     teacher_image_processor: Any = None
     teacher_image_processors: Mapping[str, Any] = field(default_factory=dict)
+    max_bad_images: int = 0
+    _bad: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_bad_images < 0:
+            raise ValueError(f"max_bad_images: expected 0 or more, got {self.max_bad_images}")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         columns: dict[str, list[Any]] = {}
@@ -101,37 +148,85 @@ class ImageCollator:
     def _process(self, row: dict[str, Any]) -> dict[str, Any]:
         if self.image_column not in row:
             raise ValueError(f"has no column {self.image_column!r} but {list(row)}; name it with --image_column.")
-        image = decode_image(row[self.image_column])
-        example = {
-            "pixel_values": self.image_processor(image, return_tensors="pt")["pixel_values"]
-        }  # (1, 3, S_h, S_w)
-        processors = {f"teacher_pixel_values.{name}": one for name, one in self.teacher_image_processors.items()}
-        if self.teacher_image_processor is not None:
-            processors["teacher_pixel_values"] = self.teacher_image_processor
-        rgb_image = eight_bit_rgb(image) if processors else None
-        for key, processor in processors.items():
-            example[key] = processor(rgb_image, return_tensors="pt")["pixel_values"]
+        problem = ""
+        try:
+            example = self._pixels(decode_image(row[self.image_column]))
+        except ValueError as error:
+            problem = f"{_name(row, self.image_column)}: {error}"
+            self._bad.add(problem)
+            if len(self._bad) > self.max_bad_images:
+                raise
+            example = self._pixels(PIL.Image.new("RGB", (64, 64)))
+        if self.max_bad_images:
+            example[PROBLEM] = packed(problem)
         if self.label_column is not None:
             label: Any = row.get(self.label_column)
             try:
                 example["labels"] = operator.index(label)
             except TypeError as error:
                 raise ValueError(f"expected an integer in column {self.label_column!r}, got {label!r}.") from error
+            if not -(2**63) <= example["labels"] < 2**63:
+                raise ValueError(f"expected a 64-bit integer in column {self.label_column!r}, got {label!r}.")
         if "index" in row:
             example["index"] = row["index"]
         return example
 
+    def _pixels(self, image: PIL.Image.Image) -> dict[str, Any]:
+        """`(1, 3, S_h, S_w)` of each processor."""
+        check_resized(self.image_processor, image)
+        example = {"pixel_values": self.image_processor(image, return_tensors="pt")["pixel_values"]}
+        processors = {f"teacher_pixel_values.{name}": one for name, one in self.teacher_image_processors.items()}
+        if self.teacher_image_processor is not None:
+            processors["teacher_pixel_values"] = self.teacher_image_processor
+        rgb_image = eight_bit_rgb(image) if processors else None
+        for key, processor in processors.items():
+            check_resized(processor, image)
+            example[key] = processor(rgb_image, return_tensors="pt")["pixel_values"]
+        return example
+
+
+def _name(row: Mapping[str, Any], column: str) -> str:
+    """Which image it is, the same in every epoch: by its number, its file or its bytes."""
+    image = row[column]
+    path = image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
+    data = image.get("bytes") if isinstance(image, Mapping) else image
+    if "index" in row:
+        return f"row {row['index']}"
+    if path:
+        return f"file {os.path.basename(path)}"
+    if isinstance(data, bytes | bytearray | memoryview):
+        return f"bytes with sha256 {hashlib.sha256(data).hexdigest()[:16]}"
+    return type(image).__name__
+
+
+def _shortened(path: Any) -> str:
+    text = repr(os.fspath(path))
+    return text if len(text) <= 250 else f"{text[:120]}...{text[-120:]}"
+
 
 def _open(source: Any) -> PIL.Image.Image:
     if isinstance(source, bytes | bytearray | memoryview):
-        return PIL.Image.open(io.BytesIO(source))
+        return _identified(bytes(source))
     path = os.fspath(source)
     if path.startswith("hf://") or "::" in path:  # files of a streamed Hub dataset, perhaps inside an archive
         import fsspec  # type: ignore[import-untyped]
 
         with fsspec.open(path, "rb") as file:
-            return PIL.Image.open(io.BytesIO(file.read()))
-    return PIL.Image.open(io.BytesIO(Path(path).read_bytes()))  # PIL would keep files of many frames open
+            return _identified(file.read())
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):  # a pipe or a device could be read for ever
+        raise ValueError("expected a file, got a folder" if stat.S_ISDIR(mode) else "expected a file, got a device")
+    return _identified(Path(path).read_bytes())  # PIL would keep files of many frames open
 
 
-__all__ = ["ImageCollator", "decode_image", "eight_bit_rgb"]
+def _identified(data: bytes) -> PIL.Image.Image:
+    if not data:
+        raise ValueError("expected an encoded image, got an empty file")
+    try:
+        return PIL.Image.open(io.BytesIO(data))
+    except PIL.UnidentifiedImageError as error:
+        found = next((kind for start, kind in _SIGNATURES.items() if data.startswith(start)), "data of another kind")
+        raise ValueError(f"expected an encoded image (JPEG, PNG, ...), got {found}, or a damaged header") from error
+
+
+__all__ = ["ImageCollator", "check_resized", "decode_image", "eight_bit_rgb"]

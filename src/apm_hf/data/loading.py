@@ -9,7 +9,8 @@ damaged file is reported with its row instead of failing inside `datasets`, whic
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -144,6 +145,8 @@ class _Source:
     @classmethod
     def parse(cls, name_or_path: str | os.PathLike[str], revision: str | None) -> "_Source":
         name = os.fspath(name_or_path)
+        if not name.strip():
+            raise ValueError(f"dataset: expected a folder, a parquet file or a Hub name, got {name!r}")
         path, config = os.path.expanduser(name), None
         if not os.path.exists(path) and ":" in path:
             path, _, config = path.rpartition(":")
@@ -167,14 +170,10 @@ class _Source:
         datasets = _import_datasets()
         if self.saved_to_disk:
             return list(self._load_saved())
-        try:
+        with self._explained():
             return datasets.get_dataset_split_names(
                 self.path, self.config, data_files=self.data_files, revision=self.revision
             )
-        except ValueError as error:
-            if "onfig" not in str(error):
-                raise
-            raise ValueError(f"{error}\nWrite {self.path}:CONFIG to choose one.") from error
 
     def choose_split(self, split: str | None, flag: str = "--split") -> str:
         names = self.split_names
@@ -194,17 +193,39 @@ class _Source:
             raise ValueError(
                 f"a stream has no parts or sums of splits, got {split!r}; choose one of {self.split_names}."
             )
-        return _import_datasets().load_dataset(
-            self.path,
-            self.config,
-            data_files=self.data_files,
-            split=split,
-            revision=self.revision,
-            streaming=streaming,
-        )
+        with self._explained():
+            return _import_datasets().load_dataset(
+                self.path,
+                self.config,
+                data_files=self.data_files,
+                split=split,
+                revision=self.revision,
+                streaming=streaming,
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of `datasets` and of the libraries below it, with the data set's name and the first cause's words."""
+        try:
+            yield
+        except OSError as error:
+            if self.name in str(error):
+                raise
+            raise type(error)(f"{self.name}: {error}") from error
+        except (ValueError, _import_datasets().exceptions.DatasetsError) as error:
+            if re.search("Config name is missing|BuilderConfig", str(error)):
+                configs = " ".join(str(error).split())
+                raise ValueError(f"{configs}; write {self.path}:CONFIG to choose one.") from error
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if "BatchSize must be greater than 0" in str(cause):  # pyarrow's words
+                raise ValueError(f"{self.name}: expected at least one image, got none") from error
+            raise ValueError(f"{self.name}: cannot be read as an image data set: {str(cause)[:500]}") from error
 
     def _load_saved(self) -> dict[str, Any]:
-        dataset = _import_datasets().load_from_disk(self.path)
+        with self._explained():
+            dataset = _import_datasets().load_from_disk(self.path)
         return dataset if isinstance(dataset, dict) else {str(dataset.split or "train"): dataset}
 
 
@@ -222,6 +243,8 @@ def _describe(dataset: Any, split: str, image_column: str | None, label_column: 
     features = dataset.features
     if features is None:
         raise ValueError("this dataset does not tell its columns' types while streaming; load it without --streaming.")
+    if isinstance(dataset, datasets.Dataset) and not len(dataset):
+        raise ValueError(f"split {split!r}: expected at least one image, got none")
     image_column = _find_image_column(features, image_column)
     label_column = _find_label_column(features, label_column)
     if not isinstance(dataset, datasets.Dataset):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ...data.images import decode_image, eight_bit_rgb
 from ...data.loading import VALIDATION_SPLITS, _import_datasets, _Source
 from ...data.scenes import PART_NAMES, SceneDataset
+from ...files import plain_name
 from ...modeling_apm_heads import IGNORE_INDEX
 
 LEVELS = ("whole", "part")
@@ -220,7 +221,7 @@ def _load(
     if max_images is not None:
         dataset = dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:max_images]))
     return MaskedImages(
-        name=Path(place).stem if os.path.exists(place) else place.replace("/", "_").replace(":", "_"),
+        name=plain_name(Path(place).resolve().stem if os.path.exists(place) else place),
         rows=dataset,
         image_column=image_column,
         mask_columns=columns,
