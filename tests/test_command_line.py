@@ -307,7 +307,7 @@ def test_the_environment_names_neither_user_nor_home_nor_token(monkeypatch, tmp_
 
 def test_a_missing_extra_is_named_with_the_line_that_adds_it(monkeypatch, capsys):
     lines = ["torch>=2.6", "gradio>=5; extra == 'app'", "none-such; extra == 'app'", "apm_hf[app]; extra == 'demo'"]
-    monkeypatch.setattr(env.metadata, "requires", lambda name: lines)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
     monkeypatch.setattr(env, "_version", {"gradio": "5.1"}.get)
     assert env._extras() == {
         "app": {"packages": {"gradio": "5.1", "none-such": None}, "install": 'pip install "apm_hf[app]"'}

@@ -14,7 +14,6 @@ modules are not where they used to be, the classes are loaded and registered thr
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,7 +112,7 @@ def _lie_where_expected() -> bool:
     return all(path.with_suffix(".py").is_file() or (path / "__init__.py").is_file() for path in paths)
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Leaves finding to the others; what it is waiting for gets a loader that registers when it has loaded."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -124,12 +123,12 @@ class _Finder(MetaPathFinder):
                 spec = find(name, path, target)
                 if spec is not None:
                     if spec.loader is not None:
-                        spec.loader = _Registering(spec.loader, REGISTRARS[name])
+                        spec.loader = _Registering(spec.loader, REGISTRARS[name])  # type: ignore[assignment]
                     return spec
         return None
 
 
-class _Registering(Loader):
+class _Registering:
     """Loads a module as its own loader does, then gives way to it; what inspects modules meets only that one."""
 
     def __init__(self, loader: Any, enter: Callable[[Any], None]) -> None:
