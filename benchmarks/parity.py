@@ -25,7 +25,7 @@ from apm_hf.data.loading import load_images
 from apm_hf.distillation import matching_image_processor
 from apm_hf.teachers import Teacher
 from apm_hf.ttt import TTTStep
-from apm_hf.ttt_targets import TTTTargets
+from apm_hf.ttt.targets import TTTTargets
 from apm_hf.zero_shot import class_embeds, classify
 
 Row = dict[str, Any]

@@ -23,8 +23,8 @@ from apm_hf.data.scenes import SceneDataset
 from apm_hf.demo import demo_architecture
 from apm_hf.demo_assets import DEMO_TEACHER
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
-from apm_hf.feature_statistics import RunningStatistics
-from apm_hf.several_teachers import same_view
+from apm_hf.distillation.feature_statistics import RunningStatistics
+from apm_hf.distillation.views import same_view
 from apm_hf.teachers import Teacher
 
 FIGURES = ("feature_cosine", "feature_r2", "embed_cosine")

@@ -179,7 +179,7 @@ def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     from apm_hf import load_teacher
     from apm_hf.data.images import decode_image
     from apm_hf.data.loading import load_images
-    from apm_hf.ttt_classification import TTTClassifier
+    from apm_hf.ttt.classification import TTTClassifier
 
     teacher = load_teacher(options.teacher)
     data = load_images(options.dataset, max_images=options.num_photos, seed=0)

@@ -25,7 +25,7 @@ from apm_hf import TTTConfig, load_teacher
 from apm_hf.data.images import decode_image
 from apm_hf.data.loading import load_images
 from apm_hf.processes import process_state
-from apm_hf.ttt_classification import TTTClassifier
+from apm_hf.ttt.classification import TTTClassifier
 
 
 @dataclass(frozen=True, kw_only=True)

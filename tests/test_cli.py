@@ -13,7 +13,7 @@ from apm_hf.cli import main
 from apm_hf.commands import classify, interpolate, islands
 from apm_hf.distillation import matching_image_processor
 from apm_hf.ttt import TTTConfig
-from apm_hf.ttt_classification import TTTClassifier
+from apm_hf.ttt.classification import TTTClassifier
 from fixtures_tiny import LABELS, photo, save_classifier, save_clip, student
 
 

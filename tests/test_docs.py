@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from apm_hf import teacher_families
 from apm_hf.cli import COMMANDS
 from apm_hf.commands.parsing import parse
 from apm_hf.data.scenes import SceneDataset
 from apm_hf.demo_assets import DEMO_MODEL
+from apm_hf.teachers import families as teacher_families
 from fixtures_hub import TOKEN
 
 ROOT = Path(__file__).parents[1]

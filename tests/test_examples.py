@@ -22,7 +22,7 @@ from apm_hf.cli import main
 from apm_hf.commands import distill
 from apm_hf.data.images import ImageCollator
 from apm_hf.distillation import matching_image_processor
-from apm_hf.ttt_classification import TTTClassifier
+from apm_hf.ttt.classification import TTTClassifier
 from fixtures_tiny import LABELS, photo, save_clip, save_splits, student
 
 datasets = pytest.importorskip("datasets")

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from apm_hf import APMConfig, APMImageProcessor, APMModel, load_teacher
 from apm_hf.dense_targets import moved
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
-from apm_hf.distillation_targets import TargetMaker, ask
+from apm_hf.distillation.targets import TargetMaker, ask
 from apm_hf.losses import DistillationTargets, LossWeights, distillation_losses, normalise_levels
 from fixtures_tiny import (
     FEATURE_SIZE,

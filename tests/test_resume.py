@@ -24,10 +24,10 @@ from transformers import modeling_utils
 from transformers.utils.logging import disable_progress_bar
 
 from apm_hf import distillation, stopping, training
-from apm_hf.checkpoints import Checkpoints, faults, manifest_of, progress_of
 from apm_hf.cli import main
 from apm_hf.data.targets import TargetCache
 from apm_hf.distillation import DistillationConfig, distill
+from apm_hf.distillation.checkpoints import Checkpoints, faults, manifest_of, progress_of
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.stopping import EXIT_STOPPED, RunStopped
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, student

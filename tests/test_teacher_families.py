@@ -52,16 +52,17 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from apm_hf import Teacher, load_teacher, teacher_families
+from apm_hf import Teacher, load_teacher
 from apm_hf.data.scenes import SceneDataset
 from apm_hf.data.targets import TargetCache
 from apm_hf.dense_targets import encode_densely
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
 from apm_hf.evaluation.prompt_tuning import Prompts
 from apm_hf.photo_machine import teacher_features
-from apm_hf.teacher_images import plain_image_processor
-from apm_hf.teacher_vision import FamilyVision
 from apm_hf.teachers import TeacherOutput
+from apm_hf.teachers import families as teacher_families
+from apm_hf.teachers.images import plain_image_processor
+from apm_hf.teachers.vision import FamilyVision
 from apm_hf.zero_shot import classify
 from fixtures_tiny import LABELS, TOWER, WORDS, photo, randomise, student, tokenizer
 

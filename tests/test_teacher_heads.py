@@ -23,15 +23,15 @@ from apm_hf.data.targets import TargetCache
 from apm_hf.demo_assets import DEMO_MODEL
 from apm_hf.dense_targets import moved
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
-from apm_hf.distillation_targets import Question, TargetMaker, ask_all
-from apm_hf.feature_statistics import RunningStatistics, set_statistics
+from apm_hf.distillation.feature_statistics import RunningStatistics, set_statistics
+from apm_hf.distillation.targets import Question, TargetMaker, ask_all
+from apm_hf.distillation.views import same_view
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.islands.maps import feature_map
+from apm_hf.licenses import inherit, public_name, teacher_license
 from apm_hf.losses import DistillationTargets, LossWeights, distillation_losses
 from apm_hf.position_encoding import grid_coordinates
-from apm_hf.several_teachers import same_view
-from apm_hf.teacher_license import inherit, public_name, teacher_license
-from apm_hf.ttt_targets import TTTTargets
+from apm_hf.ttt.targets import TTTTargets
 from fixtures_tiny import (
     FEATURE_SIZE,
     STUDENT_SIZE,

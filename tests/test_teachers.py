@@ -40,9 +40,11 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from apm_hf import teacher_text, teacher_vision, teachers
-from apm_hf.teacher_families import VisionTower
 from apm_hf.teachers import load_teacher
+from apm_hf.teachers import teacher as teachers
+from apm_hf.teachers import text as teacher_text
+from apm_hf.teachers import vision as teacher_vision
+from apm_hf.teachers.families import VisionTower
 from apm_hf.zero_shot import ENSEMBLE_TEMPLATES, classify
 
 SIZE, PATCH, WIDTH, PROJECTION, NUM_REGISTERS, NUM_LAYERS = 32, 8, 32, 24, 3, 3

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from apm_hf import load_teacher, ttt_classification
+from apm_hf import load_teacher
 from apm_hf.distillation import matching_image_processor
 from apm_hf.ttt import TTTConfig, adapt
-from apm_hf.ttt_classification import TTTClassifier
+from apm_hf.ttt import classification as ttt_classification
+from apm_hf.ttt.classification import TTTClassifier
 from fixtures_tiny import FEATURE_SIZE, LABELS, STUDENT_SIZE, photo, save_classifier, save_clip, student
 
 CONFIG = TTTConfig.preset("fast", num_locations=4, steps=10, learning_rate=1e-2)

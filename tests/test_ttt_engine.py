@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from apm_hf import APMConfig, APMModel
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.ttt import TTTConfig, adapt, bytes_per_image
-from apm_hf.ttt_machines import FITS, learning_modules
-from apm_hf.ttt_targets import TTTTargets
+from apm_hf.ttt.layers import FITS, learning_modules
+from apm_hf.ttt.targets import TTTTargets
 from naive_apm import small_config, small_images, small_model
 
 F_WIDTH = 16

@@ -25,11 +25,11 @@ from .data.scenes import CLASS_NAMES, SceneDataset
 from .data.targets import TargetCache
 from .demo_assets import DEMO_TEACHER
 from .distillation import DistillationConfig, distill, matching_image_processor
+from .licenses import inherit
 from .model_cards import CardFacts, write_card, write_card_picture
 from .modeling_apm import APMModel
 from .position_encoding import grid_coordinates
 from .report import Sight, write_report
-from .teacher_license import inherit
 from .teachers import Teacher, load_teacher
 from .ttt import TTTConfig, adapt
 from .zero_shot import classify

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import provenance
 from .files import write_atomically
-from .teacher_license import public_name
+from .licenses import public_name
 
 FACTS_FILE = "card.json"
 PICTURE = "islands.png"

@@ -30,7 +30,7 @@ from .modeling_apm import APMModel
 from .position_encoding import grid_coordinates
 from .teachers import Teacher
 from .ttt import TTTConfig, TTTStep, adapt
-from .ttt_targets import TTTTargets
+from .ttt.targets import TTTTargets
 
 # Of `fit_photo`: features of cosine 0.95 to DeiT-Tiny's in some 10 s on a CPU; longer fits copy the teacher's noise.
 FIT_STEPS, FIT_LEARNING_RATE, FIT_LOCATIONS = 300, 1e-3, 196

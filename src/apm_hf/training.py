@@ -17,13 +17,13 @@ from .data.images import ImageCollator
 from .data.loading import train_and_validation
 from .data.streams import Reconnecting
 from .distillation import DistillationConfig, DistillationResult, distill, matching_image_processor
+from .distillation.views import same_view
 from .files import writable_folder
 from .hub import publish
+from .licenses import inherit
 from .model_cards import CardFacts, write_card, write_card_picture
 from .modeling_apm import APMModel
 from .processes import process_state
-from .several_teachers import same_view
-from .teacher_license import inherit
 from .teachers import load_teacher
 
 logger = logging.get_logger(__name__)

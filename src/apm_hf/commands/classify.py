@@ -10,7 +10,7 @@ from ..demo_assets import DEMO_MODEL, DEMO_TEACHER
 from .options import add
 
 if TYPE_CHECKING:
-    from ..ttt_classification import TTTClassifier
+    from ..ttt.classification import TTTClassifier
 
 logger = logging.getLogger("apm_hf")
 
@@ -82,7 +82,7 @@ def _classifier(options: argparse.Namespace) -> "TTTClassifier":
 
     from ..teachers import DEFAULT_TEMPLATES, load_teacher
     from ..ttt import TTTConfig
-    from ..ttt_classification import TTTClassifier
+    from ..ttt.classification import TTTClassifier
     from ..zero_shot import read_labels
 
     teacher_name, model_name = options.teacher or DEMO_TEACHER, options.model

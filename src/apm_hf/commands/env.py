@@ -148,13 +148,11 @@ def _cpu_bfloat16() -> bool | None:
 def _defaults() -> dict[str, Any]:
     from transformers.utils import is_torchvision_available
 
-    from ..teachers import _default_device
+    from ..devices import default_device, default_precision
 
-    device, precision = _default_device(), None
+    device, precision = default_device(), None
     if _version("accelerate") is not None:
-        from ..distillation import _default_precision
-
-        precision = _default_precision()
+        precision = default_precision()
     return {
         "device": device,
         "teacher_dtype": "float32" if device == "cpu" else "the checkpoint's",

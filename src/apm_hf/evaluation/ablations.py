@@ -38,7 +38,7 @@ from ..losses import rgb_targets
 from ..modeling_apm import APMModel
 from ..teachers import Teacher
 from ..ttt import Adapted, TTTConfig, adapt
-from ..ttt_targets import TTTTargets
+from ..ttt.targets import TTTTargets
 from ..zero_shot import class_embeds, classify
 from .benchmarks import LabelledImages
 from .plots import COLOURS, error_bars

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..teacher_text import parse_template, tokenizer_options, trained_case
 from ..teachers import Teacher
+from ..teachers.text import parse_template, tokenizer_options, trained_case
 from ..zero_shot import classify
 from .task import ImageBatch, MethodOutput, ZeroShotTask
 from .view_methods import NUM_VIEWS, by_confidence, check_views, num_kept, view_logits

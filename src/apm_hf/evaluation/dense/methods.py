@@ -24,7 +24,7 @@ from ...modeling_apm import APMModel
 from ...photo_machine import random_machine, whole_photos
 from ...teachers import Teacher
 from ...ttt import TTTConfig, adapt
-from ...ttt_targets import TTTTargets
+from ...ttt.targets import TTTTargets
 
 Images = Sequence[PIL.Image.Image]
 Size = tuple[int, int]

@@ -17,7 +17,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging
 
-from .data.images import check_resized, eight_bit_rgb
+from ..data.images import check_resized, eight_bit_rgb
 
 logger = logging.get_logger(__name__)
 

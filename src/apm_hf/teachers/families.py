@@ -1,7 +1,7 @@
 """What must be known about a family of models for it to be a teacher.
 
 A new family is one entry in `VISION_TOWERS` and, where it reads text too, one in `DUAL_ENCODERS`; how a description is
-put to use is in `apm_hf.teacher_vision` and `apm_hf.teacher_text`. The tests ask every family where its tokens lie.
+put to use is in `apm_hf.teachers.vision` and `apm_hf.teachers.text`. The tests ask every family where its tokens lie.
 
 Legend: B images, T tokens, (rows, cols) the grid of patches, C width of the vision tower, F width of the embeddings.
 """

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dense_targets import moved
-from .losses import DistillationTargets, normalise_levels, rgb_targets
-from .modeling_apm import APMModelOutput
-from .position_encoding import grid_coordinates
-from .teachers import Teacher
+from ..dense_targets import moved
+from ..losses import DistillationTargets, normalise_levels, rgb_targets
+from ..modeling_apm import APMModelOutput
+from ..position_encoding import grid_coordinates
+from ..teachers import Teacher
 
 
 class Question(NamedTuple):

@@ -19,8 +19,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .files import sync, write_atomically
-from .provenance import versions
+from ..files import sync, write_atomically
+from ..provenance import versions
 
 logger = logging.get_logger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_apm import APMConfig
-from .distillation_targets import Question, TargetMaker, ask_all
-from .losses import LossWeights, distillation_losses
-from .modeling_apm import APMModelOutput
+from ..configuration_apm import APMConfig
+from ..losses import LossWeights, distillation_losses
+from ..modeling_apm import APMModelOutput
+from .targets import Question, TargetMaker, ask_all
 
 MAIN = ""  # the main head's name among those of further teachers
 

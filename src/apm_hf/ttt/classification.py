@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .configuration_apm import APMConfig
-from .distillation import matching_image_processor
-from .modeling_apm import APMModel, APMPreTrainedModel
-from .teachers import DEFAULT_TEMPLATES, Teacher
-from .ttt import Adapted, TTTConfig, adapt
-from .zero_shot import class_embeds, classify
+from ..configuration_apm import APMConfig
+from ..distillation import matching_image_processor
+from ..modeling_apm import APMModel, APMPreTrainedModel
+from ..teachers import DEFAULT_TEMPLATES, Teacher
+from ..zero_shot import class_embeds, classify
+from .adaptation import Adapted, TTTConfig, adapt
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .configuration_apm import APMConfig
-from .provenance import versions
-from .teacher_license import public_name
+from ..configuration_apm import APMConfig
+from ..licenses import public_name
+from ..provenance import versions
 
 logger = logging.get_logger(__name__)
 

@@ -5,7 +5,7 @@ patch, optionally the patches of intermediate layers, and the embeddings of clas
 distils DINOv2 grids and adapts to CLIP image embeddings (arXiv:2410.20535, Sec. 3); patch tokens go through CLIP's
 image head as in MaskCLIP (arXiv:2112.01071). `docs/teachers.md` says what that means for each family.
 
-A new family is one entry in `apm_hf.teacher_families`; any other module comes in by [`Teacher.from_module`].
+A new family is one entry in `apm_hf.teachers.families`; any other module comes in by [`Teacher.from_module`].
 
 Shapes: B images, N levels, K classes, C width of the vision tower, F width of the teacher's embeddings. Pixels are
 `(B, 3, H, W)`; H = rows * patch_size, where a convolutional network's patch is its stride.
@@ -25,9 +25,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import ModelOutput, logging
 
-from .teacher_families import DUAL_ENCODERS, VISION_TOWERS
-from .teacher_images import fitted, plain_image_processor, process, rgb_images, square_side
-from .teacher_text import (
+from ..devices import default_device
+from .families import DUAL_ENCODERS, VISION_TOWERS
+from .images import fitted, plain_image_processor, process, rgb_images, square_side
+from .text import (
     DEFAULT_TEMPLATES,
     ClassWeights,
     ModuleText,
@@ -40,7 +41,7 @@ from .teacher_text import (
     parse_template,
     prompt_embeds,
 )
-from .teacher_vision import FamilyVision, ModuleOutputs, ModuleVision, device_and_dtype
+from .vision import FamilyVision, ModuleOutputs, ModuleVision, device_and_dtype
 
 logger = logging.get_logger(__name__)
 
@@ -191,7 +192,7 @@ class Teacher:
             pixel_values: `(B, 3, H, W)`, made by `image_processor`; H and W multiples of the patch size, not
                 necessarily equal.
             layers: Indices into the hidden states, for `levels`: 0 is the embedding, n the output of layer n. Maps of
-                a convolutional network are brought to the last one's grid and width, see `apm_hf.teacher_vision`.
+                a convolutional network are brought to the last one's grid and width, see `apm_hf.teachers.vision`.
 
         Returns:
             [`TeacherOutput`], ordinary tensors on the teacher's device: a student may be trained on them.
@@ -299,7 +300,7 @@ def load_teacher(
         OSError: Not found or not to be reached, with the Hub's own message.
     """
     name = os.fspath(name_or_path)
-    device = torch.device(_default_device() if device is None else device)
+    device = torch.device(default_device() if device is None else device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
     trusted = {"trust_remote_code": False}  # None would ask whoever sits at the terminal
@@ -347,12 +348,6 @@ def load_teacher(
         logit_scale=logit_scale,
         logit_bias=logit_bias,
     )
-
-
-def _default_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .configuration_apm import APMConfig
-from .modeling_apm import APMModel
+from ..configuration_apm import APMConfig
+from ..modeling_apm import APMModel
 
 logger = logging.get_logger(__name__)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .islands import PCAColours
-from .losses import DistillationTargets
-from .modeling_apm import APMModelOutput
+from ..islands import PCAColours
+from ..losses import DistillationTargets
+from ..modeling_apm import APMModelOutput
 
 TILE = 112  # side of one panel of a validation picture, in pixels
 

@@ -11,7 +11,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,114 +22,23 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
+from ..data.bad_images import SkippedImages, readable
+from ..devices import default_precision
+from ..files import move_files, writable_folder
+from ..licenses import inherit
+from ..modeling_apm import APMModel
+from ..processes import on_cpu, process_state
+from ..stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
+from ..teachers import Teacher
 from .checkpoints import PARTIAL, Checkpoints, progress_of
-from .data.bad_images import SkippedImages, readable
-from .distillation_targets import TargetMaker
-from .feature_statistics import KINDS, set_statistics, statistics_of
-from .files import move_files, writable_folder
-from .image_processing_apm import APMImageProcessor
-from .losses import LossWeights
-from .modeling_apm import APMModel
+from .feature_statistics import set_statistics, statistics_of
 from .objective import MAIN, Objective
-from .processes import on_cpu, process_state
 from .run_changes import check_changes, facts
-from .stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
-from .teacher_license import inherit
-from .teachers import Teacher
+from .settings import DistillationConfig, DistillationResult
+from .targets import TargetMaker
 from .validation import ValidationMetrics, validation_picture
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """Settings of a distillation run; the names are also the flags of `apm distill` and `examples/train.py`.
-
-    Raises:
-        ValueError: for a value outside its range; says what was expected.
-    """
-
-    output_dir: str = field(metadata={"help": "folder of what is made; model, checkpoints, logs and pictures"})
-    max_steps: int = field(default=1000, metadata={"help": "optimiser steps of the distillation"})
-    batch_size: int = field(default=64, metadata={"help": "images at a time; in every process, a forward pass"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimiser step"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of Adam"})
-    warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up, before the cosine decay"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 never"})
-    num_locations: int | None = field(
-        default=None, metadata={"help": "random teacher patches asked about at each step; all of them by default"}
-    )
-    grid_weight: float = field(default=1.0, metadata={"help": "weight of L_grid, the teacher's patch features"})
-    cls_weight: float = field(default=1.0, metadata={"help": "weight of L_cls, the teacher's image embedding"})
-    rgb_weight: float = field(default=1.0, metadata={"help": "weight of L_rgb, the image's own colours"})
-    level_layers: list[int] | None = field(
-        default=None, metadata={"help": "teacher layers, low to high, that the student's levels are distilled from"}
-    )
-    level_weight: float = field(default=1.0, metadata={"help": "weight of L_level, where there are levels"})
-    jitter: bool = field(
-        default=False, metadata={"help": "move the teacher's grid by a random part of a patch at every step"}
-    )
-    statistics_images: int = field(
-        default=0,
-        metadata={"help": "images on which teachers' feature statistics are measured before the first step; 0 never"},
-    )
-    statistics: str = field(
-        default="channel", metadata={"help": "a standard deviation per channel, or one scalar, which keeps cosines"}
-    )
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16; by default bf16 where a GPU supports it, else no"}
-    )
-    validation_steps: int = field(default=200, metadata={"help": "steps between validations; also one at each end"})
-    checkpoint_steps: int = field(default=500, metadata={"help": "steps between checkpoints; 0 only when stopped"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "how many whole checkpoints stay on the disk"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint in output_dir"})
-    max_bad_images: int = field(
-        default=0, metadata={"help": "unreadable images that are skipped and listed before the run stops"}
-    )
-    num_workers: int = field(default=0, metadata={"help": "processes that load images, per training process"})
-    num_pictures: int = field(default=4, metadata={"help": "validation images drawn at each validation"})
-    report_to: str = field(default="tensorboard", metadata={"help": "an Accelerate tracker, or none"})
-    seed: int = field(default=0, metadata={"help": "of everything that is drawn; weights, images, locations"})
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "validation_steps", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in (
-            "warmup_steps", "checkpoint_steps", "max_grad_norm", "num_workers", "num_pictures", "statistics_images",
-            "max_bad_images",
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.statistics not in KINDS:
-            raise ValueError(f"statistics: expected one of {list(KINDS)}, got {self.statistics!r}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        if self.num_locations is not None and self.num_locations < 1:
-            raise ValueError(f"num_locations: expected a positive number or None, got {self.num_locations}")
-        if self.mixed_precision not in (None, "no", "bf16", "fp16"):
-            raise ValueError(f"mixed_precision: expected no, bf16 or fp16, got {self.mixed_precision!r}")
-        self.loss_weights  # noqa: B018 - validates them
-
-    @property
-    def loss_weights(self) -> LossWeights:
-        return LossWeights(self.grid_weight, self.cls_weight, self.rgb_weight, self.level_weight)
-
-
-@dataclass(frozen=True)
-class DistillationResult:
-    """What a run leaves behind.
-
-    Args:
-        student: the trained student, on the CPU.
-        metrics: of every validation, in order: `step`, `feature_cosine`, `feature_r2`, `embed_cosine`, `rgb_mse`, and
-            those of further teachers behind their names, as `dinov2/feature_cosine`.
-        output_dir: where the model was saved.
-    """
-
-    student: APMModel
-    metrics: list[dict[str, float]]
-    output_dir: Path
 
 
 def distill(
@@ -225,7 +133,7 @@ class _Run:
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
             ),
-            mixed_precision=config.mixed_precision or _default_precision(),
+            mixed_precision=config.mixed_precision or default_precision(),
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
@@ -505,27 +413,3 @@ class _Run:
             move_files(partial, self.output_dir, last="config.json")
         self.accelerator.wait_for_everyone()
         return DistillationResult(student.eval(), self.metrics, self.output_dir)
-
-
-def matching_image_processor(teacher: Teacher, image_size: int, **options: Any) -> Any:
-    """A student's image processor that shows it just the part of the picture that its teacher sees.
-
-    Many teachers resize the short side and crop the centre. A student that saw the whole picture would be asked about
-    places that its teacher means otherwise.
-
-    Args:
-        image_size: side of the student's input, in pixels.
-        **options: of [`APMImageProcessor`], e.g. `do_min_max=True`.
-    """
-    theirs = teacher.image_processor
-    scale = image_size / teacher.image_size
-    crop = bool(getattr(theirs, "do_center_crop", False))
-    size: dict[str, int] = {"height": image_size, "width": image_size}
-    if crop:
-        size = {name: round(side * scale) for name, side in dict(theirs.size).items() if side}
-        options = {"do_center_crop": True, "crop_size": {"height": image_size, "width": image_size}, **options}
-    return APMImageProcessor(size=size, **options)
-
-
-def _default_precision() -> str:
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

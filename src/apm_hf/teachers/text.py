@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .teacher_families import DUAL_ENCODERS
+from .families import DUAL_ENCODERS
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 TEXT_BATCH_SIZE = 256

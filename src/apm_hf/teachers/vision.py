@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .teacher_families import DUAL_ENCODERS, VISION_TOWERS, DualEncoder, LinearHead, VisionTower
+from .families import DUAL_ENCODERS, VISION_TOWERS, DualEncoder, LinearHead, VisionTower
 
 Grid = tuple[int, int]
 Answers = dict[str, Tensor]
