@@ -3,7 +3,7 @@
     pipe = pipeline("apm-zero-shot-image-classification", model="apm", teacher="openai/clip-vit-large-patch14")
     pipe("photo.jpg", candidate_labels=["cat", "dog"])  # [{"score": 0.9, "label": "cat"}, {"score": 0.1, ...}]
 
-Legend: B images, K labels, F feature width. Imports inside methods: to register the class, at the end, takes none of it.
+Legend: B images, K labels, F feature width. Imports inside methods: registering the class, below, takes none of it.
 """
 
 import os
