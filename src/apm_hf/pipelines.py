@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModel
 from transformers.image_utils import load_image
-from transformers.models.auto.modeling_auto import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
 from .configuration_apm import APMConfig

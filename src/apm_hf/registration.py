@@ -40,38 +40,44 @@ IMAGE_PROCESSORS = {"torchvision": "APMImageProcessor", "pil": "APMImageProcesso
 
 def register() -> None:
     """Enter `apm` wherever transformers is loaded, and wherever it is going to be."""
-    sys.modules.setdefault(ALIAS, sys.modules[PACKAGE])
+    sys.modules[ALIAS] = sys.modules[PACKAGE]
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    everywhere = _lie_where_expected()
-    for name, enter in REGISTRARS.items():
-        if name in sys.modules or not everywhere:
-            # Importing waits for another thread that may be loading it.
-            enter(importlib.import_module(name))
+    if not _modules_are_there():
+        transformers = importlib.import_module("transformers")
+        _config_class(transformers)
+        for auto_class, (_, name) in MODELS.items():
+            _model_class(transformers, auto_class, name)
+        _image_processor_classes(transformers)
+        return _pipelines(transformers)
+    for module_name, enter in ENTER.items():
+        if module_name in sys.modules:
+            enter(importlib.import_module(module_name))  # waits for another thread that may be loading it
+
+
+# --- by name, in the modules that hold the tables ---
 
 
 def _configuration(module: Any) -> None:
     """`transformers.models.auto.configuration_auto`."""
-    names, mapping = module.CONFIG_MAPPING_NAMES, module.CONFIG_MAPPING
+    names, mapping = getattr(module, "CONFIG_MAPPING_NAMES", {}), getattr(module, "CONFIG_MAPPING", ())
     if MODEL_TYPE not in mapping:  # else somebody else's, or ours from an earlier call
         names[MODEL_TYPE] = CONFIG
     if names.get(MODEL_TYPE) != CONFIG or MODEL_TYPE not in mapping:
-        module.AutoConfig.register(MODEL_TYPE, _ours(CONFIG), exist_ok=True)
+        _config_class(module)
 
 
 def _models(module: Any) -> None:
     """`transformers.models.auto.modeling_auto`."""
     for auto_class, (mapping, name) in MODELS.items():
-        # Pipelines look at the names, which `register` leaves alone.
         if not _entered(module, mapping, name):
-            getattr(module, auto_class).register(_ours(CONFIG), _ours(name), exist_ok=True)
+            _model_class(module, auto_class, name)
 
 
 def _image_processors(module: Any) -> None:
     """`transformers.models.auto.image_processing_auto`."""
     if not _entered(module, "IMAGE_PROCESSOR_MAPPING", dict(IMAGE_PROCESSORS)):
-        classes = {backend: _ours(name) for backend, name in IMAGE_PROCESSORS.items()}
-        module.AutoImageProcessor.register(_ours(CONFIG), image_processor_classes=classes, exist_ok=True)
+        _image_processor_classes(module)
 
 
 def _pipelines(module: Any) -> None:
@@ -79,7 +85,40 @@ def _pipelines(module: Any) -> None:
     importlib.import_module(f"{PACKAGE}.pipelines")
 
 
-REGISTRARS: Mapping[str, Callable[[Any], None]] = {
+def _entered(module: Any, mapping_name: str, name: str | dict[str, str]) -> bool:
+    """Write the name into a mapping's table; whether the mapping then answers for our configuration's class."""
+    try:
+        mapping = getattr(module, mapping_name)
+        getattr(module, f"{mapping_name}_NAMES")[MODEL_TYPE] = name  # some pipelines look at nothing else
+        mapping._reverse_config_mapping[CONFIG] = MODEL_TYPE  # made before, where the module was loaded before us
+    except (AttributeError, TypeError):
+        return False
+    return type(CONFIG, (), {}) in mapping  # it compares names, so that no class is loaded to look
+
+
+# --- by class, through the public functions; `auto` is whatever module has the Auto classes ---
+
+
+def _config_class(auto: Any) -> None:
+    auto.AutoConfig.register(MODEL_TYPE, _ours(CONFIG), exist_ok=True)
+
+
+def _model_class(auto: Any, auto_class: str, name: str) -> None:
+    getattr(auto, auto_class).register(_ours(CONFIG), _ours(name), exist_ok=True)
+
+
+def _image_processor_classes(auto: Any) -> None:
+    classes = {backend: _ours(name) for backend, name in IMAGE_PROCESSORS.items()}
+    auto.AutoImageProcessor.register(_ours(CONFIG), image_processor_classes=classes, exist_ok=True)
+
+
+def _ours(name: str) -> Any:
+    return getattr(sys.modules[PACKAGE], name)
+
+
+# --- the moment a module is loaded ---
+
+ENTER: Mapping[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": _configuration,
     "transformers.models.auto.modeling_auto": _models,
     "transformers.models.auto.image_processing_auto": _image_processors,
@@ -87,28 +126,13 @@ REGISTRARS: Mapping[str, Callable[[Any], None]] = {
 }
 
 
-def _entered(module: Any, mapping_name: str, name: str | dict[str, str]) -> bool:
-    """Write the name into a mapping's table; whether the mapping then answers for our configuration's class."""
-    mapping = getattr(module, mapping_name)
-    try:
-        getattr(module, f"{mapping_name}_NAMES")[MODEL_TYPE] = name
-        mapping._reverse_config_mapping[CONFIG] = MODEL_TYPE  # made before, where the module was loaded before us
-    except (AttributeError, TypeError):
-        return False
-    return type(CONFIG, (), {}) in mapping  # it compares names, so that no class is loaded to look
-
-
-def _ours(name: str) -> Any:
-    return getattr(sys.modules[PACKAGE], name)
-
-
-def _lie_where_expected() -> bool:
+def _modules_are_there() -> bool:
     """Whether transformers has the modules that the finder waits for; a stat each, nothing is imported."""
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         return False
     root = Path(spec.submodule_search_locations[0])
-    paths = [root.joinpath(*name.split(".")[1:]) for name in REGISTRARS]
+    paths = [root.joinpath(*name.split(".")[1:]) for name in ENTER]
     return all(path.with_suffix(".py").is_file() or (path / "__init__.py").is_file() for path in paths)
 
 
@@ -116,14 +140,14 @@ class _Finder:
     """Leaves finding to the others; what it is waiting for gets a loader that registers when it has loaded."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in REGISTRARS:
+        if name not in ENTER:
             return None
         for finder in sys.meta_path:
             if finder is not self and (find := getattr(finder, "find_spec", None)) is not None:
                 spec = find(name, path, target)
                 if spec is not None:
                     if spec.loader is not None:
-                        spec.loader = _Registering(spec.loader, REGISTRARS[name])  # type: ignore[assignment]
+                        spec.loader = _Registering(spec.loader, ENTER[name])  # type: ignore[assignment]
                     return spec
         return None
 
