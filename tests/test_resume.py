@@ -3,6 +3,7 @@
 Children are forked from this process, which has imported everything, and killed by real signals.
 """
 
+import errno
 import logging
 import os
 import random
@@ -13,11 +14,13 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import other as accelerate_files
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import modeling_utils
@@ -353,6 +356,30 @@ def test_those_kept_are_whole_ones(two, caplog):
 
 
 # --- stopped ------------------------------------------------------------------------------------------------------
+
+
+FULL = {
+    "model.safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "optimizer.bin": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    "random_states_0.pkl": OSError(errno.ENOSPC, "No space left on device"),
+}  # what the libraries said on a file system of 200 kB
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_is_one_message_and_the_checkpoint_before_stays(two, name, tmp_path):
+    def save_state(folder):
+        Path(folder).mkdir()
+        Path(folder, name).write_bytes(b"half of it")
+        raise FULL[name]
+
+    accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, save_state=save_state)
+    before = sorted(path for path in two.rglob("*") if path.is_file())
+    with pytest.raises(
+        OSError, match=r"^checkpoint step_00000008: cannot write it to .*MiB are free: .*; step_0*6 is"
+    ):
+        Checkpoints(two, keep=2).save(accelerator, 8, {})
+    assert sorted(path for path in two.rglob("*") if path.is_file()) == before
+    assert not any(faults(path) for path in two.glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
