@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
@@ -78,11 +79,13 @@ class GridProducts:
     Args:
         weight: it lies where the layer's own weight lay; being held, its place in memory cannot go to another one.
         version: of its contents.
+        num_steps: that optimisers had taken in this process: fused ones do not count what they change as a version.
         by_row, by_column: `(grid_size, H)`.
     """
 
     weight: Tensor
     version: int
+    num_steps: int
     by_row: Tensor
     by_column: Tensor
 
@@ -90,10 +93,26 @@ class GridProducts:
         """Whether `weight` is the same, unchanged."""
         return (
             self.weight.data_ptr() == weight.data_ptr()
-            and self.version == weight._version
+            and (self.version, self.num_steps) == (weight._version, _OptimizerSteps.number)
             and (self.weight.shape, self.weight.dtype) == (weight.shape, weight.dtype)
             and len(self.by_row) == grid_size
         )
+
+
+class _OptimizerSteps:
+    """How many steps all optimisers of this process have taken since they began to be counted."""
+
+    number, are_counted = 0, False
+
+    @classmethod
+    def begin(cls) -> None:
+        if not cls.are_counted:
+            cls.are_counted = True
+            register_optimizer_step_post_hook(cls._count)
+
+    @classmethod
+    def _count(cls, *_: Any) -> None:
+        cls.number += 1
 
 
 class APMQueryLinear(nn.Linear):
@@ -139,15 +158,19 @@ class APMQueryLinear(nn.Linear):
         """`(rows, H)` and `(cols, H)`, what the position adds in every row and column of the grid.
 
         No image matters to them: in evaluation mode, where no gradients flow, they are kept while the weight stands
-        still. Whatever PyTorch counts as a change is seen at once, and `train()`, `eval()` and `to()` forget; only
-        what is written past that count, through `weight.data`, needs one of these calls.
+        still. Whatever PyTorch counts as a change is seen at once, and so are optimisers' steps; `train()`, `eval()`,
+        `to()` and a call with gradients forget. Only what is written past all of these, through `weight.data`, needs
+        one of these calls.
         """
         weight = self.weight
         if self.training or not are_plain(weight) or weight.is_meta or weight.is_inference() or _is_captured(weight):
+            self._kept = None
             return self._grid_products(size)
         if self._kept is None or not self._kept.are_of(weight, size):
+            _OptimizerSteps.begin()
             with torch.inference_mode(False), torch.no_grad():  # whoever asks first, others may take gradients
-                self._kept = GridProducts(weight.detach(), weight._version, *self._grid_products(size))
+                products = self._grid_products(size)
+            self._kept = GridProducts(weight.detach(), weight._version, _OptimizerSteps.number, *products)
         return self._kept.by_row, self._kept.by_column
 
     def _grid_products(self, size: int) -> tuple[Tensor, Tensor]:
@@ -259,8 +282,9 @@ class APMDecoder(nn.Module):
 
     def hidden(self, query: APMQuery, kept: list[Tensor] | None = None) -> Tensor:
         """`(B, L, hidden_sizes[-1])`; the layers' answers, this one included, are added to `kept`."""
-        hidden = self.activation(self.layers[0](query))
-        for layer in self.layers[1:]:
+        first, *others = self.layers
+        hidden = self.activation(first(query))
+        for layer in others:
             if kept is not None:
                 kept.append(hidden)
             hidden = self.activation(layer(hidden))
@@ -331,7 +355,8 @@ class APMRGBHead(nn.Module):
 
     def forward(self, features: Tensor, query: APMQuery) -> Tensor:
         """`(B, L, 3)` for features `(B, L, F)`."""
-        rgb = self.layers[0](query, features).relu()
-        for layer in self.layers[1:]:
+        first, *others = self.layers
+        rgb = first(query, features).relu()
+        for layer in others:
             rgb = layer(rgb).relu()
         return rgb
