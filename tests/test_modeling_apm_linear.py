@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apm_hf import APMModel
 from apm_hf.modeling_apm_decoder import APMQueryLinear
-from apm_hf.modeling_apm_linear import FEW, LARGE, APMLinear, linear
+from apm_hf.modeling_apm_linear import FEW, LARGE, APMLinear, are_plain, linear
 from naive_apm import assert_close, assert_same_answers, random_coordinates, small_images, small_model
 
 WIDTH = 600
@@ -47,7 +47,7 @@ def test_product_takes_inputs_that_are_not_contiguous():
     assert_close(linear(inputs, weight), F.linear(inputs.double(), weight.double()))
 
 
-def onednn_is_called(layer: nn.Module, inputs: Tensor) -> bool:
+def onednn_is_called(layer: Callable[[Tensor], Tensor], inputs: Tensor) -> bool:
     with torch.profiler.profile() as profile:
         layer(inputs)
     return any("linear_pointwise" in event.key for event in profile.key_averages())
@@ -60,6 +60,8 @@ def test_large_products_are_oneDNNs_where_no_gradient_is_wanted():
     with torch.no_grad():
         assert onednn_is_called(layer, inputs)
         assert not onednn_is_called(APMLinear(20, 20), inputs[:, :20])
+        part = drawn(WIDTH, 2 * WIDTH)[:, :WIDTH]  # oneDNN takes a thousand times as long for such a weight
+        assert not onednn_is_called(lambda inputs: linear(inputs, part), inputs)
         with torch.backends.mkldnn.flags(enabled=False):
             assert not onednn_is_called(layer, inputs)
     assert not onednn_is_called(layer, inputs)
@@ -75,6 +77,9 @@ def test_large_layers_train_map_count_cast_and_export():
     assert_close(layer.weight.grad, plain.weight.grad)
     with torch.no_grad():
         assert_close(torch.vmap(layer)(inputs[:, None]), plain(inputs)[:, None])
+        plainness = []
+        torch.vmap(lambda row: plainness.append(are_plain(row)) or row)(inputs)
+        assert plainness == [False] and are_plain(inputs)
         with FlopCounterMode(display=False) as counter:
             layer(inputs)
         assert counter.get_total_flops() == 2 * 3 * WIDTH**2

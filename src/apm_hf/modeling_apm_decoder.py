@@ -158,9 +158,9 @@ class APMQueryLinear(nn.Linear):
         """`(rows, H)` and `(cols, H)`, what the position adds in every row and column of the grid.
 
         No image matters to them: in evaluation mode, where no gradients flow, they are kept while the weight stands
-        still. Whatever PyTorch counts as a change is seen at once, and so are optimisers' steps; `train()`, `eval()`,
-        `to()` and a call with gradients forget. Only what is written past all of these, through `weight.data`, needs
-        one of these calls.
+        still. Whatever PyTorch counts as a change is seen at once, and so are optimisers' steps; `train()`, `eval()`
+        and a call with gradients forget. Only what is written past all of these, through `weight.data`, needs one of
+        these calls.
         """
         weight = self.weight
         if self.training or not are_plain(weight) or weight.is_meta or weight.is_inference() or _is_captured(weight):
@@ -168,9 +168,8 @@ class APMQueryLinear(nn.Linear):
             return self._grid_products(size)
         if self._kept is None or not self._kept.are_of(weight, size):
             _OptimizerSteps.begin()
-            with torch.inference_mode(False), torch.no_grad():  # whoever asks first, others may take gradients
-                products = self._grid_products(size)
-            self._kept = GridProducts(weight.detach(), weight._version, _OptimizerSteps.number, *products)
+            versions = weight._version, _OptimizerSteps.number
+            self._kept = GridProducts(weight.detach(), *versions, *self._grid_products(size))
         return self._kept.by_row, self._kept.by_column
 
     def _grid_products(self, size: int) -> tuple[Tensor, Tensor]:
@@ -182,10 +181,6 @@ class APMQueryLinear(nn.Linear):
     def train(self, mode: bool = True) -> "APMQueryLinear":
         self._kept = None
         return super().train(mode)
-
-    def _apply(self, *args, **kwargs):
-        self._kept = None
-        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without what is kept."""
