@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from speed.figures import Figure, Settings, few_locations, full_grid, growth, training_step
+from speed.figures import Figure, Settings, few_locations, full_grid, growth, products, training_step
 from speed.page import write_page
 from speed.resources import loading, memory, operations, start_up
 from speed.timing import machine_facts
@@ -71,11 +71,15 @@ def run(
                     sections.setdefault(title, []).append(measure(settings, torch.device(device), dtype))
                     _progress(title, sections[title][-1])
     transformers_too = any(settings.vision_transformers for settings in machines)
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            for settings in machines[1:]:  # the first is too small for its products to matter
+                sections.setdefault("Products", []).append(products(settings, torch.device(device), dtype))
     sections["Memory"] = [memory(many, torch.device(device)) for device in devices]
     sections["Operations"] = [operations(counted, vision_transformers=transformers_too)]
     sections["Loading"] = [loading(loaded, 5), *filter(None, [start_up()])]
-    for title in ("Memory", "Operations", "Loading"):
-        for figure in sections[title]:
+    for title in ("Products", "Memory", "Operations", "Loading"):
+        for figure in sections.get(title, ()):
             _progress(title, figure)
     return sections
 

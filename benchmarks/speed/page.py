@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from .figures import Figure, Table
-from .timing import Goal
+from .figures import Figure
+from .timing import Goal, Table
 
 INTRODUCTION = """# Benchmarks
 
@@ -13,6 +13,27 @@ bfloat16), and rivals run in the same dtype, on the same threads, at their best 
 depends on what a model learnt. The *naive* form writes every query out, [trigger ; position], one row a location; the
 *release's* does so 16 locations at a time, as observing it shows (its source was not read). The command
 ends with status 1 where a goal is missed.
+"""
+
+
+NOTES = """
+## What the query path does, and does not
+
+* The first layer acts on [trigger ; position] and is never written out: one row per image, one per row and column of
+  the grid. The latter depend on no image and are kept while the weights stand still; optimisers' steps, loading,
+  casting and edits in place are seen (`tests/test_modeling_apm_linear.py`).
+* Without gradients, float32 on a CPU, large layers are oneDNN's product (`APMLinear`), with the weight in front where
+  rows are few: *Products* above shows why. The weight is taken as it lies. A packed weight would be a second copy of
+  all weights, to be made anew after every change, and gains little over this: it is not used. bfloat16 already is
+  oneDNN's.
+* Chunks of locations are as long as keeps the widest activation at 8 MiB (float32) on a CPU, and at 64 MiB elsewhere:
+  `CACHED_ELEMENTS`, `CHUNK_ELEMENTS` in `modeling_apm.py`.
+* Mean pooling alone (`APMModel.pooled_features`) applies the feature head once per image.
+* The fixed cost of a call, checks of the question included, is what a very small machine spends its time on: with a
+  hundred cells the naive form, which checks nothing and is given its position codes, is no slower than `tiny`.
+* On a GPU every layer is a plain Linear. For many questions of the same shape, remove the calls' cost with
+  `torch.compile(model, mode="reduce-overhead")`, which captures CUDA graphs; it is not the default, since every new
+  shape compiles anew.
 """
 
 
@@ -37,6 +58,7 @@ def write_page(folder: Path, command: str, facts: dict[str, str], sections: dict
             "",
             "Not measured: no GPU in this machine. All figures above are of the CPU alone.",
         ]
+    lines.append(NOTES.rstrip())
     path = folder / "benchmarks.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

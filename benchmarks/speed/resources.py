@@ -7,12 +7,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from apm_hf import APMModel
+from apm_hf.position_encoding import grid_coordinates
 
-from .figures import Figure, Table, flops_of, milliseconds
+from .figures import Figure, flops_of
 from .rivals import clip_base, dinov2_large, grid_codes, images, naive_answers, random_apm, vit_flops
-from .timing import smallest_times
+from .timing import Table, milliseconds, smallest_times
 
 HERE = Path(__file__).resolve().parents[1]
 PAPER = (
@@ -56,9 +58,7 @@ def operations(presets: tuple[str, ...], *, vision_transformers: bool) -> Figure
     return Figure([table], series=series)
 
 
-def _cells(model: APMModel):
-    from apm_hf.position_encoding import grid_coordinates
-
+def _cells(model: APMModel) -> Tensor:
     return grid_coordinates(model.config.grid_size, model.config.grid_size)
 
 

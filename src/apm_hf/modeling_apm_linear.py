@@ -1,7 +1,7 @@
 """Linear layers in the form that is fastest where they are: oneDNN's on the CPU, plain Linear everywhere else.
 
 For float32 on a CPU, `torch.nn.functional.linear` calls MKL. Without gradients, oneDNN's product of the same matrices
-is faster for large weights, most of all with few rows, and reads the weight as it lies: nothing is copied or packed
+is faster for large weights, most of all with few rows, and takes the weight as it lies: nothing is copied or packed
 (docs/benchmarks.md has the figures). In bfloat16 `linear` already is oneDNN's.
 
 Legend: I and O the widths of a layer's input and output.
@@ -39,12 +39,18 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         or not are_plain(*given)
     ):
         return F.linear(inputs, weight, bias)
-    if weight.is_contiguous() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
-        return torch.ops.mkldnn._linear_pointwise(inputs.contiguous(), weight, bias, "none", [], "")
-    if bias is None and 1 < inputs.numel() // inputs.shape[-1] <= FEW:
-        answers = (weight @ inputs.flatten(0, -2).T).T  # of few rows, MKL prefers the long side of a product in front
-        return answers.contiguous().unflatten(0, inputs.shape[:-1])
-    return F.linear(inputs, weight, bias)
+    # oneDNN's way with a weight that is a part of another is slower by orders of magnitude.
+    by_onednn = weight.is_contiguous() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    rows = inputs.flatten(0, -2)  # (..., I) -> (rows, I)
+    if 1 < len(rows) <= FEW:  # the weight comes first: it is read once, in order, and never rearranged
+        answers = _onednn(weight, rows) if by_onednn else weight @ rows.T  # (O, rows)
+        answers = answers.T.contiguous()
+        return (answers if bias is None else answers.add_(bias)).unflatten(0, inputs.shape[:-1])
+    return _onednn(inputs.contiguous(), weight, bias) if by_onednn else F.linear(inputs, weight, bias)
+
+
+def _onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight.contiguous(), bias, "none", [], "")
 
 
 class APMLinear(nn.Linear):
