@@ -37,6 +37,7 @@ def test_product_equals_the_plain_one(rows, columns, with_bias, dtype):
     answer = linear(inputs, weight, bias if with_bias else None)
     expected = F.linear(inputs.double(), weight.double(), bias.double() if with_bias else None)
     assert answer.dtype == dtype and answer.shape == expected.shape and answer.is_contiguous()
+    assert_close(linear(inputs.new_ones(weight.shape[1]), weight), weight.double().sum(-1))  # one vector
     if len(expected.flatten()):
         assert_close(answer, expected)
 

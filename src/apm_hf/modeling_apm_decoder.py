@@ -162,15 +162,16 @@ class APMQueryLinear(nn.Linear):
         and a call with gradients forget. Only what is written past all of these, through `weight.data`, needs one of
         these calls.
         """
-        weight = self.weight
+        weight, kept = self.weight, self._kept
         if self.training or not are_plain(weight) or weight.is_meta or weight.is_inference() or _is_captured(weight):
-            self._kept = None
+            if not torch.compiler.is_compiling():  # what is traced changes nothing
+                self._kept = None
             return self._grid_products(size)
-        if self._kept is None or not self._kept.are_of(weight, size):
+        if kept is None or not kept.are_of(weight, size):
             _OptimizerSteps.begin()
             versions = weight._version, _OptimizerSteps.number
-            self._kept = GridProducts(weight.detach(), *versions, *self._grid_products(size))
-        return self._kept.by_row, self._kept.by_column
+            kept = self._kept = GridProducts(weight.detach(), *versions, *self._grid_products(size))
+        return kept.by_row, kept.by_column
 
     def _grid_products(self, size: int) -> tuple[Tensor, Tensor]:
         from_column, from_row = self.weight[:, -self.position_size :].chunk(2, dim=1)

@@ -35,6 +35,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if (
         weight.numel() < LARGE
         or weight.device.type != "cpu"
+        or inputs.ndim < 2
         or any(tensor.dtype != torch.float32 for tensor in given)
         or not are_plain(*given)
     ):
