@@ -16,7 +16,7 @@ from .data.bad_images import numbered
 from .data.feature_cache import CachedImages, FeatureCache
 from .data.images import ImageCollator
 from .data.loading import train_and_validation
-from .data.streams import Reconnecting
+from .data.split_streams import SplitStream
 from .distillation import DistillationConfig, DistillationResult, distill, matching_image_processor
 from .distillation.views import same_view
 from .files import writable_folder
@@ -130,7 +130,10 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
         max_validation_images=training.max_validation_images,
         seed=config.seed,
     )
-    images = Reconnecting(data.dataset, name=training.dataset) if training.streaming else data.dataset
+    images = data.dataset
+    if training.streaming:
+        whole = training.max_images is None and data.split == data.split.removesuffix("[rest]")
+        images = SplitStream(images, name=training.dataset, seed=config.seed, whole=whole)
     if training.random_crops:
         images = RandomCrops(images, data.image_column, seed=config.seed)
     rows = numbered(images)
