@@ -1,8 +1,8 @@
 """Image datasets from the Hub or the disk.
 
 A dataset is named as `org/name`, `org/name:config`, a folder of images, of parquet shards or of WebDataset's tar
-shards, some such shards (`shards/*.tar`, `hf://datasets/org/name/*.tar`), or a folder written by `save_to_disk`. Splits,
-image and label columns and class names are found from the dataset's own description
+shards, some such shards (`shards/*.tar`, `hf://datasets/org/name/*.tar`), or a folder written by `save_to_disk`.
+Splits, image and label columns and class names are found from the dataset's own description
 (https://huggingface.co/docs/datasets/v4.0.0/en/about_dataset_features); what is missing or ambiguous is a ValueError
 naming the flag that settles it. Images stay encoded until `apm_hf.data.images.decode_image`, so that a damaged file is
 reported with its row instead of failing inside `datasets`, which the extra `apm_hf[train]` installs.

@@ -71,8 +71,10 @@ class FeatureCache(Dataset):
         row = int(self.rows[position])
         number = row // self.index["images_per_shard"]
         start = number * self.index["images_per_shard"]
-        missing = np.searchsorted(self._bad, [start, row])
-        tensors, place = self._shard(number), row - start - int(missing[1] - missing[0])
+        tensors, place = self._shard(number), row - start
+        if len(self._bad):
+            first, last = np.searchsorted(self._bad, [start, row]).tolist()
+            place -= last - first
         answer: dict[str, Tensor] = {name: tensors[name][place] for name in ("features", "levels") if name in tensors}
         answer["image_embeds"] = tensors["image_embeds"][place].float()
         if "locations" in tensors:
