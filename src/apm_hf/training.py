@@ -42,7 +42,7 @@ class TrainingConfig:
     )
     teacher_dtype: str | None = field(default=None, metadata={"help": "bfloat16, ...; see load_teacher"})
     dataset: str = field(
-        metadata={"help": "images, a Hub dataset, a folder or a parquet file; org/name, or org/name:config"}
+        metadata={"help": "images, a Hub dataset, a folder, parquet or tar files; org/name, or org/name:config"}
     )
     feature_cache: str | None = field(
         default=None,

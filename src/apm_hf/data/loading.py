@@ -161,7 +161,7 @@ class _Source:
             word = re.split(r"\W|_", os.path.basename(path))[0]  # shards are called train-00000-of-00001.parquet
             return cls(name, builder, data_files={word if word in VALIDATION_SPLITS else "train": path})
         if os.path.isfile(path):
-            raise ValueError(f"expected a folder, a parquet or a tar file or a Hub name, got the file {name!r}.")
+            raise ValueError(f"expected a folder, a parquet file, a tar file or a Hub name, got the file {name!r}.")
         if os.path.isdir(path):
             marks = ("dataset_dict.json", "state.json")
             saved_to_disk = any(os.path.isfile(os.path.join(path, mark)) for mark in marks)
