@@ -19,8 +19,12 @@ ASSUMPTIONS = {
     "teacher_mfu": (0.4, "share of them that a teacher's forward pass reaches; assumption"),
     "student_mfu": (0.3, "share of them that a student's step reaches; assumption"),
     "num_epochs": (10, "times that a student sees an image; assumption"),
-    "decode_ms": (12.0, "CPU milliseconds to decode and process an image; benchmarks/data.py, see docs/scaling.md"),
-    "image_kb": (110.0, "kB of an encoded image; assumption, ImageNet's mean JPEG"),
+    "live_ms": (
+        5.5,
+        "CPU milliseconds to decode an image for student and teacher; benchmarks/data.py, 256-pixel JPEGs",
+    ),
+    "cached_ms": (3.0, "the same for the student alone; benchmarks/data.py, 256-pixel JPEGs"),
+    "image_kb": (34.4, "kB of an encoded image; the mean of the same JPEGs"),
     "storage_gb_s": (3.0, "GB/s that all GPUs together read; assumption, one NVMe disk"),
     "cpu_cores": (12, "CPU cores for each GPU; assumption, a rented node"),
 }
@@ -77,22 +81,23 @@ def main() -> None:
         [name, number(getattr(options, name)), source.partition("; ")[2] + ": " + source.partition("; ")[0]]
         for name, (_, source) in ASSUMPTIONS.items()
     ]))  # fmt: skip
-    kinds = {"full grid": TEACHER["patches"], "64 locations": 64, "embedding only": 0}
-    teacher_s = options.gpu_tflops * 1e12 * options.teacher_mfu / teacher_flops()  # images/s of a GPU
+    kinds = {"full grid": TEACHER["patches"], "64 locations": 64}
+    flops = options.gpu_tflops * 1e12
+    teacher_s = flops * options.teacher_mfu / teacher_flops()  # images/s of a GPU
     print(f"\nTeacher: {teacher_flops() / 1e9:.0f} GFLOP and {teacher_s:,.0f} images/s on a GPU.\n")
-    rows = []
+    speeds, rows = {}, []
     for name, places in kinds.items():
-        if not places:
-            continue
-        flops = student_flops(places)
-        student_s = options.gpu_tflops * 1e12 * options.student_mfu / flops
-        live = 1 / (1 / teacher_s + 1 / student_s)
-        read = kilobytes(places) + options.image_kb
+        student_s = flops * options.student_mfu / student_flops(places)
+        live_s = 1 / (1 / teacher_s + 1 / student_s)
+        feeds = options.storage_gb_s * 1e6 / (kilobytes(places) + options.image_kb) / student_s
         rows.append([
-            name, number(flops / 1e9), number(student_s), number(live), f"{student_s / live:.2f}",
-            number(student_s * kilobytes(places) / 1e6), number(options.storage_gb_s * 1e6 / read / student_s),
-            number(student_s * options.decode_ms / 1e3), number(live * options.decode_ms / 1e3),
+            name, number(student_flops(places) / 1e9), number(student_s), number(live_s), f"{student_s / live_s:.2f}",
+            number(student_s * kilobytes(places) / 1e6), number(feeds), number(student_s * options.cached_ms / 1e3),
+            number(live_s * options.live_ms / 1e3),
         ])  # fmt: skip
+        # What a GPU with its cores gets through: the slower of the two.
+        cores = options.cpu_cores * 1e3
+        speeds[name] = min(live_s, cores / options.live_ms), min(student_s, cores / options.cached_ms)
     header = [
         "targets at", "student GFLOP", "images/s, cached", "images/s, live", "gain, times", "features, GB/s a GPU",
         "GPUs that storage feeds", "cores to decode, cached", "cores to decode, live",
@@ -100,21 +105,16 @@ def main() -> None:
     print(table(header, rows))
     epochs, rows = options.num_epochs, []
     for title, images in IMAGES.items():
-        teacher_hours = images / teacher_s / 3600
+        once = images / min(teacher_s, options.cpu_cores * 1e3 / options.cached_ms) / 3600
         for name, places in kinds.items():
-            cells = [title, name, size(kilobytes(places) * images)]
-            if not places:
-                rows.append([*cells, number(teacher_hours), "", "", ""])
-                continue
-            student_hours = (
-                images * epochs * student_flops(places) / options.gpu_tflops / 1e12 / options.student_mfu / 3600
-            )
-            live, cached = student_hours + epochs * teacher_hours, student_hours + teacher_hours
-            bound = images * epochs * options.decode_ms / 1e3 / options.cpu_cores / 3600
-            rows.append([*cells, number(teacher_hours), number(live), number(cached), number(bound)])
+            live, cached = (images * epochs / speed / 3600 for speed in speeds[name])
+            single, again = live / epochs, once + cached / epochs
+            cells = [number(hours) for hours in (once, live, once + cached, single, again)]
+            rows.append([title, name, size(kilobytes(places) * images), *cells])
+        rows.append([title, "embedding only", size(kilobytes(0) * images), number(once), "", "", "", ""])
     header = [
-        "images", "targets at", "bytes", "GPU h to ask once", f"GPU h, {epochs} epochs, live", "the same, cached",
-        f"GPU h that {options.cpu_cores} cores need to decode",
+        "images", "targets at", "bytes", "GPU h to fill", f"{epochs} epochs, live", f"{epochs} epochs, cached",
+        "1 epoch, live", "1 epoch, cached",
     ]  # fmt: skip
     print("\n" + table(header, rows))
     print(f"\nEncoded images: {', '.join(f'{title}: {size(options.image_kb * n)}' for title, n in IMAGES.items())}.")

@@ -1,8 +1,7 @@
 """A feature cache as a data set: rows read where they lie, each beside its image.
 
 safetensors maps files into memory, and `safe_open(...).get_tensor` gives a whole shard as a view of the map: nothing
-is read until a row is, and its bytes are copied once, when a batch is made. (`get_slice`, which copies at every call,
-takes over ten times as long a row; `benchmarks/data.py` measures both.)
+is read until a row is, and its bytes are copied once, when a batch is made. `benchmarks/data.py` compares other ways.
 
 Legend: N levels, C width of a level, F feature width, (rows, cols) the teacher's grid, l locations kept of it.
 """
