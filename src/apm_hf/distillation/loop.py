@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from transformers import get_cosine_schedule_with_warmup
@@ -23,6 +24,7 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..data.bad_images import SkippedImages, readable
+from ..data.split_streams import PlacedCollator, SplitStream, StreamPlace
 from ..devices import default_precision
 from ..files import move_files, writable_folder
 from ..licenses import inherit
@@ -160,17 +162,28 @@ class _Run:
         if config.resume:
             self.resumed, self.progress = self._checkpoint()
         self._set_statistics(student, collate_fn)
+        self.stream: StreamPlace | None = None
+        if isinstance(train_data, SplitStream):
+            train_data.share(self.accelerator.process_index, processes, config.num_workers)
+            self.stream = StreamPlace(train_data)
         optimizer = torch.optim.Adam(student.parameters(), lr=config.learning_rate)
         train_loader = DataLoader(
             train_data,
             batch_size=config.batch_size,
             sampler=self.sampler,
-            collate_fn=collate_fn,
+            collate_fn=PlacedCollator(collate_fn) if self.stream else collate_fn,
             num_workers=config.num_workers,
             worker_init_fn=ignore_stop_requests,
             drop_last=not streaming and len(train_data) >= config.batch_size * processes,
         )
-        self.student, self.optimizer, self.train_loader = self.accelerator.prepare(student, optimizer, train_loader)
+        self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
+        if self.stream:  # every process reads its own part: there is nothing to hand out
+            device = self.accelerator.device
+            self.train_loader = prepare_data_loader(
+                train_loader, device, 1, 0, put_on_device=True, dispatch_batches=False
+            )
+        else:
+            self.train_loader = self.accelerator.prepare(train_loader)
         self._set_schedule(0)
         self.validation_loader = None
         if validation_data is not None:
@@ -295,6 +308,10 @@ class _Run:
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """Batches for ever, from where the run stands."""
+        while self.stream:  # it knows its epochs
+            for batch in self.train_loader:
+                self.images += self.images_a_pass
+                yield self.stream.take(batch)
         while True:
             if self.sampler is not None:
                 self.sampler.epoch, self.sampler.start = self.epoch, self.images
@@ -353,6 +370,7 @@ class _Run:
             "step": step,
             "epoch": self.epoch,
             "images": self.images,
+            "streams": gather_object([self.stream.state()]) if self.stream else [],
             "metrics": self.metrics,
             "statistics": statistics_of(self.architecture),
             "facts": self.facts,
@@ -386,6 +404,8 @@ class _Run:
         self.accelerator.load_state(str(checkpoint))
         self.accelerator.step = 0  # passes of the step under way: checkpoints lie between steps
         self.metrics, self.epoch, self.images = (self.progress[name] for name in ("metrics", "epoch", "images"))
+        if self.stream and self.progress.get("streams"):
+            self.stream.go_on(self.progress["streams"])
         self._set_schedule(self.progress["step"])
         logger.info(f"resumed from {checkpoint.name}")
         return self.progress["step"]

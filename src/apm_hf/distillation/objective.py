@@ -83,10 +83,11 @@ class Objective:
         main, further = self.questions(batch, shift)
         pixel_values = batch["pixel_values"]
         locations: dict[tuple[int, int], Tensor] = {}
-        for rows, cols in dict.fromkeys(question.grid for question in (main, *further.values())):
-            if self.num_locations is not None and self.num_locations < rows * cols:
-                drawn = torch.randperm(rows * cols, generator=generator)[: self.num_locations]
-                locations[rows, cols] = drawn.to(pixel_values.device)
+        grids = {one.grid: one.targets.features.shape[1] for one in (main, *further.values())}
+        for grid, num_targets in grids.items():
+            if self.num_locations is not None and self.num_locations < num_targets:
+                drawn = torch.randperm(num_targets, generator=generator)[: self.num_locations]
+                locations[grid] = drawn.to(pixel_values.device)
         outputs, others = ask_all(student, pixel_values, main, further, locations)
         losses = self._losses(MAIN, outputs, main, locations, self.weights)
         for name, answers in others.items():
