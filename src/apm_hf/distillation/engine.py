@@ -126,9 +126,9 @@ def compile_in_place(prepared: Any, backend: str | None) -> None:
     """
     from accelerate.utils import TorchDynamoPlugin
 
-    options = TorchDynamoPlugin().to_kwargs()  # from the environment that Accelerate's launcher makes
-    launched = options.pop("backend", None)
-    name = backend or ("no" if launched is None else launched.value.lower())
+    launched = TorchDynamoPlugin()  # from the environment that Accelerate's launcher makes
+    options, name = launched.to_kwargs(), backend or launched.backend.value.lower()
+    options.pop("backend", None)
     if name != "no":
         logger.info(f"the student is compiled with {name}")
         prepared.compile(backend=name, **options)
