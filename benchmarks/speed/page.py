@@ -17,8 +17,8 @@ ends with status 1 where a goal is missed.
 
 
 BUSY = (
-    "**This machine was busy with other work.** What is bound by memory (few locations, shares of a peak that fits the "
-    "cache, answers larger than it) then looks slower than what is bound by arithmetic: run it again on an idle one."
+    "**This machine was busy with other work.** What memory bounds (few locations, shares of a peak that fits the "
+    "cache, answers larger than it) then looks slower than what arithmetic bounds: run it again on an idle one."
 )
 
 NOTES = """
