@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from apm_hf import APMModel
+from apm_hf import APMModel, modeling_apm, modeling_apm_decoder
 from apm_hf.modeling_apm_decoder import APMQueryLinear
 from apm_hf.modeling_apm_linear import FEW, LARGE, APMLinear, are_plain, linear
 from naive_apm import assert_close, assert_same_answers, random_coordinates, small_images, small_model
@@ -243,10 +243,18 @@ def test_chunks_of_the_grid_share_what_is_kept_and_begin_anywhere():
         assert_same_answers(model(small_images(), chunk_size=chunk_size), expected)
 
 
+@pytest.mark.parametrize(("cached", "locations"), [(2 * 32 * 5, [5, 4]), (2 * 32, [3, 3, 3]), (2**21, [9])])
+@torch.no_grad()
+def test_chunks_on_the_cpu_fit_the_cache_but_are_rows_at_least(cached, locations, monkeypatch):
+    monkeypatch.setattr(modeling_apm, "CACHED_ELEMENTS", cached)
+    model, chunks = small_model(), []  # a grid of 3 x 3, the widest layer 32, two images
+    model.decoder.feature_head.register_forward_hook(lambda module, args, output: chunks.append(output.shape[1]))
+    model(small_images())
+    assert chunks == locations
+
+
 @torch.no_grad()
 def test_code_of_a_place_is_worked_out_once_for_all_layers(monkeypatch):
-    from apm_hf import modeling_apm_decoder
-
     calls = []
     original = modeling_apm_decoder.position_code
     monkeypatch.setattr(modeling_apm_decoder, "position_code", lambda *args: calls.append(1) or original(*args))

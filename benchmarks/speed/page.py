@@ -16,6 +16,11 @@ ends with status 1 where a goal is missed.
 """
 
 
+BUSY = (
+    "**This machine was busy with other work.** What memory bounds (few locations, shares of a peak that fits the "
+    "cache, answers larger than it) then looks slower than what arithmetic bounds: run it again on an idle one."
+)
+
 NOTES = """
 ## What the query path does, and does not
 
@@ -41,6 +46,8 @@ def write_page(folder: Path, command: str, facts: dict[str, str], sections: dict
     """`folder/benchmarks.md` and `folder/benchmarks/*.png`; returns the former."""
     lines = [INTRODUCTION.format(command=command), "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    if float(facts["load average at the start"]) > 1:
+        lines += ["", BUSY]
     goals = [goal for figures in sections.values() for figure in figures for goal in figure.goals]
     lines += ["", "## Goals", "", *_goals(goals)]
     for title, figures in sections.items():
