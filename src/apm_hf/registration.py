@@ -147,7 +147,7 @@ class _Finder:
                 spec = find(name, path, target)
                 if spec is not None:
                     if spec.loader is not None:
-                        spec.loader = _Registering(spec.loader, ENTER[name])  # type: ignore[assignment]
+                        spec.loader = _Registering(spec.loader, ENTER[name])
                     return spec
         return None
 
