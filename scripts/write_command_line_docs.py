@@ -27,8 +27,8 @@ For all commands:
   object on one line, and nothing else is on standard output; its keys are below. Numbers that are not finite are null.
   With several processes (`torchrun`, `accelerate launch`), the first one prints it.
 * Exit status: 0; 1 where something failed, with one line that says what; 2 for wrong usage; 75 where a
-  distillation was stopped and saved (SIGTERM, the first Ctrl-C), 130 after any other Ctrl-C, both with one line that
-  says how to go on; 141 where nobody read the output to its end.
+  distillation or a cache was stopped and saved (SIGTERM, the first Ctrl-C), 130 after any other Ctrl-C, both with one
+  line that says how to go on; 141 where nobody read the output to its end.
 * `--debug`, or `APM_DEBUG=1`, shows tracebacks.
 * Tokens are no options, since command lines are kept and seen: `hf auth login`, or HF_TOKEN.
 * `apm completion SHELL` prints a script that completes all this on Tab.

@@ -2,6 +2,7 @@
 
 apm demo                                                   # distil, adapt, look: no network, two minutes
 apm distill --teacher TEACHER --dataset FOLDER --output_dir DIR
+apm cache-features --teacher TEACHER --dataset FOLDER --output_dir DIR
 apm classify PHOTO --teacher openai/clip-vit-large-patch14 --labels FILE
 apm islands PHOTO --teacher openai/clip-vit-large-patch14 --output_dir DIR --movie
 apm evaluate --suite smoke --output_dir DIR                # every method on drawn scenes: no network
@@ -16,6 +17,7 @@ from typing import TextIO
 from . import __version__
 from .commands import (
     app,
+    cache_features,
     classify,
     completion,
     convert,
@@ -38,6 +40,7 @@ logger = logging.getLogger("apm_hf")
 COMMANDS = {
     "demo": demo,
     "distill": distill,
+    "cache-features": cache_features,
     "classify": classify,
     "islands": islands,
     "interpolate": interpolate,
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0; 1 where something failed; 75 where a distillation was stopped and saved a checkpoint; 130
+        The exit status: 0; 1 where something failed; 75 where a run was stopped and can go on; 130
         after Ctrl-C; 141 where nobody read the output to its end.
 
     Raises:

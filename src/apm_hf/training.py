@@ -13,9 +13,10 @@ from transformers.utils import logging
 from .configuration_apm import APMConfig
 from .data.augmentation import RandomCrops
 from .data.bad_images import numbered
+from .data.feature_cache import CachedImages, FeatureCache
 from .data.images import ImageCollator
 from .data.loading import train_and_validation
-from .data.streams import Reconnecting
+from .data.split_streams import SplitStream
 from .distillation import DistillationConfig, DistillationResult, distill, matching_image_processor
 from .distillation.views import same_view
 from .files import writable_folder
@@ -41,7 +42,11 @@ class TrainingConfig:
     )
     teacher_dtype: str | None = field(default=None, metadata={"help": "bfloat16, ...; see load_teacher"})
     dataset: str = field(
-        metadata={"help": "images, a Hub dataset, a folder or a parquet file; org/name, or org/name:config"}
+        metadata={"help": "images, a Hub dataset, a folder, parquet or tar files; org/name, or org/name:config"}
+    )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "folder of `apm cache-features`, read instead of asking the teacher about training images"},
     )
     preset: str = field(
         default="tiny", metadata={"help": "ready-made settings; the architecture dinov2-large, clip-ttt or tiny"}
@@ -95,14 +100,18 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
         raise ValueError("--push_to_hub: expected --hub_model_id user/name, got none")
     if training.random_crops and training.streaming:
         raise ValueError("--random_crops: expected a data set that is not streamed")
+    if training.feature_cache is not None:
+        _check_cacheable(training, config)
     if wrong := [one for one in training.extra_teachers if "=" not in one]:
         raise ValueError(f"--extra_teachers: expected NAME=TEACHER, got {wrong}")
     writable_folder(config.output_dir)  # before anything is fetched
     overrides, processor_options = (_json_object(training, name) for name in ("config_overrides", "image_processor"))
     set_seed(config.seed)
-    teacher = load_teacher(training.teacher, dtype=training.teacher_dtype)
+    # Each process's own device: of several GPUs "cuda" alone is the first one until Accelerate has shared them out.
+    placed = {"device": process_state().device, "dtype": training.teacher_dtype}
+    teacher = load_teacher(training.teacher, **placed)
     names = dict(one.split("=", 1) for one in training.extra_teachers)
-    teachers = {head: load_teacher(name, dtype=training.teacher_dtype) for head, name in names.items()}
+    teachers = {head: load_teacher(name, **placed) for head, name in names.items()}
     overrides = {"feature_size": teacher.feature_size, **overrides}
     if teachers:
         heads = {head: {"feature_size": one.feature_size} for head, one in teachers.items()}
@@ -123,12 +132,20 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
         max_validation_images=training.max_validation_images,
         seed=config.seed,
     )
-    images = Reconnecting(data.dataset, name=training.dataset) if training.streaming else data.dataset
+    images = data.dataset
+    if training.streaming:
+        whole = training.max_images is None and data.split == data.split.removesuffix("[rest]")
+        images = SplitStream(images, name=training.dataset, seed=config.seed, whole=whole)
     if training.random_crops:
         images = RandomCrops(images, data.image_column, seed=config.seed)
+    rows = numbered(images)
+    if training.feature_cache is not None:
+        cache = FeatureCache(training.feature_cache)
+        cache.check(teacher, images, image_column=data.image_column, level_layers=config.level_layers)
+        rows = CachedImages(images, cache)
     result = distill(
         student,
-        numbered(images),
+        rows,
         config=config,
         image_processor=image_processor,
         teacher=teacher,
@@ -151,6 +168,15 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
             address = publish(result.output_dir, training.hub_model_id)
             logger.info(address)
     return TrainingResult(result, state.num_processes, state.is_main_process, address)
+
+
+def _check_cacheable(training: TrainingConfig, config: DistillationConfig) -> None:
+    """A cache holds what the teacher says of whole images, by row."""
+    for name, given in (("random_crops", training.random_crops), ("jitter", config.jitter)):
+        if given:
+            raise ValueError(f"--{name}: expected a teacher to show other views to, got --feature_cache")
+    if training.streaming:
+        raise ValueError("--feature_cache: expected a data set that is not streamed: answers are found by row")
 
 
 def _draw_card_picture(result: DistillationResult, image_processor: Any) -> None:

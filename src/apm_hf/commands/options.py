@@ -9,7 +9,7 @@ NUMBER: dict[Any, str] = {int: "N", float: "NUMBER"}
 SHARED: dict[str, dict[str, Any]] = {
     "--teacher": {"metavar": "NAME", "help": "teacher, a Hub name or a folder"},
     "--model": {"metavar": "NAME", "help": "APM, a Hub name or a folder"},
-    "--dataset": {"metavar": "NAME", "help": "images, a Hub dataset, a folder or a parquet file"},
+    "--dataset": {"metavar": "NAME", "help": "images, a Hub dataset, a folder, parquet or tar files"},
     "--output_dir": {"metavar": "FOLDER", "help": "folder of what is made"},
     "--batch_size": {"type": int, "metavar": "N", "help": "images at a time"},
     "--steps": {"type": int, "metavar": "N", "help": "gradient steps of the fit"},

@@ -21,6 +21,8 @@ from torch import Tensor
 from ..image_processing_pil_apm import read_image
 from .bad_images import PROBLEM, packed
 
+ANSWERS = ("features", "image_embeds", "levels", "locations", "grid")  # of a teacher, in a row that has them
+
 # What a damaged download often is instead of an image, by its first bytes.
 _SIGNATURES = {
     b"<": "a page of HTML or XML",
@@ -101,10 +103,11 @@ class ImageCollator:
     Calling it with B rows returns `pixel_values` `(B, 3, S_h, S_w)`, `teacher_pixel_values` likewise if there is a
     teacher's processor, `teacher_pixel_values.NAME` for every further teacher's, `labels` `(B,)` int64 if there is a
     label column, and `index` `(B,)` int64 if the rows have such a column. Teachers' processors see the same picture as
-    8-bit RGB, since few handle other modes well.
+    8-bit RGB, since few handle other modes well. Rows of [`apm_hf.data.feature_cache.CachedImages`] bring the
+    teacher's answers; these are put together instead of `teacher_pixel_values`.
 
     Attributes:
-        image_processor: the student's.
+        image_processor: the student's; None leaves `pixel_values` out.
         image_column: as in [`ImageData`].
         label_column: as in [`ImageData`]; `None` leaves labels out.
         teacher_image_processor: the teacher's, if it is to run in this batch.
@@ -148,15 +151,16 @@ class ImageCollator:
     def _process(self, row: dict[str, Any]) -> dict[str, Any]:
         if self.image_column not in row:
             raise ValueError(f"has no column {self.image_column!r} but {list(row)}; name it with --image_column.")
-        problem = ""
+        problem, cached = "", isinstance(row.get("features"), Tensor)
         try:
-            example = self._pixels(decode_image(row[self.image_column]))
+            example = self._pixels(decode_image(row[self.image_column]), cached)
         except ValueError as error:
             problem = f"{_name(row, self.image_column)}: {error}"
             self._bad.add(problem)
             if len(self._bad) > self.max_bad_images:
                 raise
-            example = self._pixels(PIL.Image.new("RGB", (64, 64)))
+            example = self._pixels(PIL.Image.new("RGB", (64, 64)), cached)
+        example |= {name: row[name][None] for name in ANSWERS if cached and name in row}
         if self.max_bad_images:
             example[PROBLEM] = packed(problem)
         if self.label_column is not None:
@@ -171,12 +175,14 @@ class ImageCollator:
             example["index"] = row["index"]
         return example
 
-    def _pixels(self, image: PIL.Image.Image) -> dict[str, Any]:
-        """`(1, 3, S_h, S_w)` of each processor."""
-        check_resized(self.image_processor, image)
-        example = {"pixel_values": self.image_processor(image, return_tensors="pt")["pixel_values"]}
+    def _pixels(self, image: PIL.Image.Image, cached: bool) -> dict[str, Any]:
+        """`(1, 3, S_h, S_w)` of each processor, the teacher's only where its answers are not `cached`."""
+        example = {}
+        if self.image_processor is not None:
+            check_resized(self.image_processor, image)
+            example["pixel_values"] = self.image_processor(image, return_tensors="pt")["pixel_values"]
         processors = {f"teacher_pixel_values.{name}": one for name, one in self.teacher_image_processors.items()}
-        if self.teacher_image_processor is not None:
+        if self.teacher_image_processor is not None and not cached:
             processors["teacher_pixel_values"] = self.teacher_image_processor
         rgb_image = eight_bit_rgb(image) if processors else None
         for key, processor in processors.items():

@@ -1,12 +1,14 @@
 """Image datasets from the Hub or the disk.
 
-A dataset is named as `org/name`, `org/name:config`, a folder of images or of parquet shards, one parquet file, or a
-folder written by `save_to_disk`. Splits, image and label columns and class names are found from the dataset's own
-description (https://huggingface.co/docs/datasets/v4.0.0/en/about_dataset_features); what is missing or ambiguous is a
-ValueError naming the flag that settles it. Images stay encoded until `apm_hf.data.images.decode_image`, so that a
-damaged file is reported with its row instead of failing inside `datasets`, which the extra `apm_hf[train]` installs.
+A dataset is named as `org/name`, `org/name:config`, a folder of images, of parquet shards or of WebDataset's tar
+shards, some such shards (`shards/*.tar`, `hf://datasets/org/name/*.tar`), or a folder written by `save_to_disk`.
+Splits, image and label columns and class names are found from the dataset's own description
+(https://huggingface.co/docs/datasets/v4.0.0/en/about_dataset_features); what is missing or ambiguous is a ValueError
+naming the flag that settles it. Images stay encoded until `apm_hf.data.images.decode_image`, so that a damaged file is
+reported with its row instead of failing inside `datasets`, which the extra `apm_hf[train]` installs.
 """
 
+import glob
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,7 @@ VALIDATION_SPLITS = ("validation", "val", "valid", "dev", "test", "eval")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "class_id", "target", "category")
 CLASS_NAME_COLUMNS = ("name", "class_name", "label_name")
 WORDNET_ID = re.compile(r"^n\d{8}[_ -]+(?=.)")  # ImageNet's folder names: n01440764_tench
+FILES = {".parquet": "parquet", ".tar": "webdataset"}  # file -> the builder of `datasets` that reads it
 SHUFFLE_BUFFER_SIZE = 1_000  # rows a stream keeps in memory, still encoded, to draw from
 
 
@@ -70,7 +73,8 @@ def load_images(
     """Load one split of an image dataset.
 
     Args:
-        name_or_path: a Hub name, optionally with `:config`, or a local folder or parquet file.
+        name_or_path: a Hub name, optionally with `:config`, or a local folder, or parquet or tar files, which may be a
+            pattern or lie on the Hub (`hf://...`).
         split: which split, slices such as `"train[:10%]"` included; by default the only one, or else `train`.
         image_column: by default the only column of type `Image` (or of encoded images, where no column has that type).
         label_column: by default the column of type `ClassLabel` or integer called `label`, `labels`, `fine_label`,
@@ -148,15 +152,16 @@ class _Source:
         if not name.strip():
             raise ValueError(f"dataset: expected a folder, a parquet file or a Hub name, got {name!r}")
         path, config = os.path.expanduser(name), None
-        if not os.path.exists(path) and ":" in path:
+        if not os.path.exists(path) and ":" in path and "://" not in path:
             path, _, config = path.rpartition(":")
+        builder = FILES.get(os.path.splitext(path)[1])
+        if builder and (os.path.isfile(path) or "://" in path or glob.has_magic(path)):
+            if "://" not in path and not glob.glob(path):
+                raise FileNotFoundError(f"there is no file {name!r}.")
+            word = re.split(r"\W|_", os.path.basename(path))[0]  # shards are called train-00000-of-00001.parquet
+            return cls(name, builder, data_files={word if word in VALIDATION_SPLITS else "train": path})
         if os.path.isfile(path):
-            stem, suffix = os.path.splitext(os.path.basename(path))
-            if suffix != ".parquet":
-                raise ValueError(f"expected a folder, a parquet file or a Hub name, got the file {name!r}.")
-            word = re.split(r"\W|_", stem)[0]  # shards are called train-00000-of-00001.parquet
-            split = word if word in VALIDATION_SPLITS else "train"
-            return cls(name, "parquet", data_files={split: path})
+            raise ValueError(f"expected a folder, a parquet file, a tar file or a Hub name, got the file {name!r}.")
         if os.path.isdir(path):
             marks = ("dataset_dict.json", "state.json")
             saved_to_disk = any(os.path.isfile(os.path.join(path, mark)) for mark in marks)

@@ -21,15 +21,16 @@ from ..dense_targets import moved
 from ..losses import DistillationTargets, normalise_levels, rgb_targets
 from ..modeling_apm import APMModelOutput
 from ..position_encoding import grid_coordinates
-from ..teachers import Teacher
+from ..teachers import Teacher, TeacherOutput
 
 
 class Question(NamedTuple):
     """What a head is to answer.
 
     Args:
-        targets: at every patch of its teacher, row-major.
-        coordinates: `(L, 2)`, (y, x), of the patches' centres; None for those of the plain grid.
+        targets: at every patch of its teacher, row-major, or at those that a cache kept.
+        coordinates: `(L, 2)`, or `(B, L, 2)` where every image is asked at places of its own, (y, x), of the patches'
+            centres; None for those of the plain grid.
         grid: the teacher's, (rows, cols).
     """
 
@@ -43,11 +44,13 @@ class TargetMaker:
 
     Args:
         teacher: asked for every batch that does not carry its targets already, as `image_embeds` `(B, F)` and
-            `features` `(B, rows, cols, F)`.
+            `features` `(B, rows, cols, F)`; or, of L places of each image, `features` `(B, L, F)`, `locations`
+            `(B, L)` in the row-major grid, and `grid` `(B, 2)`; see [`apm_hf.data.feature_cache`].
         image_processor: the student's; its normalisation is undone for the colours.
         layers: of the teacher, whose patch tokens are the student's levels, low to high.
         teachers: further ones, by the names of their heads; of a head NAME, batches carry `teacher_pixel_values.NAME`
             or the answers themselves, `image_embeds.NAME` and `features.NAME`.
+        teacher_batch_size: images that a teacher is shown at a time; None shows all of a batch.
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class TargetMaker:
         *,
         layers: Sequence[int] | None = None,
         teachers: Mapping[str, Teacher] | None = None,
+        teacher_batch_size: int | None = None,
     ):
         self.teacher, self.layers, self.teachers = teacher, layers, dict(teachers or {})
+        self.teacher_batch_size = teacher_batch_size
         normalised = image_processor.do_normalize and not getattr(image_processor, "do_min_max", False)
         mean = image_processor.image_mean if normalised else (0.0, 0.0, 0.0)
         std = image_processor.image_std if normalised else (1.0, 1.0, 1.0)
@@ -78,12 +83,16 @@ class TargetMaker:
         if any(shift):
             pixels = moved(pixels, shift[0] * pixels.shape[2] / rows, shift[1] * pixels.shape[3] / cols)
         rgb = rgb_targets(pixels, rows, cols, mean=self.mean.to(pixels.device), std=self.std.to(pixels.device))
+        if "locations" in batch:
+            rgb = rgb.take_along_dim(batch["locations"].to(rgb.device)[..., None], dim=1)  # (B, L, 3)
         return question._replace(targets=replace(question.targets, rgb=rgb))
 
     def further(self, batch: dict[str, Tensor], *, shift: tuple[float, float] = (0.0, 0.0)) -> dict[str, Question]:
         """The same for the further heads whose teachers are there, or their answers, by name; no colours or levels."""
         cached = {name.removeprefix("features."): None for name in batch if name.startswith("features.")}
         teachers = {**cached, **self.teachers}
+        if teachers and "locations" in batch:  # heads are asked at the same places of all images
+            raise ValueError("feature_cache: expected whole grids beside further teachers, got some locations")
         return {name: self._question(batch, teachers[name], f".{name}", shift) for name in sorted(teachers)}
 
     def _question(
@@ -99,12 +108,14 @@ class TargetMaker:
             seen = batch[f"teacher_pixel_values{suffix}"]
             if any(shift):
                 seen = moved(seen, *(part * teacher.patch_size for part in shift))
-            answer = teacher.encode_images(pixel_values=seen, layers=layers)
-            assert answer.image_embeds is not None and answer.features is not None
-            image_embeds, features = answer.image_embeds, answer.features
-            levels = None if answer.levels is None else normalise_levels(answer.levels)
+            parts = seen.split(self.teacher_batch_size or len(seen))
+            answers = [teacher.encode_images(pixel_values=part, layers=layers) for part in parts]
+            image_embeds, features = _joined(answers, "image_embeds"), _joined(answers, "features")
+            levels = None if layers is None else normalise_levels(_joined(answers, "levels"))
         else:
             raise ValueError(f"expected a teacher, or batches with image_embeds and features, got {sorted(batch)}")
+        if not suffix and "locations" in batch:
+            return _at_locations(batch, levels, device)
         rows, cols = features.shape[1:3]
         coordinates = None
         if any(shift):
@@ -115,6 +126,20 @@ class TargetMaker:
             levels = levels.flatten(2, 3).transpose(1, 2).to(device)  # (B, N, rows, cols, C) -> (B, L, N, C)
         targets = DistillationTargets(image_embeds.to(device), features, levels=levels)
         return Question(targets, coordinates, (rows, cols))
+
+
+def _at_locations(batch: dict[str, Tensor], levels: Tensor | None, device: torch.device) -> Question:
+    """Of batches with the answers at some places of each image alone."""
+    rows, cols = batch["grid"][0].tolist()
+    coordinates = grid_coordinates(rows, cols, device=device)[batch["locations"].to(device)]  # (B, L, 2)
+    if levels is not None:
+        levels = levels.transpose(1, 2).to(device)  # (B, N, L, C) -> (B, L, N, C)
+    targets = DistillationTargets(batch["image_embeds"].to(device), batch["features"].to(device), levels=levels)
+    return Question(targets, coordinates, (rows, cols))
+
+
+def _joined(answers: Sequence[TeacherOutput], name: str) -> Tensor:
+    return torch.cat([answer[name] for answer in answers]) if len(answers) > 1 else answers[0][name]
 
 
 def ask(
@@ -131,7 +156,7 @@ def ask(
 
     Args:
         grid: the teacher's, (rows, cols), at whose centres the targets lie,
-        coordinates: `(L, 2)`, (y, x), unless they lie there.
+        coordinates: `(L, 2)` or `(B, L, 2)`, (y, x), unless they lie there.
         heads: of further teachers, asked at the same places.
     """
     config = getattr(student, "module", student).config
@@ -140,7 +165,7 @@ def ask(
     if coordinates is None and (locations is not None or grid != (config.grid_size, config.grid_size)):
         coordinates = grid_coordinates(*grid, device=pixel_values.device)
     if coordinates is not None and locations is not None:
-        coordinates = coordinates[locations]
+        coordinates = coordinates[..., locations, :]
     return student(pixel_values, coordinates, trigger_column=trigger_column, heads=tuple(heads))
 
 
@@ -168,9 +193,9 @@ def ask_all(
             coordinates = question.coordinates
             if coordinates is None:
                 coordinates = grid_coordinates(*question.grid, device=pixel_values.device)
-            places.append(coordinates[locations.get(question.grid, slice(None))])
-            first = sum(map(len, places[:-1]))
-            spans[question.grid] = slice(first, first + len(places[-1]))
+            places.append(coordinates[..., locations.get(question.grid, slice(None)), :])
+            first = sum(one.shape[-2] for one in places[:-1])
+            spans[question.grid] = slice(first, first + places[-1].shape[-2])
     if len(spans) == 1:
         asked = {"coordinates": main.coordinates, "locations": locations.get(main.grid)}
     else:

@@ -1,0 +1,117 @@
+"""`apm cache-features`: a teacher's answers about every training image, on the disk."""
+
+import argparse
+from typing import Any
+
+from .options import add
+
+HELP = "write a teacher's features to the disk, for distillations to read"
+DESCRIPTION = """
+Ask a teacher about every training image once and keep its answers in a folder that `apm distill --feature_cache` reads
+instead of asking again. Give the data set, its splits, --max_images and --seed as you give them to `apm distill`. The
+same command runs under `torchrun --nproc_per_node N -m apm_hf.cli cache-features ...` and `accelerate launch`, on any
+number of machines that share the folder. Started again, it verifies what is there and writes what is missing or
+damaged. docs/scaling.md says when a cache pays.
+"""
+EXAMPLES = (
+    "apm cache-features --teacher facebook/dinov2-small --dataset photos/ --output_dir features --dry_run",
+    "apm cache-features --teacher facebook/dinov2-small --dataset photos/ --output_dir features --num_locations 64",
+    "apm cache-features --output_dir features --verify",
+)
+RESULT = {
+    "output_dir": "folder of the cache, for apm distill --feature_cache",
+    "images": "that have answers",
+    "left_out": "row and reason of every image that has none",
+    "shards": "files",
+    "bytes": "of all shards; with --dry_run, that they will have",
+}
+INTERRUPTED = "shards that were whole stay, and the same command goes on from there"
+SMALLER = "a smaller --batch_size or --images_per_shard"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add(parser, "--teacher", "required unless --verify")
+    parser.add_argument("--teacher_dtype", metavar="NAME", help="bfloat16, ...; see load_teacher")
+    add(parser, "--dataset", "required unless --verify")
+    add(parser, "--output_dir", required=True)
+    add(parser, "--split", "by default found")
+    parser.add_argument("--validation_split", metavar="NAME", help="by default found, or held out; not cached")
+    add(parser, "--image_column")
+    add(parser, "--max_images")
+    add(parser, "--seed", "the subset of --max_images, what is held out, locations", default=0)
+    parser.add_argument("--num_locations", type=int, help="random patches kept of each image; all of them by default")
+    parser.add_argument("--level_layers", type=int, nargs="+", help="teacher layers to keep, for students with levels")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(default: %(default)s)"
+    )
+    parser.add_argument("--images_per_shard", type=int, help="by default as many as make 256 MiB")
+    add(parser, "--batch_size", "that the teacher is shown", default=64)
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that load images, per process")
+    parser.add_argument("--max_bad_images", type=int, default=0, help="unreadable images that are left out and listed")
+    parser.add_argument("--dry_run", action="store_true", help="say what it takes, and write nothing")
+    parser.add_argument("--verify", action="store_true", help="compare the checksums of a cache that is there")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
+    from transformers.utils import logging
+
+    from ..data.feature_cache import CacheSettings, FeatureCache, estimate, write_feature_cache
+    from ..data.loading import train_and_validation
+    from ..processes import process_state
+    from ..teachers import load_teacher
+
+    if options.verify:
+        return _summary(FeatureCache(options.output_dir, verify=True))
+    if missing := [f"--{name}" for name in ("teacher", "dataset") if getattr(options, name) is None]:
+        raise ValueError(f"{', '.join(missing)}: expected a name or a folder, or --verify, got none")
+    settings = CacheSettings(
+        dtype=options.dtype,
+        num_locations=options.num_locations,
+        level_layers=options.level_layers,
+        images_per_shard=options.images_per_shard,
+        seed=options.seed,
+    )
+    teacher = load_teacher(options.teacher, dtype=options.teacher_dtype)
+    data, _ = train_and_validation(
+        options.dataset,
+        split=options.split,
+        validation_split=options.validation_split,
+        image_column=options.image_column,
+        max_images=options.max_images,
+        seed=options.seed,
+    )
+    plan, state = estimate(teacher, len(data.dataset), settings), process_state()
+    if state.is_main_process:
+        print(
+            f"{plan.num_images} images of {plan.bytes_per_image / 1e3:.4g} kB: {plan.num_bytes / 1e9:.4g} GB in "
+            f"{plan.num_shards} shards"
+        )
+    if options.dry_run:
+        result = {"images": plan.num_images, "left_out": [], "shards": plan.num_shards, "bytes": plan.num_bytes}
+        return {"output_dir": options.output_dir, **result} if state.is_main_process else None
+    cache = write_feature_cache(
+        options.output_dir,
+        teacher,
+        data.dataset,
+        image_column=data.image_column,
+        settings=settings,
+        dataset_name=options.dataset,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        max_bad_images=options.max_bad_images,
+    )
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return None
+    logging.get_logger(__name__).info(f"{len(cache)} images in {cache.folder}")
+    return _summary(cache)
+
+
+def _summary(cache: Any) -> dict[str, Any]:
+    return {
+        "output_dir": cache.folder,
+        "images": len(cache),
+        "left_out": cache.index["bad"],
+        "shards": len(cache.index["shards"]),
+        "bytes": sum(shard["bytes"] for shard in cache.index["shards"]),
+    }
