@@ -85,7 +85,10 @@ def use():
     from apm_hf.demo_assets import DEMO_MODEL
     models = []
     threads = [Thread(target=lambda: models.append(AutoModel.from_pretrained(DEMO_MODEL))) for _ in range(3)]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert [type(model) for model in models] == 3 * [apm_hf.APMModel], models
     assert AutoConfig.for_model("apm").__class__ is apm_hf.APMConfig
     segmenter = AutoModelForSemanticSegmentation.from_config(models[0].config)
@@ -136,6 +139,13 @@ class Recorder:
         self.told.append((*arguments, *options.values()))
 
 
+class Unread(dict):
+    """A mapping that has what is written, and does not look at it."""
+
+    def __init__(self):
+        self._reverse_config_mapping = {}
+
+
 def module(**tables):
     autos = ("AutoConfig", "AutoImageProcessor", *registration.MODELS)
     return SimpleNamespace(**{name: Recorder() for name in autos}, **tables)
@@ -146,38 +156,26 @@ CLASSES = [("AutoConfig", "apm", "APMConfig")] + [
 ]
 
 
-def by_class(found):
-    """Whether the models' and the configuration's classes were registered, with `name`s for classes."""
-    told = [
-        (auto, *getattr(found, auto).told[0])
-        for auto in ("AutoConfig", *registration.MODELS)
-        if getattr(found, auto).told
-    ]
+def registered(found):
+    """What the Auto classes of models and configuration were told, with the names of classes."""
+    told = [(auto, *row) for auto in ("AutoConfig", *registration.MODELS) for row in getattr(found, auto).told]
     return [tuple(getattr(one, "__name__", one) for one in row) for row in told]
 
 
-@pytest.mark.parametrize("tables", ["none", "plain dictionaries", "tables nobody reads"])
-def test_where_tables_are_not_as_known_classes_are_registered(tables):
+@pytest.mark.parametrize("mapping", [None, dict, Unread])
+def test_where_tables_are_not_as_known_classes_are_registered(mapping):
     found = module()
-    mappings = ["CONFIG_MAPPING", "IMAGE_PROCESSOR_MAPPING", *(mapping for mapping, _ in registration.MODELS.values())]
-    for mapping in mappings if tables != "none" else ():
-        names = {} if tables == "plain dictionaries" else SimpleNamespace(_reverse_config_mapping={})
-        setattr(found, f"{mapping}_NAMES", {})
-        setattr(found, mapping, Unread() if tables == "tables nobody reads" else names)
+    names = ["CONFIG_MAPPING", "IMAGE_PROCESSOR_MAPPING", *(name for name, _ in registration.MODELS.values())]
+    for name in names if mapping else ():
+        setattr(found, name, mapping())
+        setattr(found, f"{name}_NAMES", {})
     registration._configuration(found)
     registration._models(found)
     registration._image_processors(found)
-    assert by_class(found) == CLASSES
+    assert registered(found) == CLASSES
     config, processors = found.AutoImageProcessor.told[0]
     assert config is apm_hf.APMConfig
     assert processors == {"torchvision": apm_hf.APMImageProcessor, "pil": apm_hf.APMImageProcessorPil}
-
-
-class Unread(dict):
-    """A mapping that has what is written, and does not look at it."""
-
-    def __init__(self):
-        self._reverse_config_mapping = {}
 
 
 def test_another_model_of_the_same_type_is_replaced():
@@ -187,12 +185,13 @@ def test_another_model_of_the_same_type_is_replaced():
 
 
 def test_where_modules_have_moved_everything_is_registered_at_once(monkeypatch):
+    assert all(getattr(apm_hf, name) for name in apm_hf.__all__)  # loaded, as long as transformers is itself
     found = module()
     monkeypatch.setitem(sys.modules, "transformers", found)
     found.__spec__ = SimpleNamespace(submodule_search_locations=[str(Path(__file__).parent)])
     monkeypatch.setattr(registration, "_pipelines", lambda module: None)
     registration.register()
-    assert by_class(found) == CLASSES and found.AutoImageProcessor.told
+    assert registered(found) == CLASSES and found.AutoImageProcessor.told
 
 
 def test_registering_again_changes_nothing():

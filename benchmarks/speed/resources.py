@@ -14,7 +14,7 @@ from apm_hf.position_encoding import grid_coordinates
 
 from .figures import Figure, flops_of
 from .rivals import clip_base, dinov2_large, grid_codes, images, naive_answers, random_apm, vit_flops
-from .timing import Table, milliseconds, smallest_times
+from .timing import Goal, Table, milliseconds, smallest_times
 
 HERE = Path(__file__).resolve().parents[1]
 PAPER = (
@@ -117,10 +117,13 @@ def loading(preset: str, repeats: int) -> Figure:
     return Figure([table])
 
 
-def start_up() -> Figure | None:
-    """What `benchmarks/startup.py`, where there is one, prints: one JSON object of names and numbers."""
-    path = HERE / "startup.py"
-    if not path.exists():
-        return None
-    found = json.loads(subprocess.run([sys.executable, str(path)], check=True, capture_output=True, text=True).stdout)
-    return Figure([Table("Start-up", ("", ""), [(name, str(value)) for name, value in found.items()])])
+def start_up() -> Figure:
+    """What `benchmarks/startup.py` measures, one repeat of every process; about a minute and a half."""
+    from startup import figures
+
+    found = figures(repeats=1, load_repeats=3)
+    rows = [(one.name, f"{one.seconds:.3f} s", one.rival, f"{one.rival_seconds:.3f} s") for one in found]
+    table = Table("Start-up", ("", "seconds", "rival", "its seconds"), rows)
+    limits = [(one, one.limit) for one in found if one.limit is not None]
+    goals = [Goal(f"{one.name}, seconds", one.seconds, limit, at_most=True) for one, limit in limits]
+    return Figure([table], goals)
