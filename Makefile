@@ -25,7 +25,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
 
 docs: .venv/installed
-	$(BIN)/pdoc --docformat google --output-directory site apm_hf
+	# pdoc reads a module's own dictionary, where names that are loaded on first use appear then.
+	$(BIN)/python -c 'from apm_hf import *; from pdoc.__main__ import cli; cli()' --docformat google --output-directory site apm_hf
 
 assets: .venv/installed
 	$(BIN)/python scripts/make_demo_teacher.py

@@ -2,20 +2,23 @@
 
     python benchmarks/memory.py --preset tiny --num_locations 1048576
     python benchmarks/memory.py --preset dinov2-large --num_locations 65536
+    python benchmarks/memory.py --preset dinov2-large --num_locations 4096 --naive
 
 The bound is the chunk's, whatever the number of locations. On the CPU the peak is the process's resident memory
 (Linux's VmHWM) over what it held before the query, with weights loaded and one small query made; on a GPU it is the
-allocator's.
+allocator's. `--naive` writes every query out and answers all at once, as `speed/rivals.py` does.
 """
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import torch
 
 from apm_hf import APMConfig, APMModel
 from apm_hf.position_encoding import grid_coordinates
+from speed.rivals import grid_codes, naive_answers
 
 MEBIBYTE = 2**20
 
@@ -27,10 +30,19 @@ def resident(field: str) -> int:
 
 
 @torch.no_grad()
-def measure(preset: str, num_locations: int, *, local_patch: bool, chunk_size: int | None) -> dict[str, object]:
-    """Mebibytes of the answers and of the peak beyond them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = APMModel(APMConfig.preset(preset, local_patch=local_patch)).to(device).eval()
+def measure(
+    preset: str,
+    num_locations: int,
+    *,
+    local_patch: bool = False,
+    chunk_size: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    naive: bool = False,
+) -> dict[str, object]:
+    """Mebibytes of the answers and of the peak beyond them, and seconds of the one call."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = APMModel(APMConfig.preset(preset, local_patch=local_patch)).to(device, getattr(torch, dtype)).eval()
     side = model.config.image_size
     pixel_values = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     rows = 2 ** ((num_locations.bit_length() - 1) // 2)
@@ -40,14 +52,25 @@ def measure(preset: str, num_locations: int, *, local_patch: bool, chunk_size: i
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far: the model may have been cast
         before = resident("VmRSS")
-    outputs = model(pixel_values, coordinates, chunk_size=chunk_size)
+    started = time.perf_counter()
+    if naive:
+        outputs = naive_answers(model, model.fold(pixel_values), grid_codes(model, coordinates), chunk_size)
+    else:
+        outputs = model(pixel_values, coordinates, chunk_size=chunk_size)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
     answers = sum(values.numel() * values.element_size() for values in outputs.values() if torch.is_tensor(values))
     return {
         "preset": preset,
         "num_locations": len(coordinates),
         "local_patch": local_patch,
+        "dtype": dtype,
+        "naive": naive,
+        "seconds": round(seconds, 4),
         "answers_mib": round(answers / MEBIBYTE, 1),
         "beyond_mib": round((peak - before - answers) / MEBIBYTE, 1),
         "torch": torch.__version__,
@@ -61,6 +84,9 @@ def main() -> None:
     parser.add_argument("--num_locations", type=int, default=2**20, help="a power of 2, or a multiple of one")
     parser.add_argument("--local_patch", action="store_true")
     parser.add_argument("--chunk_size", type=int)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU, where there is one")
+    parser.add_argument("--naive", action="store_true", help="the form to compare with")
     options = parser.parse_args()
     print(json.dumps(measure(**vars(options))))
 

@@ -1,121 +1,119 @@
-"""Every figure is a ratio against a named rival in the same run; these machines are noisy, times alone say little.
+"""Speed, memory and operations of APM against named rivals in the same run; docs/benchmarks.md is what it writes.
 
-    python benchmarks/run.py --quick
-    make bench
+    python benchmarks/run.py --quick --output_dir /tmp/benchmarks    # about a minute: the tiny machine alone
+    make bench                                                       # about twelve minutes on two cores
 
-Rivals: `naive` builds every query by concatenation, one row per location, and multiplies it with the first layer.
-Repeats are interleaved and the smallest time of each is taken.
+It ends with an error where answers differ, and with status 1 where a goal is missed: a slowed build does not pass.
 """
 
 import argparse
-import time
-from collections.abc import Callable
+import os
+import shlex
+import sys
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from apm_hf import APMConfig, APMModel, TTTConfig, adapt
-from apm_hf.position_encoding import grid_coordinates, position_code
+from speed.figures import Figure, Settings, few_locations, full_grid, growth, products, training_step
+from speed.page import write_page
+from speed.resources import loading, memory, operations, start_up
+from speed.timing import machine_facts
 
-
-def naive_features(model: APMModel, pixel_values: Tensor) -> Tensor:
-    """`(B, L, F)`, as the paper's figure draws it."""
-    config = model.config
-    trigger = model.fold(pixel_values)
-    code = position_code(
-        grid_coordinates(config.grid_size, config.grid_size, device=trigger.device),
-        config.grid_size,
-        config.grid_size,
-        config.position_size,
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TINY = Settings(
+    preset="tiny",
+    repeats=10,
+    vision_transformers=False,
+    peak_shapes=((144, 256, 256), (1024, 1024, 1024)),
+    growth=(4096, 16384, 65536),
+    training_locations=36,
+)
+MILLION = ("tiny", 2**20, "float32", False)
+MANY = [MILLION, ("tiny", 2**20, "bfloat16", False)] + [
+    ("dinov2-large", number, dtype, naive)
+    for dtype, naive, numbers in (
+        ("float32", False, (1024, 4096, 16384, 65536)),
+        ("bfloat16", False, (1024, 65536)),
+        ("float32", True, (1024, 4096, 16384)),
     )
-    batch_size, num_locations = len(trigger), len(code)
-    hidden = torch.cat(
-        [trigger[:, None].expand(-1, num_locations, -1), code.to(trigger.dtype).expand(batch_size, -1, -1)], dim=-1
-    )
-    for layer in model.decoder.layers:
-        hidden = F.linear(hidden, layer.weight, layer.bias).relu()
-    return model.decoder.feature_head(hidden)
+    for number in numbers
+]
 
 
-def naive_ttt(model: APMModel, pixel_values: Tensor, targets: Tensor, config: TTTConfig) -> None:
-    """One image after the other, with `torch.optim`."""
-    for image, target in zip(pixel_values, targets, strict=True):
-        machine = APMModel(model.config)
-        optimizer = torch.optim.Adam(machine.parameters(), lr=config.learning_rate)
-        for _ in range(config.steps):
-            loss = F.mse_loss(naive_features(machine, image[None]).mean(dim=1), target[None])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+def run(
+    machines: tuple[Settings, ...],
+    *,
+    many: list[tuple[str, int, str, bool]],
+    counted: tuple[str, ...],
+    loaded: str,
+    devices: tuple[str, ...],
+) -> dict[str, list[Figure]]:
+    """Figures by section of the page.
 
-
-def compare(rows: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Smallest time of each, in seconds, over interleaved repeats."""
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(repeats + 1):  # the first is warm-up
-        for name, call in rows.items():
-            started = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(time.perf_counter() - started)
-    return {name: min(values[1:]) for name, values in times.items()}
-
-
-def report(title: str, times: dict[str, float], rival: str) -> None:
-    print(f"{title}")
-    for name, seconds in times.items():
-        print(f"  {name:<34} {1e3 * seconds:10.2f} ms   {times[rival] / seconds:7.2f} x {rival}")
-
-
-@torch.no_grad()
-def query_path(preset: str, repeats: int, device: torch.device) -> None:
-    model = APMModel(APMConfig.preset(preset, pooling="mean", use_rgb_head=False)).to(device).eval()
-    size = model.config.image_size
-    pixel_values = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    few = grid_coordinates(model.config.grid_size, model.config.grid_size, device=device)[::64]
-    trigger = model.fold(pixel_values)
-    expected, answer = naive_features(model, pixel_values), model(pixel_values).last_hidden_state
-    error = ((expected - answer).norm() / expected.norm()).item()
-    rows = {
-        "naive": lambda: naive_features(model, pixel_values),
-        "full grid": lambda: model(pixel_values),
-        f"{len(few)} locations": lambda: model.query(trigger, few),
+    Args:
+        machines: what is timed.
+        many: the questions whose memory is measured, as `speed.resources.memory` takes them.
+        counted: presets whose operations are counted.
+        loaded: the preset that is loaded from disk.
+        devices: `"cpu"`, `"cuda"`.
+    """
+    measures = {
+        "Full grid": full_grid,
+        "Few locations": few_locations,
+        "Many locations": growth,
+        "Training step": training_step,
     }
-    report(f"{preset}: query path (relative error to naive {error:.1e})", compare(rows, repeats, device), "naive")
+    sections: dict[str, list[Figure]] = {}
+    for title, measure in measures.items():
+        for device in devices:
+            for settings in machines:
+                for dtype in (torch.float32, torch.bfloat16):
+                    sections.setdefault(title, []).append(measure(settings, torch.device(device), dtype))
+                    _progress(title, sections[title][-1])
+    transformers_too = any(settings.vision_transformers for settings in machines)
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            for settings in machines[1:]:  # the first is too small for its products to matter
+                sections.setdefault("Products", []).append(products(settings, torch.device(device), dtype))
+    sections["Memory"] = [memory(many, torch.device(device)) for device in devices]
+    sections["Operations"] = [operations(counted, vision_transformers=transformers_too)]
+    sections["Loading"] = [loading(loaded, 5), *filter(None, [start_up()])]
+    for title in ("Products", "Memory", "Operations", "Loading"):
+        for figure in sections.get(title, ()):
+            _progress(title, figure)
+    return sections
 
 
-def test_time_training(preset: str, repeats: int, device: torch.device, *, batch_size: int, steps: int) -> None:
-    model = APMModel(APMConfig.preset(preset, pooling="mean", use_rgb_head=False)).to(device)
-    size, generator = model.config.image_size, torch.Generator().manual_seed(0)
-    pixel_values = torch.rand(batch_size, 3, size, size, generator=generator).to(device)
-    targets = torch.randn(batch_size, model.config.feature_size, generator=generator).to(device)
-    exact = TTTConfig(steps=steps)
-    sampled = TTTConfig(steps=steps, num_locations=16)
-    rows = {
-        "naive": lambda: naive_ttt(model, pixel_values, targets, exact),
-        "exact": lambda: adapt(model, pixel_values, targets, config=exact),
-        "16 sampled locations": lambda: adapt(model, pixel_values, targets, config=sampled),
-    }
-    title = f"{preset}: test-time training, {batch_size} images, {steps} steps"
-    report(title, compare(rows, repeats, device), "naive")
+def _progress(title: str, figure: Figure) -> None:
+    for table in figure.tables:
+        print(f"\n{title}. {table.title}. {table.text[:200]}")
+        for row in (table.columns, *table.rows):
+            print("  " + "  ".join(f"{cell:>{44 if not i else 14}}" for i, cell in enumerate(row)), flush=True)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the tiny machine only, few repeats")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {where}")
-    query_path("tiny", 5 if options.quick else 30, device)
-    test_time_training("tiny", 2 if options.quick else 5, device, batch_size=8, steps=20)
-    if not options.quick:
-        query_path("clip-ttt", 7, device)
-        query_path("dinov2-large", 5, device)
-        test_time_training("clip-ttt", 2, device, batch_size=1, steps=3)
+    parser.add_argument("--output_dir", type=Path, default=DOCS, help="where benchmarks.md and its plots go")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    facts = machine_facts()
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if options.quick:
+        sections = run((TINY,), many=[MILLION], counted=("tiny",), loaded="tiny", devices=devices)
+    else:
+        sections = run(
+            (TINY, Settings()), many=MANY, counted=("clip-ttt", "dinov2-large"), loaded="dinov2-large", devices=devices
+        )
+    facts["load average at the end"] = f"{os.getloadavg()[0]:.1f}"
+    command = "make bench" if not options.quick else shlex.join(["python", "benchmarks/run.py", "--quick"])
+    print(f"\nwritten: {write_page(options.output_dir, command, facts, sections)}")
+    goals = [goal for figures in sections.values() for figure in figures for goal in figure.goals]
+    for goal in goals:
+        sign = "<=" if goal.at_most else ">="
+        print(f"{'met   ' if goal.met else 'MISSED'} {goal.name}: {goal.value:.3g} {sign} {goal.bound:.3g}")
+    return 0 if all(goal.met for goal in goals) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

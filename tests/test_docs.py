@@ -130,12 +130,16 @@ def test_the_reference_is_rendered_and_holds_every_public_name():
     pdoc = pytest.importorskip("pdoc")
     import apm_hf
 
+    public = {name: getattr(apm_hf, name) for name in apm_hf.__all__}
     pdoc.render.configure(docformat="google")
     with warnings.catch_warnings():  # of annotations in transformers
         warnings.simplefilter("ignore")
         page = pdoc.pdoc("apm_hf")
-    for name in apm_hf.__all__:
+    for name, value in public.items():
         assert f'id="{name}"' in page, name
+        found = re.search(rf'id="{name}">.*?class="attr (\w+)"', page, re.DOTALL)
+        # What pdoc does not find is an empty variable, to which it also makes another name of something public.
+        assert found[1] != "variable" or value.__name__ != name, name
 
 
 def test_nothing_in_the_documentation_names_a_path_of_a_machine():

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
+from apm_hf import stopping
+from apm_hf.data.bad_images import SKIPPED
 from apm_hf.demo_assets import DEMO_TEACHER
+from apm_hf.evaluation.benchmarks import LabelledImages
 from apm_hf.evaluation.plan import CLEAN, Cell, Sweep
+from apm_hf.evaluation.report import write_report
 from apm_hf.evaluation.runner import (
     COSTS,
     PARTS,
@@ -154,6 +159,56 @@ def test_results_of_an_image_do_not_depend_on_its_batch(finished, tmp_path):
         return {(row["corruption"], row["method"], row["image"]): row["top5"] for row in rows}
 
     assert chosen(other) == chosen(finished)
+
+
+@pytest.fixture
+def damaged(monkeypatch):
+    """Of 14 scenes five cannot be read: one, and a whole batch."""
+    bad, image = {2, 8, 9, 10, 11}, LabelledImages.image
+
+    def read(self, index):
+        if index in bad:
+            raise ValueError(f"image {index} of {self.title}: expected an encoded image, got an empty file")
+        return image(self, index)
+
+    chosen = list(range(14))
+    monkeypatch.setattr(LabelledImages, "image", read)
+    monkeypatch.setattr(Cell, "indices", lambda self, num_images: chosen)
+    return bad
+
+
+def test_images_that_cannot_be_read_are_left_out_for_every_method_and_listed(damaged, tmp_path, monkeypatch):
+    folder = run(tmp_path / "run", max_bad_images=5)
+    found = {(line["corruption"], line["method"]): set() for line in lines(folder)}
+    for line in lines(folder):
+        found[line["corruption"], line["method"]].add(line["image"])
+    assert len(found) == 2 * len(METHODS) and all(images == set(range(14)) - damaged for images in found.values())
+    skipped = lines(folder, SKIPPED)
+    assert [line["image"] for line in skipped] == sorted(damaged)  # once, though two conditions met them
+    assert all("got an empty file" in line["reason"] and line["benchmark"] == "scenes" for line in skipped)
+    report = write_report(folder)[0].read_text()
+    assert f"could not be read: {len(damaged)} images, listed in `{SKIPPED}`" in report
+
+
+def test_more_bad_images_than_the_limit_stop_the_run_and_lose_nothing(damaged, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="^image 2 of .*: expected an encoded image, got an empty file"):
+        run(folder)
+    with pytest.raises(
+        ValueError, match="max_bad_images: expected at most 3 unreadable images, got 5, .* image 11 of"
+    ):
+        run(folder, max_bad_images=3)
+    there = set(folder.glob(f"{PARTS}/*/*.jsonl"))
+    run(folder, max_bad_images=5)  # goes on
+    assert there and there < set(folder.glob(f"{PARTS}/*/*.jsonl"))
+
+
+def test_a_folder_that_another_run_writes_is_refused(finished, monkeypatch):
+    monkeypatch.setattr(stopping, "LOCK_PATIENCE", 0)
+    before = (finished / RESULTS).read_bytes()
+    with FileLock(finished / stopping.LOCK), pytest.raises(ValueError, match="output_dir: expected a folder that no"):
+        run(finished)
+    assert (finished / RESULTS).read_bytes() == before
 
 
 @pytest.mark.parametrize(

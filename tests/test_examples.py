@@ -1,6 +1,7 @@
-"""`examples/train.py` as users start it: plain, through `accelerate launch`, in two processes, interrupted, published.
+"""`examples/train.py` as users start it: plain, through `accelerate launch`, interrupted, published.
 
-Subprocesses import everything anew, so there are two of them; the rest calls the script's `main` in this process.
+Subprocesses import everything anew, so there are few of them; the rest calls the script's `main` in this process.
+Several processes at once are in `test_scaling.py`.
 """
 
 import importlib.util
@@ -132,24 +133,9 @@ def assert_card_without_paths(folder, *places):
         assert str(path) not in text, "the card names a path of this machine"
 
 
-def test_two_processes_train_as_one_does_with_the_same_global_batch(script, monkeypatch, place, environment, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    two = launch([*command, *flags(place, tmp_path / "two", batch_size=4, num_locations=5)], environment)
-    assert "processes: 2" in two
-    train(script, monkeypatch, flags(place, tmp_path / "one", batch_size=8, num_locations=5))
-    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
-    assert [row["step"] for row in first] == [0, 6]
-    for one_row, two_row in zip(first, second, strict=True):
-        assert one_row == pytest.approx(two_row, abs=1e-5)
-    assert abs(first[0]["feature_cosine"] - first[1]["feature_cosine"]) > 1e-2, "nothing was learnt"
-    assert_loads(tmp_path / "two")
-    assert_card_without_paths(tmp_path / "two", tmp_path, place)
-
-
 def test_accelerate_launches_it_on_a_stream_in_bfloat16(place, environment, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1"]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    command.append(str(EXAMPLES / "configs/cpu.yaml"))
     settings = {"streaming": True, "mixed_precision": "bf16", "gradient_accumulation_steps": 2, "checkpoint_steps": 2}
     words = [*command, str(SCRIPT), *flags(place, tmp_path / "run", batch_size=4, **settings)]
     assert "processes: 1" in launch(words, environment)

@@ -26,22 +26,6 @@ def test_public_names_are_sorted_unique_and_importable():
         assert getattr(apm_hf, name) is not None
 
 
-@pytest.mark.parametrize(
-    ("name", "module"),
-    [
-        ("adapt", "ttt"),
-        ("Adapted", "ttt"),
-        ("TTTConfig", "ttt"),
-        ("Teacher", "teachers"),
-        ("TeacherOutput", "teachers"),
-        ("load_teacher", "teachers"),
-    ],
-)
-def test_names_loaded_on_first_use_are_those_of_their_modules(name, module):
-    assert name in apm_hf.__all__
-    assert getattr(apm_hf, name) is getattr(__import__(f"apm_hf.{module}", fromlist=[name]), name)
-
-
 def test_a_name_that_does_not_exist_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'apm_hf' has no attribute 'adpat'"):
         apm_hf.adpat  # noqa: B018

@@ -3,50 +3,31 @@
 Children are forked from this process, which has imported everything, and killed by real signals.
 """
 
+import errno
+import json
 import logging
 import os
 import random
 import shutil
 import signal
-import socket
 import time
-import traceback
-import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import other as accelerate_files
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
 from transformers import modeling_utils
-from transformers.utils.logging import disable_progress_bar
 
-from apm_hf import distillation, stopping, training
+from apm_hf import stopping, training
 from apm_hf.cli import main
-from apm_hf.data.targets import TargetCache
-from apm_hf.distillation import DistillationConfig, distill
+from apm_hf.distillation import loop
 from apm_hf.distillation.checkpoints import Checkpoints, faults, manifest_of, progress_of
-from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.stopping import EXIT_STOPPED, RunStopped
-from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, student
-
-# 20 images are five passes an epoch: steps of two passes, and checkpoints, cross the ends of epochs.
-SETTINGS = {
-    "max_steps": 7,
-    "checkpoint_steps": 2,
-    "batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "num_locations": 3,
-    "learning_rate": 1e-2,
-    "warmup_steps": 3,
-    "validation_steps": 3,
-    "num_pictures": 0,
-    "statistics_images": 8,
-    "report_to": "none",
-    "mixed_precision": "no",
-}
+from fixtures_runs import Fatal, forget_accelerate, forked, processes, random_targets, run, status_of
+from fixtures_tiny import student
 
 
 @pytest.fixture(autouse=True)
@@ -62,57 +43,11 @@ def fresh_accelerate(monkeypatch):
     forget_accelerate()
 
 
-def forget_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def random_targets(num_images, *, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((3, STUDENT_SIZE, STUDENT_SIZE), (FEATURE_SIZE,), (TEACHER_GRID, TEACHER_GRID, FEATURE_SIZE))
-    return TargetCache(*(torch.randn(num_images, *shape, generator=generator) for shape in shapes))
-
-
-def run(folder, *, data=None, machine=None, **settings):
-    forget_accelerate()
-    return distill(
-        machine or student(),
-        random_targets(20) if data is None else data,
-        config=DistillationConfig(output_dir=str(folder), **(SETTINGS | settings)),
-        image_processor=APMImageProcessorPil(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE}),
-        validation_data=random_targets(6, seed=7),
-    )
-
-
 def go_on(folder, **settings):
     """What a person does with a run that is dead: resume it, or where it has saved nothing yet, start it again."""
     torch.manual_seed(123)  # a new process knows nothing of the old one's generators
     resume = bool(Checkpoints(folder, keep=1).names())
     return run(folder, machine=student(seed=5) if resume else None, resume=resume, **settings)
-
-
-def forked(work):
-    """The status of a child that does `work`; of one that was killed, the signal's number, negative."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: of threads, which do nothing here
-        child = os.fork()
-    if not child:
-        status = 1
-        try:
-            disable_progress_bar()  # its lock is shared with this process, which a child killed in it would lock out
-            work()
-            status = 0
-        except RunStopped as stopped:
-            status = stopped.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return child
-
-
-def status_of(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture(scope="module")
@@ -196,22 +131,6 @@ def begun(whole, tmp_path_factory):
     assert status_of(child) == -signal.SIGKILL
     assert Checkpoints(folder, keep=1).names() == ["step_00000002"]
     return folder
-
-
-class Fatal(Dataset):
-    """Reading the row after the first `num_rows` kills the process, by this signal; a callable is called instead."""
-
-    def __init__(self, data, num_rows, action=lambda: os.kill(os.getpid(), signal.SIGKILL)):
-        self.data, self.left, self.action = data, num_rows, action
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        if self.left == 0:
-            self.action()
-        self.left -= 1
-        return self.data[index]
 
 
 def test_killed_at_any_change_of_a_file_a_run_ends_as_one_never_killed(whole, begun, tmp_path):
@@ -355,6 +274,30 @@ def test_those_kept_are_whole_ones(two, caplog):
 # --- stopped ------------------------------------------------------------------------------------------------------
 
 
+FULL = {
+    "model.safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "optimizer.bin": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    "random_states_0.pkl": OSError(errno.ENOSPC, "No space left on device"),
+}  # what the libraries said on a file system of 200 kB
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_is_one_message_and_the_checkpoint_before_stays(two, name, tmp_path):
+    def save_state(folder):
+        Path(folder).mkdir()
+        Path(folder, name).write_bytes(b"half of it")
+        raise FULL[name]
+
+    accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, save_state=save_state)
+    before = sorted(path for path in two.rglob("*") if path.is_file())
+    with pytest.raises(
+        OSError, match=r"^checkpoint step_00000008: cannot write it to .*MiB are free: .*; step_0*6 is"
+    ):
+        Checkpoints(two, keep=2).save(accelerator, 8, {})
+    assert sorted(path for path in two.rglob("*") if path.is_file()) == before
+    assert not any(faults(path) for path in two.glob("checkpoints/*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits(whole, tmp_path, number):
     folder = tmp_path / "run"
@@ -443,28 +386,14 @@ def test_what_makes_it_another_run_is_refused(begun, changes, message):
 
 def test_other_settings_are_said_and_take_effect(begun, tmp_path, caplog):
     shutil.copytree(begun, tmp_path / "run")
-    seen, schedule = [], distillation.get_cosine_schedule_with_warmup
+    seen, schedule = [], loop.get_cosine_schedule_with_warmup
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            distillation, "get_cosine_schedule_with_warmup", lambda *a, **b: seen.append(schedule(*a, **b)) or seen[-1]
+            loop, "get_cosine_schedule_with_warmup", lambda *a, **b: seen.append(schedule(*a, **b)) or seen[-1]
         )
         run(tmp_path / "run", resume=True, learning_rate=2e-2, batch_size=2, max_steps=3)
     assert "batch_size 4 -> 2" in caplog.text and "learning_rate 0.01 -> 0.02" in caplog.text
     assert seen[-1].base_lrs == [2e-2] and seen[-1].last_epoch == 3 and seen[-1].get_last_lr() == [2e-2]
-
-
-def processes(number, work):
-    """Statuses of so many forked children that know of each other, as `torchrun` starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    known = {"WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": number}
-
-    def of_rank(rank):
-        os.environ.update({name: str(value) for name, value in {**known, "RANK": rank, "LOCAL_RANK": rank}.items()})
-        work(rank)
-
-    return [status_of(child) for child in [forked(lambda rank=rank: of_rank(rank)) for rank in range(number)]]
 
 
 def test_two_processes_stop_at_the_same_step_and_any_number_goes_on(whole, tmp_path, caplog):
@@ -488,5 +417,9 @@ def test_two_processes_stop_at_the_same_step_and_any_number_goes_on(whole, tmp_p
     run(tmp_path / "changed", data=data, resume=True, statistics_images=0)
     assert "num_processes 2 -> 1" in caplog.text and "gradient_accumulation_steps 1 -> 2" in caplog.text
     ends = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "changed")]
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "changed")]
+    assert [row["step"] for row in metrics[0]] == [0, 3, 6, 7]
+    for uninterrupted, changed in zip(*metrics, strict=True):
+        assert changed == pytest.approx(uninterrupted, abs=1e-5)
     for other in ends[1:]:
         assert max((other[name] - weight).abs().max().item() for name, weight in ends[0].items()) < 1e-5

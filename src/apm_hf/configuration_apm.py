@@ -14,7 +14,6 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.activations import ACT2FN
 
 from .configuration_apm_teachers import (
     HEAD_FIELDS,
@@ -273,6 +272,8 @@ class APMConfig(PreTrainedConfig):
             raise ValueError(f"hidden_sizes: expected at least one positive width, got {list(self.hidden_sizes)}")
         if any(size < 1 for size in self.rgb_hidden_sizes):
             raise ValueError(f"rgb_hidden_sizes: expected positive widths, got {list(self.rgb_hidden_sizes)}")
+        from transformers.activations import ACT2FN  # with what it imports, as slow to load as torch
+
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act: expected one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         if not self.initializer_range > 0:
@@ -407,5 +408,7 @@ class APMConfig(PreTrainedConfig):
 def _resembles_field(name: str) -> bool:
     return bool(difflib.get_close_matches(name, {field.name for field in fields(APMConfig)}, n=1, cutoff=0.85))
 
+
+APMConfig.register_for_auto_class()  # what is saved takes its code along, for `trust_remote_code=True`
 
 __all__ = ["AUTO_MAP", "APMConfig", "PRESETS", "travelling_classes"]

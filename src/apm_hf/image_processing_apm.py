@@ -108,4 +108,6 @@ class APMImageProcessor(APMImageProcessorBase, TorchvisionBackend):
 if not is_torchvision_available():
     APMImageProcessor = APMImageProcessorPil  # type: ignore[misc]
 
+APMImageProcessor.register_for_auto_class()  # what is saved takes its code along
+
 __all__ = ["APMImageProcessor"]

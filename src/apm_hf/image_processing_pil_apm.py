@@ -522,4 +522,6 @@ class APMImageProcessorPil(APMImageProcessorBase, PilBackend):
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
+APMImageProcessorPil.register_for_auto_class()  # what is saved takes its code along
+
 __all__ = ["APMImageProcessorKwargs", "APMImageProcessorPil", "read_image"]

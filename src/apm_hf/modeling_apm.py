@@ -29,10 +29,11 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_apm import APMConfig
 from .modeling_apm_decoder import APMAnswers, APMDecoder, APMFeatureSpace, APMQuery, features_of
-from .modeling_apm_pooling import APMAttentionPooling, begin_pooling
+from .modeling_apm_pooling import APMAttentionPooling, APMMeanPooling, AttentionSoFar, begin_pooling
 
-# Without gradients, locations are answered in chunks whose widest activation stays below this many elements.
-CHUNK_ELEMENTS = 2**24
+# Without gradients, locations are answered in chunks whose widest activation stays below this many elements. On the
+# CPU it should also stay in the cache (8 MiB in float32), unless the chunk were less than a row of the grid.
+CHUNK_ELEMENTS, CACHED_ELEMENTS = 2**24, 2**21
 FAR = 1e30  # of coordinates
 
 
@@ -246,7 +247,7 @@ class APMModel(APMPreTrainedModel):
         space = self.feature_space or _as_they_are
         for chunk in self._chunks(query, self._chunk_size(query, None)):
             hidden = self.decoder.hidden(chunk)
-            pooling.add(hidden if self.pooler is None else head(hidden), chunk.locations())
+            pooling.add(hidden if self.pooler is None else head(hidden), _coordinates(chunk, pooling))
         pooled = pooling.result(head.weight.dtype)
         return space(head(pooled) if self.pooler is None else pooled)
 
@@ -343,10 +344,10 @@ class APMModel(APMPreTrainedModel):
             parts[features_of(name)] = begin_pooling(head.pooler), head.space or _as_they_are
         answers, dtype = APMAnswers(query.num_locations), torch.float32
         for chunk in self._chunks(query, chunk_size):
-            answer, locations = decode(chunk, output_hidden_states, heads), chunk.locations()
+            answer = decode(chunk, output_hidden_states, heads)
             dtype = answer["last_hidden_state"].dtype
             for name, (pooling, space) in parts.items():
-                pooling.add(answer[name], locations)
+                pooling.add(answer[name], _coordinates(chunk, pooling))
                 answer[name] = space(answer[name])
             answers.add(answer)
         whole = answers.result()
@@ -376,7 +377,11 @@ class APMModel(APMPreTrainedModel):
             return query.num_locations
         further = [head["feature_size"] for head in (self.config.teacher_heads or {}).values()]
         widest = max(*self.config.hidden_sizes, self.config.feature_size, self.config.local_patch_width, *further)
-        return max(1, CHUNK_ELEMENTS // (max(1, len(query.trigger_column)) * widest))
+        elements = max(1, len(query.trigger_column)) * widest  # of one location
+        size = CHUNK_ELEMENTS // elements
+        if query.trigger_column.device.type == "cpu":
+            size = min(size, max(CACHED_ELEMENTS // elements, query.grid_size))
+        return max(1, size)
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
         config = self.config
@@ -422,6 +427,10 @@ def _broken_file(name: str | os.PathLike) -> str:
         except SafetensorError:
             return str(path)
     return str(name)
+
+
+def _coordinates(query: APMQuery, pooling: APMMeanPooling | AttentionSoFar) -> Tensor | None:
+    return query.locations() if pooling.needs_coordinates else None
 
 
 def _as_they_are(features: Tensor) -> Tensor:

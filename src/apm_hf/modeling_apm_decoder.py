@@ -1,7 +1,8 @@
 """The query and the shared MLP that answers it, chunk by chunk.
 
 The first Linear acts on [trigger ; local patch ; position] and is computed in parts: the trigger's once per image, the
-position's once per row and once per column, the patch's as a convolution. No concatenation is built.
+position's once per row and once per column (kept while the weights stand still), the patch's as a convolution. No
+concatenation is built, no trigger copied.
 
 Source: arXiv:2410.20535, section 3 and Fig. 1.
 
@@ -9,16 +10,18 @@ Legend: B images, L locations, D trigger width, Q local-patch width, P position 
 width, N levels, (rows, cols) the grid; locations are row-major; coordinates are (y, x) in [-1, 1].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_apm import APMConfig
+from .modeling_apm_linear import APMLinear, are_plain, linear
 from .modeling_apm_pooling import APMAttentionPooling
 from .position_encoding import grid_coordinates, position_code, sample_patches, sincos_code
 
@@ -40,6 +43,7 @@ class APMQuery:
     coordinates: Tensor | None = None
     start: int = 0
     stop: int = 0
+    codes: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def num_locations(self) -> int:
@@ -60,6 +64,56 @@ class APMQuery:
         device = self.trigger_column.device
         return grid_coordinates(self.grid_size, self.grid_size, device=device)[None, self.start : self.stop]
 
+    def position_code(self, width: int) -> Tensor:
+        """`(1 or B, L, P)`, in the dtype of the trigger column, for P = `width`; worked out once for all that ask."""
+        if width not in self.codes:
+            code = position_code(self.locations(), self.grid_size, self.grid_size, width)
+            self.codes[width] = code.to(self.trigger_column.dtype)
+        return self.codes[width]
+
+
+@dataclass(frozen=True)
+class GridProducts:
+    """What the position adds on the grid, and the weight that it was worked out from.
+
+    Args:
+        weight: it lies where the layer's own weight lay; being held, its place in memory cannot go to another one.
+        version: of its contents.
+        num_steps: that optimisers had taken in this process: fused ones do not count what they change as a version.
+        by_row, by_column: `(grid_size, H)`.
+    """
+
+    weight: Tensor
+    version: int
+    num_steps: int
+    by_row: Tensor
+    by_column: Tensor
+
+    def are_of(self, weight: Tensor, grid_size: int) -> bool:
+        """Whether `weight` is the same, unchanged."""
+        return (
+            self.weight.data_ptr() == weight.data_ptr()
+            and (self.version, self.num_steps) == (weight._version, _OptimizerSteps.number)
+            and (self.weight.shape, self.weight.dtype) == (weight.shape, weight.dtype)
+            and len(self.by_row) == grid_size
+        )
+
+
+class _OptimizerSteps:
+    """How many steps all optimisers of this process have taken since they began to be counted."""
+
+    number, are_counted = 0, False
+
+    @classmethod
+    def begin(cls) -> None:
+        if not cls.are_counted:
+            cls.are_counted = True
+            register_optimizer_step_post_hook(cls._count)
+
+    @classmethod
+    def _count(cls, *_: Any) -> None:
+        cls.number += 1
+
 
 class APMQueryLinear(nn.Linear):
     """A Linear over [features ; trigger ; local patch ; position] that is computed in parts.
@@ -74,29 +128,64 @@ class APMQueryLinear(nn.Linear):
         self.scales = config.local_patch_scales
         self.position_size = config.position_size
         self.widths = [feature_size, config.trigger_width, config.local_patch_width, config.position_size]
+        self._kept: GridProducts | None = None
 
     def forward(self, query: APMQuery, features: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """`(B, L, H)`, for `features` `(B, L, F')`."""
         from_features, from_trigger, from_patch, from_position = self.weight.split(self.widths, dim=1)
-        hidden = F.linear(query.trigger_column, from_trigger, self.bias)[:, None]  # (B, D) -> (B, 1, H)
-        hidden = hidden + self.positions(query, from_position)  # (1 or B, L, H) -> (B, L, H)
+        hidden = linear(query.trigger_column, from_trigger, self.bias)  # (B, D) -> (B, H)
+        if query.coordinates is None:
+            hidden = self._add_grid(hidden, query)
+        else:
+            code = query.position_code(self.position_size)  # (1 or B, L, P)
+            hidden = hidden[:, None] + linear(code, from_position)  # (B, 1, H) + (1 or B, L, H) -> (B, L, H)
         if query.pixel_values is not None:
             hidden = hidden + self.patches(query, query.pixel_values, from_patch)
         if features is not None:
-            hidden = hidden + F.linear(features, from_features)
+            hidden = hidden + linear(features, from_features)
         return hidden
 
-    def positions(self, query: APMQuery, weight: Tensor) -> Tensor:
-        """`(1 or B, L, H)`: on the grid the code is separable: rows + cols products serve all locations."""
+    def _add_grid(self, hidden: Tensor, query: APMQuery) -> Tensor:
+        """`(B, H)` -> `(B, L, H)`: the code is separable, so that rows + cols products serve all cells."""
         size = query.grid_size
-        if query.coordinates is not None:
-            return F.linear(position_code(query.coordinates, size, size, self.position_size).to(weight.dtype), weight)
         first, last = query.start // size, (query.stop - 1) // size + 1
-        from_column, from_row = weight.split(self.position_size // 2, dim=1)
-        code = sincos_code(torch.arange(size, device=weight.device), self.position_size // 2).to(weight.dtype)
-        by_row, by_column = F.linear(code[first:last], from_row), F.linear(code, from_column)
-        hidden = (by_row[:, None] + by_column[None]).flatten(0, 1)  # (rows, 1, H) + (1, cols, H) -> (rows * cols, H)
-        return hidden[None, query.start - first * size : query.stop - first * size]
+        by_row, by_column = self.grid_products(size)
+        rows = hidden[:, None] + by_row[first:last]  # (B, 1, H) + (rows, H) -> (B, rows, H)
+        cells = (rows[:, :, None] + by_column).flatten(1, 2)  # (B, rows, 1, H) + (cols, H) -> (B, rows * cols, H)
+        return cells[:, query.start - first * size : query.stop - first * size]
+
+    def grid_products(self, size: int) -> tuple[Tensor, Tensor]:
+        """`(rows, H)` and `(cols, H)`, what the position adds in every row and column of the grid.
+
+        No image matters to them: in evaluation mode, where no gradients flow, they are kept while the weight stands
+        still. Whatever PyTorch counts as a change is seen at once, and so are optimisers' steps; `train()`, `eval()`
+        and a call with gradients forget. Only what is written past all of these, through `weight.data`, needs one of
+        these calls.
+        """
+        weight, kept = self.weight, self._kept
+        if self.training or not are_plain(weight) or weight.is_meta or weight.is_inference() or _is_captured(weight):
+            if not torch.compiler.is_compiling():  # what is traced changes nothing
+                self._kept = None
+            return self._grid_products(size)
+        if kept is None or not kept.are_of(weight, size):
+            _OptimizerSteps.begin()
+            versions = weight._version, _OptimizerSteps.number
+            kept = self._kept = GridProducts(weight.detach(), *versions, *self._grid_products(size))
+        return kept.by_row, kept.by_column
+
+    def _grid_products(self, size: int) -> tuple[Tensor, Tensor]:
+        from_column, from_row = self.weight[:, -self.position_size :].chunk(2, dim=1)
+        code = sincos_code(torch.arange(size, device=self.weight.device), self.position_size // 2)
+        code = code.to(self.weight.dtype)
+        return linear(code, from_row), linear(code, from_column)
+
+    def train(self, mode: bool = True) -> "APMQueryLinear":
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin without what is kept."""
+        return {**self.__dict__, "_kept": None}
 
     def patches(self, query: APMQuery, pixel_values: Tensor, weight: Tensor) -> Tensor:
         """`(B, L, H)`: the product with the patch around each location, summed over the scales."""
@@ -157,7 +246,7 @@ class APMTeacherHead(nn.Module):
         super().__init__()
         fields = config.teacher_head(name)
         width = fields["feature_size"]
-        self.projection = nn.Linear(config.hidden_sizes[-1], width)
+        self.projection = APMLinear(config.hidden_sizes[-1], width)
         self.pooler = APMAttentionPooling(config, width) if fields["pooling"] == "attention" else None
         self.space = APMFeatureSpace.of(fields["feature_mean"], fields["feature_std"])
 
@@ -174,11 +263,11 @@ class APMDecoder(nn.Module):
         super().__init__()
         widths = config.hidden_sizes
         self.layers = nn.ModuleList([APMQueryLinear(config, widths[0])])
-        self.layers.extend(nn.Linear(width, next_width) for width, next_width in zip(widths, widths[1:], strict=False))
+        self.layers.extend(APMLinear(width, next_width) for width, next_width in zip(widths, widths[1:], strict=False))
         self.activation = ACT2FN[config.hidden_act]
-        self.feature_head = nn.Linear(widths[-1], config.feature_size)
+        self.feature_head = APMLinear(widths[-1], config.feature_size)
         self.num_levels = config.num_levels
-        self.level_head = nn.Linear(widths[-1], config.num_levels * config.level_width) if config.num_levels else None
+        self.level_head = APMLinear(widths[-1], config.num_levels * config.level_width) if config.num_levels else None
         self.rgb_head = APMRGBHead(config) if config.use_rgb_head else None
         self.teacher_heads = nn.ModuleDict({name: APMTeacherHead(config, name) for name in config.teacher_heads or ()})
 
@@ -189,8 +278,9 @@ class APMDecoder(nn.Module):
 
     def hidden(self, query: APMQuery, kept: list[Tensor] | None = None) -> Tensor:
         """`(B, L, hidden_sizes[-1])`; the layers' answers, this one included, are added to `kept`."""
-        hidden = self.activation(self.layers[0](query))
-        for layer in self.layers[1:]:
+        first, *others = self.layers
+        hidden = self.activation(first(query))
+        for layer in others:
             if kept is not None:
                 kept.append(hidden)
             hidden = self.activation(layer(hidden))
@@ -210,6 +300,11 @@ class APMDecoder(nn.Module):
         for name in heads:
             answers[features_of(name)] = self.teacher_head(name).projection(hidden)
         return answers | {f"hidden_states.{index}": states for index, states in enumerate(kept)}
+
+
+def _is_captured(weight: Tensor) -> bool:
+    """By a CUDA graph, whose memory is not for others to keep."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def features_of(head: str) -> str:
@@ -252,11 +347,12 @@ class APMRGBHead(nn.Module):
         super().__init__()
         widths = [*config.rgb_hidden_sizes, 3]
         self.layers = nn.ModuleList([APMQueryLinear(config, widths[0], feature_size=config.feature_size)])
-        self.layers.extend(nn.Linear(width, next_width) for width, next_width in zip(widths, widths[1:], strict=False))
+        self.layers.extend(APMLinear(width, next_width) for width, next_width in zip(widths, widths[1:], strict=False))
 
     def forward(self, features: Tensor, query: APMQuery) -> Tensor:
         """`(B, L, 3)` for features `(B, L, F)`."""
-        rgb = self.layers[0](query, features).relu()
-        for layer in self.layers[1:]:
+        first, *others = self.layers
+        rgb = first(query, features).relu()
+        for layer in others:
             rgb = layer(rgb).relu()
         return rgb

@@ -16,6 +16,8 @@ from .position_encoding import position_code
 class APMMeanPooling:
     """The mean over locations that come chunk by chunk."""
 
+    needs_coordinates = False
+
     def __init__(self) -> None:
         self.total: Tensor | None = None  # (B, F)
         self.count = 0
@@ -75,13 +77,16 @@ class APMAttentionPooling(nn.Module):
 class AttentionSoFar:
     """Sums over the locations seen, weighted by exp(score - highest score seen)."""
 
+    needs_coordinates = True
+
     def __init__(self, pooler: APMAttentionPooling):
         self.pooler, (self.probe, self.shift) = pooler, pooler.probe()
         self.highest: Tensor | None = None  # (B, heads, 1)
         self.weighted = self.total = torch.empty(0)  # (B, heads, F), (B, heads, 1)
 
-    def add(self, features: Tensor, coordinates: Tensor) -> None:
+    def add(self, features: Tensor, coordinates: Tensor | None = None) -> None:
         """Features `(B, L, F)` at coordinates `(1 or B, L, 2)`."""
+        assert coordinates is not None
         size = self.pooler.grid_size
         code = position_code(coordinates, size, size, features.shape[-1])
         inputs = features + code.to(features.dtype)  # (B, L, F)

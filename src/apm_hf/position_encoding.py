@@ -59,8 +59,8 @@ def position_code(coordinates: Tensor, rows: int, cols: int, size: int) -> Tenso
     Returns:
         `(..., P)`, values in [-1, 1]: the column index in the first half, the row index in the second.
     """
-    row, column = coordinates_to_indices(coordinates, rows, cols).unbind(-1)
-    return torch.cat([sincos_code(column, size // 2), sincos_code(row, size // 2)], dim=-1)
+    indices = coordinates_to_indices(coordinates, rows, cols).flip(-1)  # (..., 2), (column, row)
+    return sincos_code(indices, size // 2).flatten(-2)  # (..., 2, P / 2) -> (..., P)
 
 
 def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, scale: int = 1) -> Tensor:

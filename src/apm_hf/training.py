@@ -107,9 +107,11 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
     writable_folder(config.output_dir)  # before anything is fetched
     overrides, processor_options = (_json_object(training, name) for name in ("config_overrides", "image_processor"))
     set_seed(config.seed)
-    teacher = load_teacher(training.teacher, dtype=training.teacher_dtype)
+    # Each process's own device: of several GPUs "cuda" alone is the first one until Accelerate has shared them out.
+    placed = {"device": process_state().device, "dtype": training.teacher_dtype}
+    teacher = load_teacher(training.teacher, **placed)
     names = dict(one.split("=", 1) for one in training.extra_teachers)
-    teachers = {head: load_teacher(name, dtype=training.teacher_dtype) for head, name in names.items()}
+    teachers = {head: load_teacher(name, **placed) for head, name in names.items()}
     overrides = {"feature_size": teacher.feature_size, **overrides}
     if teachers:
         heads = {head: {"feature_size": one.feature_size} for head, one in teachers.items()}

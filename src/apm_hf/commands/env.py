@@ -5,7 +5,6 @@ import getpass
 import os
 import platform
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +74,8 @@ def environment() -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -83,6 +84,8 @@ def _version(name: str) -> str | None:
 
 def _extras() -> dict[str, Any]:
     """Of the installed distribution; empty where the source is used without being installed."""
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
     try:

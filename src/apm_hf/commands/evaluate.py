@@ -31,7 +31,7 @@ RESULT = {
 INTERRUPTED = "the same command goes on where it was"
 SMALLER = "a smaller --batch_size"
 TASKS = ("zero-shot", "islands")
-_OF_ALL = {"output_dir", "data", "teacher", "model", "methods", "max_images", "batch_size"}
+_OF_ALL = {"output_dir", "data", "teacher", "model", "methods", "max_images", "max_bad_images", "batch_size"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(parser, "--model", "distilled, as wide as the teacher")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="those to run, of the suite's or the table's")
     add(parser, "--max_images", "of every cell or data set")
+    add(parser, "--max_bad_images", "0 by default")
     add(parser, "--batch_size")
     labels = parser.add_argument_group("of --task zero-shot")
     labels.add_argument(

@@ -15,6 +15,11 @@ SHARED: dict[str, dict[str, Any]] = {
     "--steps": {"type": int, "metavar": "N", "help": "gradient steps of the fit"},
     "--max_steps": {"type": int, "metavar": "N", "help": "optimiser steps of the distillation"},
     "--max_images": {"type": int, "metavar": "N", "help": "use so many images"},
+    "--max_bad_images": {
+        "type": int,
+        "metavar": "N",
+        "help": "unreadable images that are skipped and listed before the run stops",
+    },
     "--split": {"metavar": "NAME", "help": "split of the data"},
     "--image_column": {"metavar": "NAME", "help": "column of the images, by default found"},
     "--preset": {"metavar": None, "help": "ready-made settings"},

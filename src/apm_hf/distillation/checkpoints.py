@@ -13,10 +13,12 @@ tells. The folder is one that all processes share.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..files import sync, write_atomically
@@ -70,17 +72,22 @@ class Checkpoints:
         Args:
             accelerator: whose state is saved.
             progress: kept as JSON.
+
+        Raises:
+            OSError: on a disk that is full or fails; checkpoints that were there stay.
         """
         final = self.folder / f"step_{step:08d}"
         partial = final.with_name(final.name + PARTIAL)
         if accelerator.is_main_process:
             self.sweep()
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
+        with self._explained(final.name, partial):
+            accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (partial / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-            seal(partial, step=step, num_processes=accelerator.num_processes)
+            with self._explained(final.name, partial):
+                (partial / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+                seal(partial, step=step, num_processes=accelerator.num_processes)
             if final.exists():
                 self._discard(final)
             partial.rename(final)
@@ -114,6 +121,25 @@ class Checkpoints:
                 self._discard(path)
             else:
                 whole += 1
+
+    @contextmanager
+    def _explained(self, name: str, partial: Path) -> Iterator[None]:
+        """What cannot be written is named, in the same words whichever library was writing, and takes no room."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # What torch says of a full disk is its own position in the file.
+            torn = isinstance(error, RuntimeError) and "inline_container" in str(error)
+            if isinstance(error, RuntimeError) and not torn:
+                raise
+            free = shutil.disk_usage(self.folder).free
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = "a file ended before its time" if torn else getattr(error, "strerror", None) or str(error)
+            names = self.names()
+            raise OSError(
+                f"checkpoint {name}: cannot write it to {self.folder}, {free / 2**20:,.1f} MiB are free: {reason}; "
+                + (f"{names[-1]} is there" if names else "there is none before it")
+            ) from error
 
     def _discard(self, path: Path) -> None:
         """Renamed first: no half of it is ever left under its name."""

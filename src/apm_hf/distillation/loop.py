@@ -9,7 +9,6 @@ import copy
 import itertools
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,25 +17,27 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..data.bad_images import SkippedImages, readable
 from ..data.split_streams import PlacedCollator, SplitStream, StreamPlace
-from ..devices import default_precision
 from ..files import move_files, writable_folder
 from ..licenses import inherit
 from ..modeling_apm import APMModel
-from ..processes import on_cpu, process_state
+from ..processes import process_state
 from ..stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
 from ..teachers import Teacher
 from .checkpoints import PARTIAL, Checkpoints, progress_of
+from .engine import compile_in_place, make_accelerator, make_optimizer, prepare, sharded, whole_student
+from .epoch_sampler import EpochSampler
 from .feature_statistics import set_statistics, statistics_of
 from .objective import MAIN, Objective
 from .run_changes import check_changes, facts
 from .settings import DistillationConfig, DistillationResult
+from .speed import SpeedMeter
 from .targets import TargetMaker
 from .validation import ValidationMetrics, validation_picture
 
@@ -100,54 +101,25 @@ def distill(
         return run()
 
 
-class _EpochSampler(Sampler[int]):
-    """A random order for every epoch that depends on the seed and the epoch alone; `start` images of it are done."""
-
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.epoch, self.start = length, seed, 0, 0
-
-    def __len__(self) -> int:
-        return max(self.length - self.start, 0)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.length, generator=generator).tolist()[self.start :]
-
-
 class _Run:
     def __init__(self, student, train_data, config, image_processor, teacher, teachers, validation_data, collate_fn):
-        # Accelerate is an extra: models load and run without it.
-        try:
-            from accelerate import Accelerator, DistributedDataParallelKwargs
-            from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
-        except ImportError as error:
-            raise ImportError('distillation needs the package `accelerate`: pip install "apm_hf[train]"') from error
         self.config, self.image_processor, self.architecture = config, image_processor, student.config
         self.output_dir = Path(config.output_dir)
-        # A loss of weight 0 leaves its head without gradient, which DDP must be told.
-        weights = (config.grid_weight, config.cls_weight, config.rgb_weight)
-        unused = not all(weights) or not student.config.use_rgb_head
-        unused = unused or bool(student.config.num_levels and not config.level_weight)
-        unused = unused or set(student.config.teacher_heads or ()) != set(teachers or ())
-        self.accelerator = Accelerator(
-            cpu=on_cpu(),
-            # Passes are counted through the ends of epochs, so that a step is always as many images.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            mixed_precision=config.mixed_precision or default_precision(),
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        self.accelerator = make_accelerator(config, student.config, heads=teachers or ())
+        targets = TargetMaker(
+            teacher,
+            image_processor,
+            layers=config.level_layers,
+            teachers=teachers,
+            teacher_batch_size=config.teacher_batch_size,
         )
-        targets = TargetMaker(teacher, image_processor, layers=config.level_layers, teachers=teachers)
         self.objective = Objective(
             student.config, targets, config.loss_weights, num_locations=config.num_locations, jitter=config.jitter
         )
         self.train_data, streaming = train_data, isinstance(train_data, IterableDataset)
         if not streaming and len(train_data) == 0:
             raise ValueError("train_data: expected at least one image, got none")
-        self.sampler = None if streaming else _EpochSampler(len(train_data), config.seed)
+        self.sampler = None if streaming else EpochSampler(len(train_data), config.seed)
         processes = self.accelerator.num_processes
         self.facts = facts(
             config,
@@ -155,6 +127,7 @@ class _Run:
             {name: one for name, one in {MAIN: teacher, **(teachers or {})}.items() if one is not None},
             num_images=None if streaming else len(train_data),
             num_processes=processes,
+            sharded=sharded(self.accelerator),
         )
         self.checkpoints = Checkpoints(self.output_dir, keep=config.keep_checkpoints)
         self.resumed: Path | None = None
@@ -166,7 +139,7 @@ class _Run:
         if isinstance(train_data, SplitStream):
             train_data.share(self.accelerator.process_index, processes, config.num_workers)
             self.stream = StreamPlace(train_data)
-        optimizer = torch.optim.Adam(student.parameters(), lr=config.learning_rate)
+        optimizer = make_optimizer(student, config.learning_rate, self.accelerator.device)
         train_loader = DataLoader(
             train_data,
             batch_size=config.batch_size,
@@ -176,7 +149,8 @@ class _Run:
             worker_init_fn=ignore_stop_requests,
             drop_last=not streaming and len(train_data) >= config.batch_size * processes,
         )
-        self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
+        self.student, self.optimizer = prepare(self.accelerator, student, optimizer)
+        compile_in_place(self.student, config.torch_compile)
         if self.stream:  # every process reads its own part: there is nothing to hand out
             device = self.accelerator.device
             self.train_loader = prepare_data_loader(
@@ -195,6 +169,13 @@ class _Run:
             gather=self.accelerator.gather,
             is_main_process=self.accelerator.is_main_process,
         )
+        self.speed = SpeedMeter(
+            self.accelerator.device,
+            processes,
+            largest=self._largest,
+            peak=None if config.peak_tflops is None else config.peak_tflops * 1e12,
+        )
+        self.objective.asking = self.speed.teacher
         self.metrics: list[dict[str, float]] = []
         # Where in the data the run is: images of this epoch that all processes together are done with.
         self.epoch, self.images, self.images_a_pass = 0, 0, config.batch_size * processes
@@ -229,28 +210,32 @@ class _Run:
         progress = tqdm(
             total=config.max_steps, initial=step, desc="distil", disable=not accelerator.is_local_main_process
         )
-        started, images = time.perf_counter(), 0
-        passes: list[dict[str, Tensor]] = []  # of the step under way
+        passes: list[tuple[float, dict[str, Tensor]]] = []  # of the step under way, with their weights
         self.student.train()
         for batch in self._batches() if step < config.max_steps else ():
-            with accelerator.accumulate(self.student):
-                passes.append(self._step(batch, step))
-            images += len(batch["pixel_values"]) * accelerator.num_processes
+            with accelerator.accumulate(self.student), self.speed.one_pass(len(batch["pixel_values"])):
+                self._step(batch, step, passes)
             if not accelerator.sync_gradients:
                 continue
             step += 1
-            losses = {name: torch.stack([one[name] for one in passes]).mean() for name in passes[0]}
+            whole = sum(weight for weight, _ in passes)
+            losses = {
+                name: torch.stack([one[name] * weight for weight, one in passes]).sum() / whole
+                for name in passes[0][1]
+            }
             passes = []
             progress.update()
-            if step % 10 == 0 or step == config.max_steps:
-                self._report(step, losses, progress, images / (time.perf_counter() - started))
+            if step % config.logging_steps == 0 or step == config.max_steps:
+                self._report(step, losses, progress)
             if step % config.validation_steps == 0 or step == config.max_steps:
-                self._validate(step)
+                with self.speed.paused():
+                    self._validate(step)
             if step == config.max_steps:
                 break
             stopped = self._any(requests.received)
             if stopped or (config.checkpoint_steps and step % config.checkpoint_steps == 0):
-                self._save_checkpoint(step)
+                with self.speed.paused():
+                    self._save_checkpoint(step)
             if stopped:
                 break
         progress.close()
@@ -262,6 +247,11 @@ class _Run:
             return bool(value)
         flag = torch.tensor([float(bool(value))], device=self.accelerator.device)
         return self.accelerator.reduce(flag, "sum").item() > 0
+
+    def _largest(self, value: float) -> float:
+        """Of all processes' numbers."""
+        own = torch.tensor([value], dtype=torch.float32, device=self.accelerator.device)
+        return self.accelerator.gather(own).max().item()
 
     def _set_statistics(self, student: APMModel, collate_fn: Callable | None) -> None:
         """Measured; a run that is resumed goes on with those that it began with."""
@@ -287,24 +277,35 @@ class _Run:
             if len((collated := readable(collated))["pixel_values"]):
                 yield {name: values.to(self.accelerator.device) for name, values in collated.items()}
 
-    def _step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def _step(self, batch: dict[str, Tensor], step: int, passes: list[tuple[float, dict[str, Tensor]]]) -> None:
+        """One pass, added to those of its step; after the last one, the weights move.
+
+        A pass counts by its images: the last one of a stream has fewer, in all processes as many.
+        """
         config, accelerator = self.config, self.accelerator
+        weight = len(batch["pixel_values"]) / config.batch_size
         # One draw for the whole step, the same in every process, afresh from (seed, step): a resumed run draws what
         # the uninterrupted one would have drawn.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         batch, share = self.skipped.sift(batch, step)
-        losses = {name: loss * share for name, loss in self.objective.losses(self.student, batch, generator).items()}
+        student = self.speed.recorded(self.student, self.architecture)
+        losses = {name: loss * share for name, loss in self.objective.losses(student, batch, generator).items()}
+        self.speed.count_student(student, self.objective.used)
         if not torch.isfinite(losses["loss"]):
             why = self.objective.not_finite(batch) or "lower --learning_rate"
             raise ValueError(f"step {step}: the loss is {losses['loss'].item()}; {why}")
-        accelerator.backward(losses["loss"])
+        accelerator.backward(losses["loss"] * weight)
+        passes.append((weight, {name: loss.detach() for name, loss in losses.items()}))
+        if accelerator.sync_gradients:
+            missing = config.gradient_accumulation_steps / sum(weight for weight, _ in passes)
+            if missing != 1:
+                torch._foreach_mul_([p.grad for p in self.student.parameters() if p.grad is not None], missing)
         if accelerator.sync_gradients and config.max_grad_norm:
             accelerator.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
         self.optimizer.step()
         if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad()
-        return {name: loss.detach() for name, loss in losses.items()}
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """Batches for ever, from where the run stands."""
@@ -328,12 +329,14 @@ class _Run:
                 raise ValueError("train_data: expected at least one image, got none")
             self.epoch, self.images = self.epoch + 1, 0
 
-    def _report(self, step: int, losses: dict[str, Tensor], progress: Any, images_per_second: float) -> None:
+    def _report(self, step: int, losses: dict[str, Tensor], progress: Any) -> None:
         values = {name: self.accelerator.reduce(loss, "mean").item() for name, loss in losses.items()}
+        speed = self.speed.report()
         values["learning_rate"] = self.scheduler.get_last_lr()[0]
-        values["images_per_second"], values["skipped_images"] = images_per_second, float(len(self.skipped))
-        self.accelerator.log(values, step=step)
-        progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{images_per_second:.0f}")
+        self.accelerator.log({**values, **speed, "skipped_images": float(len(self.skipped))}, step=step)
+        shown = {"images/s": f"{speed['images_per_second']:.0f}", "GiB": f"{speed['memory_gib']:.1f}"}
+        shown |= {"MFU": f"{speed['mfu']:.1%}"} if "mfu" in speed else {}
+        progress.set_postfix({"loss": f"{values['loss']:.4f}", **shown}, refresh=False)  # with the next redrawing
 
     @torch.no_grad()
     def _validate(self, step: int) -> None:
@@ -421,15 +424,14 @@ class _Run:
 
     def _finish(self) -> DistillationResult:
         """Saved to the side and moved: a run that is killed here can be resumed."""
-        student = self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False).cpu()
-        # Accelerate peels its autocast off the method, and transformers' decorators with it: back to the class's own.
-        student.__dict__.pop("forward", None)
+        student = whole_student(self.accelerator, self.student, self.architecture)
         if self.accelerator.is_main_process:
             partial = self.output_dir / f".model{PARTIAL}"
             shutil.rmtree(partial, ignore_errors=True)
             student.save_pretrained(partial)
             self.image_processor.save_pretrained(partial)
             (partial / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
+            (partial / "speed.json").write_text(json.dumps(self.speed.summary(), indent=2) + "\n")
             move_files(partial, self.output_dir, last="config.json")
         self.accelerator.wait_for_everyone()
         return DistillationResult(student.eval(), self.metrics, self.output_dir)

@@ -6,6 +6,8 @@ standardised spaces where the student's configuration holds their statistics. Lo
 Legend: B images, L locations, F feature width, (rows, cols) a teacher's grid.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +44,15 @@ class Objective:
     ):
         self.architecture, self.targets, self.weights = architecture, targets, weights
         self.num_locations, self.jitter = num_locations, jitter
+        self.asking: Callable[[], AbstractContextManager] = nullcontext  # entered around the teachers' answers
+
+    @property
+    def used(self) -> set[str]:
+        """Fields of a student's output that the losses look at."""
+        weights = self.weights
+        fields = {"last_hidden_state": weights.grid, "pooler_output": weights.cls, "rgb": weights.rgb}
+        fields |= {"levels": weights.level, "teacher_features": weights.grid, "teacher_embeds": weights.cls}
+        return {name for name, weight in fields.items() if weight}
 
     def questions(
         self, batch: dict[str, Tensor], shift: tuple[float, float] = (0.0, 0.0)
@@ -80,7 +91,8 @@ class Objective:
         if self.jitter:
             down, right = (torch.rand(2, generator=generator) - 0.5).tolist()
             shift = (down, right)
-        main, further = self.questions(batch, shift)
+        with self.asking():
+            main, further = self.questions(batch, shift)
         pixel_values = batch["pixel_values"]
         locations: dict[tuple[int, int], Tensor] = {}
         grids = {one.grid: one.targets.features.shape[1] for one in (main, *further.values())}

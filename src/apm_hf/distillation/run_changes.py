@@ -17,18 +17,24 @@ from ..provenance import versions
 
 logger = logging.get_logger(__name__)
 
-REFUSED = ("seed", "num_images", "teachers", "student", "level_layers", "statistics", "statistics_images")
+REFUSED = ("seed", "num_images", "teachers", "student", "level_layers", "statistics", "statistics_images", "sharded")
 # Nothing of these is in the weights.
 WITHOUT_EFFECT = (
     "output_dir", "resume", "report_to", "num_workers", "num_pictures", "validation_steps", "checkpoint_steps",
-    "keep_checkpoints", "max_bad_images",
+    "keep_checkpoints", "max_bad_images", "logging_steps", "peak_tflops",
 )  # fmt: skip
 # Of a student's configuration: found on the way, not given.
 FOUND = ("distilled_from", "feature_mean", "feature_std", "transformers_version", "dtype", "architectures", "auto_map")
 
 
 def facts(
-    config: Any, student: APMConfig, teachers: Mapping[str, Any], *, num_images: int | None, num_processes: int
+    config: Any,
+    student: APMConfig,
+    teachers: Mapping[str, Any],
+    *,
+    num_images: int | None,
+    num_processes: int,
+    sharded: bool = False,
 ) -> dict[str, Any]:
     """What a run's weights depend on, as JSON gives it back.
 
@@ -36,11 +42,13 @@ def facts(
         config: a [`apm_hf.distillation.DistillationConfig`].
         teachers: by the names of their heads.
         num_images: None where nobody knows.
+        sharded: whether checkpoints are those of FSDP2, which nothing else reads.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
     known = settings | {
         "num_processes": num_processes,
         "num_images": num_images,
+        "sharded": sharded,
         "teachers": {name: public_name(teacher.name) for name, teacher in teachers.items()},
         "versions": versions(),
         "student": _without_what_was_found(student.to_dict()),

@@ -43,8 +43,19 @@ class DistillationConfig:
     statistics: str = field(
         default="channel", metadata={"help": "a standard deviation per channel, or one scalar, which keeps cosines"}
     )
+    teacher_batch_size: int | None = field(
+        default=None, metadata={"help": "images that the teachers are shown at a time; a whole pass by default"}
+    )
     mixed_precision: str | None = field(
         default=None, metadata={"help": "no, bf16 or fp16; by default bf16 where a GPU supports it, else no"}
+    )
+    torch_compile: str | None = field(
+        default=None,
+        metadata={"help": "backend of torch.compile for the student, e.g. inductor; by default what Accelerate says"},
+    )
+    logging_steps: int = field(default=10, metadata={"help": "steps between reports of losses and speed"})
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "what one device can do, for MFU, where its name does not tell"}
     )
     validation_steps: int = field(default=200, metadata={"help": "steps between validations; also one at each end"})
     checkpoint_steps: int = field(default=500, metadata={"help": "steps between checkpoints; 0 only when stopped"})
@@ -59,7 +70,10 @@ class DistillationConfig:
     seed: int = field(default=0, metadata={"help": "of everything that is drawn; weights, images, locations"})
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "validation_steps", "keep_checkpoints"):
+        for name in (
+            "max_steps", "batch_size", "gradient_accumulation_steps", "validation_steps", "keep_checkpoints",
+            "logging_steps",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in (
@@ -72,8 +86,10 @@ class DistillationConfig:
             raise ValueError(f"statistics: expected one of {list(KINDS)}, got {self.statistics!r}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        if self.num_locations is not None and self.num_locations < 1:
-            raise ValueError(f"num_locations: expected a positive number or None, got {self.num_locations}")
+        for name in ("num_locations", "teacher_batch_size", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a positive number or None, got {value}")
         if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision: expected no, bf16 or fp16, got {self.mixed_precision!r}")
         self.loss_weights  # noqa: B018 - validates them

@@ -21,7 +21,7 @@ from ..dense_targets import moved
 from ..losses import DistillationTargets, normalise_levels, rgb_targets
 from ..modeling_apm import APMModelOutput
 from ..position_encoding import grid_coordinates
-from ..teachers import Teacher
+from ..teachers import Teacher, TeacherOutput
 
 
 class Question(NamedTuple):
@@ -50,6 +50,7 @@ class TargetMaker:
         layers: of the teacher, whose patch tokens are the student's levels, low to high.
         teachers: further ones, by the names of their heads; of a head NAME, batches carry `teacher_pixel_values.NAME`
             or the answers themselves, `image_embeds.NAME` and `features.NAME`.
+        teacher_batch_size: images that a teacher is shown at a time; None shows all of a batch.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class TargetMaker:
         *,
         layers: Sequence[int] | None = None,
         teachers: Mapping[str, Teacher] | None = None,
+        teacher_batch_size: int | None = None,
     ):
         self.teacher, self.layers, self.teachers = teacher, layers, dict(teachers or {})
+        self.teacher_batch_size = teacher_batch_size
         normalised = image_processor.do_normalize and not getattr(image_processor, "do_min_max", False)
         mean = image_processor.image_mean if normalised else (0.0, 0.0, 0.0)
         std = image_processor.image_std if normalised else (1.0, 1.0, 1.0)
@@ -105,10 +108,10 @@ class TargetMaker:
             seen = batch[f"teacher_pixel_values{suffix}"]
             if any(shift):
                 seen = moved(seen, *(part * teacher.patch_size for part in shift))
-            answer = teacher.encode_images(pixel_values=seen, layers=layers)
-            assert answer.image_embeds is not None and answer.features is not None
-            image_embeds, features = answer.image_embeds, answer.features
-            levels = None if answer.levels is None else normalise_levels(answer.levels)
+            parts = seen.split(self.teacher_batch_size or len(seen))
+            answers = [teacher.encode_images(pixel_values=part, layers=layers) for part in parts]
+            image_embeds, features = _joined(answers, "image_embeds"), _joined(answers, "features")
+            levels = None if layers is None else normalise_levels(_joined(answers, "levels"))
         else:
             raise ValueError(f"expected a teacher, or batches with image_embeds and features, got {sorted(batch)}")
         if not suffix and "locations" in batch:
@@ -133,6 +136,10 @@ def _at_locations(batch: dict[str, Tensor], levels: Tensor | None, device: torch
         levels = levels.transpose(1, 2).to(device)  # (B, N, L, C) -> (B, L, N, C)
     targets = DistillationTargets(batch["image_embeds"].to(device), batch["features"].to(device), levels=levels)
     return Question(targets, coordinates, (rows, cols))
+
+
+def _joined(answers: Sequence[TeacherOutput], name: str) -> Tensor:
+    return torch.cat([answer[name] for answer in answers]) if len(answers) > 1 else answers[0][name]
 
 
 def ask(

@@ -12,6 +12,7 @@ import numpy as np
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from ..data.bad_images import SKIPPED
 from ..files import write_atomically
 from .plots import Curve, Panels, draw_cost, draw_reliability, draw_severity, draw_steps
 from .results import CLEAN, Cell, Run, Scene, read_run
@@ -122,7 +123,7 @@ def write_report(folder: str | os.PathLike[str]) -> list[Path]:
     """
     folder = Path(folder)
     run = read_run(folder)
-    text, pictures = _header(run), {}
+    text, pictures = _header(run) + _left_out(folder / SKIPPED), {}
     for teacher in run.teachers():
         text += f"\n## Teacher: {_teacher_title(run, teacher)}\n"
         benchmarks = run.benchmarks(teacher)
@@ -141,6 +142,13 @@ def write_report(folder: str | os.PathLike[str]) -> list[Path]:
         write_atomically(folder / name, png)
     write_atomically(folder / "report.md", text.encode())
     return [folder / "report.md", *(folder / name for name in pictures)]
+
+
+def _left_out(path: Path) -> str:
+    if not path.exists():
+        return ""
+    number = len(path.read_text().splitlines())
+    return f"* left out for every method, since they could not be read: {number} images, listed in `{path.name}`\n"
 
 
 def eval_results(

@@ -18,15 +18,18 @@ from typing import Any
 
 import psutil
 import torch
+from PIL.Image import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from .. import provenance
+from ..data.bad_images import SKIPPED
 from ..data.corruptions import corrupt_image, imagenet_crop
 from ..files import write_atomically
 from ..processes import process_state
+from ..stopping import LOCK, only_writer
 from ..teachers import Teacher, load_teacher
 from .benchmarks import LabelledImages, load_benchmark
 from .label_maps import check_label_map
@@ -50,6 +53,8 @@ class EvaluationConfig:
         data: name in the plan -> folder, file or Hub name to read that benchmark from.
         batch_size: images at a time; methods that use the batch's statistics depend on it.
         num_views: of methods that look at several views.
+        max_bad_images: so many different images that cannot be read are left out, for every method, and listed in
+            `skipped_images.jsonl`.
         model: folder or name of a distilled APM, for the methods that start from one.
         command: what the report says made it.
         allow_chance: do not refuse labels that the teacher's predictions have nothing to do with.
@@ -59,11 +64,14 @@ class EvaluationConfig:
     data: dict[str, str]
     batch_size: int = 16
     num_views: int = 16
+    max_bad_images: int = 0
     model: str | None = None
     command: str = ""
     allow_chance: bool = False
 
     def __post_init__(self) -> None:
+        if self.max_bad_images < 0:
+            raise ValueError(f"max_bad_images: expected 0 or more, got {self.max_bad_images}")
         for name in ("batch_size", "num_views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
@@ -76,11 +84,14 @@ def run_evaluation(sweeps: Sequence[Sweep], config: EvaluationConfig) -> Path:
         The folder with `results.jsonl`, `costs.jsonl` and `run.json`, complete once every process has returned.
 
     Raises:
-        ValueError: for a folder that holds another run, unknown names, methods that the teacher cannot serve, or
-            labels that do not belong to the classes.
+        ValueError: for a folder that holds another run or that one is writing, unknown names, methods that the
+            teacher cannot serve, labels that do not belong to the classes, or more images that cannot be read than
+            `config.max_bad_images`.
     """
     state = process_state()
-    return _Run(sweeps, config, state)()
+    run = _Run(sweeps, config, state)
+    with only_writer(Path(config.output_dir), state):
+        return run()
 
 
 class _Run:
@@ -95,10 +106,10 @@ class _Run:
         self.sweeps = sweeps
         self.teacher: Teacher | None = None
         self.tasks: dict[str, ZeroShotTask] = {}
-
-    def __call__(self) -> Path:
         for cell in self.cells:  # what is missing is found before anything is computed
             self._images(cell.benchmark)
+
+    def __call__(self) -> Path:
         self._claim_folder()
         # Clean images come first: their predictions say whether labels and classes belong together.
         for clean in (True, False):
@@ -158,7 +169,7 @@ class _Run:
                     f"output_dir: expected an empty folder or the same run, got another run in {self.folder}, "
                     f"which differs in {', '.join(changed)}"
                 )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif any(found.name != LOCK for found in self.folder.iterdir()):
             raise ValueError(f"output_dir: expected an empty folder or a run to go on with, got {self.folder}")
         self.state.wait_for_everyone()  # every process has looked before one writes
         if self.state.is_main_process and not path.exists():
@@ -217,7 +228,7 @@ class _Run:
 
     def _predict_batch(self, cell: Cell, number: int, indices: list[int]) -> None:
         task, data = self._task(cell), self._images(cell.benchmark)
-        images = [data.image(index) for index in indices]
+        images, indices = self._readable(cell, number, indices)
         if not cell.clean:
             crop = imagenet_crop if data.constants == "imagenet" else (lambda image: image)
             images = [
@@ -237,13 +248,54 @@ class _Run:
         methods = [own[name] for name in cell.methods if not own[name].sequential]
         lines, costs = self._answers(cell, task, batch, labels, methods)
         if self._in_order(cell):
-            embeds = batch.embeds()[:, 0].contiguous().cpu()
-            seconds = torch.tensor(batch.view_seconds[0], dtype=torch.float64)
-            kept = save({"image_embeds": embeds, "seconds": seconds})
+            embeds, seconds = torch.empty(0, task.teacher.feature_size), 0.0
+            if indices:
+                embeds, seconds = batch.embeds()[:, 0].contiguous().cpu(), batch.view_seconds[0]
+            kept = save(
+                {
+                    "images": torch.tensor(indices, dtype=torch.int64),
+                    "image_embeds": embeds,
+                    "seconds": torch.tensor(seconds, dtype=torch.float64),
+                }
+            )
             write_atomically(self._part(cell, f"{number:06d}.safetensors"), kept)
         write_atomically(self._part(cell, f"{number:06d}.costs.jsonl"), costs)
         # Last: this file says that the batch is done.
         write_atomically(self._part(cell, f"{number:06d}.jsonl"), lines)
+
+    def _readable(self, cell: Cell, number: int, indices: list[int]) -> tuple[list[Image], list[int]]:
+        """The images of a batch that can be read, and which they are; the others are listed.
+
+        Raises:
+            ValueError: for more in the whole run than the limit.
+        """
+        data, images, good, bad = self._images(cell.benchmark), [], [], []
+        for index in indices:
+            try:
+                images.append(data.image(index))
+            except ValueError as error:
+                if not self.config.max_bad_images:
+                    raise
+                bad.append({"benchmark": short_name(cell.benchmark), "image": index, "reason": str(error)})
+                logger.warning(f"skipped {error}")
+            else:
+                good.append(index)
+        if bad:
+            lines = (json.dumps(line) + "\n" for line in bad)
+            write_atomically(self._part(cell, f"{number:06d}.{SKIPPED}"), lines)
+            if len(skipped := self._skipped()) > self.config.max_bad_images:
+                raise ValueError(
+                    f"max_bad_images: expected at most {self.config.max_bad_images} unreadable images, got "
+                    f"{len(skipped)}, the last of them {bad[-1]['reason']}"
+                )
+        return images, good
+
+    def _skipped(self) -> list[dict[str, Any]]:
+        """What all processes have left out so far, an image once, in order."""
+        texts = (path.read_text() for path in (self.folder / PARTS).glob(f"*/*.{SKIPPED}"))
+        lines = [json.loads(line) for text in texts for line in text.splitlines()]
+        found = {(line["benchmark"], line["image"]): line for line in lines}
+        return [found[key] for key in sorted(found)]
 
     def _predict_in_order(self, cells: list[Cell]) -> None:
         """Methods that need the images before: every cell by one process, from the embeddings kept."""
@@ -253,8 +305,9 @@ class _Run:
             task, data = self._task(cell), self._images(cell.benchmark)
             earlier = torch.empty(0, task.teacher.feature_size, device=task.teacher.device)
             all_lines, all_costs = [], []
-            for number, indices in enumerate(self._batches(cell)):
+            for number in range(len(self._batches(cell))):
                 kept = load_file(self._part(cell, f"{number:06d}.safetensors"))
+                indices = kept["images"].tolist()
                 embeds, seconds = kept["image_embeds"].to(task.teacher.device), [kept["seconds"].item()]
                 seeds = [cell.image_seed(index) for index in indices]
                 batch = ImageBatch([], indices, seeds, _no_other_view, earlier, seconds, _views=[embeds])
@@ -272,7 +325,7 @@ class _Run:
     ) -> tuple[str, str]:
         """Lines of results and of costs."""
         lines, costs = [], []
-        for method in methods:
+        for method in methods if batch.indices else ():
             with PeakMemory(task.teacher.device) as memory:
                 output, seconds = batch.timed(method, task)
             _check_output(method, output, len(batch.indices), len(task.class_names))
@@ -311,6 +364,8 @@ class _Run:
     def _join(self) -> None:
         for name, suffix in ((RESULTS, ".jsonl"), (COSTS, ".costs.jsonl")):
             write_atomically(self.folder / name, (text for cell in self.cells for text in self._lines(cell, suffix)))
+        if skipped := self._skipped():
+            write_atomically(self.folder / SKIPPED, (json.dumps(line) + "\n" for line in skipped))
 
 
 def _check_unique(cells: list[Cell]) -> None:

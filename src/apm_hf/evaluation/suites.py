@@ -115,6 +115,7 @@ def evaluate(
     severities: Sequence[int] = (),
     seeds: Sequence[int] = (),
     max_images: int | None = None,
+    max_bad_images: int = 0,
     batch_size: int = 16,
     num_views: int = 16,
     allow_chance: bool = False,
@@ -132,7 +133,7 @@ def evaluate(
         methods: of a custom sweep; of a suite, those of its methods to run.
         corruptions, severities: of what is corrupted, instead of the suite's own.
         seeds, max_images: of every sweep, instead of the suite's own.
-        batch_size, num_views, allow_chance, command: see [`EvaluationConfig`].
+        max_bad_images, batch_size, num_views, allow_chance, command: see [`EvaluationConfig`].
 
     Returns:
         The folder with `report.md` and, where an APM was evaluated, `model_index.json` for a model card.
@@ -169,6 +170,7 @@ def evaluate(
         data=places,
         batch_size=batch_size,
         num_views=num_views,
+        max_bad_images=max_bad_images,
         model=model,
         allow_chance=allow_chance,
         command=command,

@@ -8,8 +8,8 @@ Legend: (H, W) an image's pixels.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
+from transformers.utils import logging
 
 from ...data.images import decode_image, eight_bit_rgb
 from ...data.loading import VALIDATION_SPLITS, _import_datasets, _Source
 from ...data.scenes import PART_NAMES, SceneDataset
 from ...files import plain_name
 from ...modeling_apm_heads import IGNORE_INDEX
+
+logger = logging.get_logger(__name__)
 
 LEVELS = ("whole", "part")
 VOID = -1  # label of pixels that do not count, whatever the data set calls them
@@ -98,6 +101,23 @@ class MaskedImages:
             )
         return labels
 
+    def unreadable(self) -> dict[int, str]:
+        """Rows whose image or masks cannot be read, and why."""
+        found = {}
+        for index in range(len(self)):
+            try:
+                self._count_segments(index)
+            except ValueError as error:
+                found[index] = str(error)
+        return found
+
+    def without(self, rows: Collection[int]) -> "MaskedImages":
+        """All but these rows."""
+        kept = [index for index in range(len(self)) if index not in rows]
+        select = getattr(self.rows, "select", None)
+        left = [self.rows[index] for index in kept] if select is None else select(kept)
+        return replace(self, rows=left, source={**self.source, "without": sorted(rows)})
+
     @cached_property
     def num_segments(self) -> dict[str, list[int]]:
         """Level -> the number of segments in every image's mask.
@@ -105,17 +125,19 @@ class MaskedImages:
         Raises:
             ValueError: a mask that is not as large as its image; the message names the row.
         """
-        counts: dict[str, list[int]] = {level: [] for level in self.levels}
-        for index in range(len(self)):
-            size = self.image(index).size
-            for level in self.levels:
-                mask = self.mask(index, level)
-                if mask.shape[::-1] != size:
-                    raise ValueError(
-                        f"{self.name}, row {index}, column {self.mask_columns[level]!r}: expected a mask of the "
-                        f"image's {size[0]} x {size[1]} pixels, got {mask.shape[1]} x {mask.shape[0]}"
-                    )
-                counts[level].append(len(np.setdiff1d(mask, VOID)))
+        rows = [self._count_segments(index) for index in range(len(self))]
+        return {level: [row[level] for row in rows] for level in self.levels}
+
+    def _count_segments(self, index: int) -> dict[str, int]:
+        size, counts = self.image(index).size, {}
+        for level in self.levels:
+            mask = self.mask(index, level)
+            if mask.shape[::-1] != size:
+                raise ValueError(
+                    f"{self.name}, row {index}, column {self.mask_columns[level]!r}: expected a mask of the "
+                    f"image's {size[0]} x {size[1]} pixels, got {mask.shape[1]} x {mask.shape[0]}"
+                )
+            counts[level] = len(np.setdiff1d(mask, VOID))
         return counts
 
     def check(self) -> None:
@@ -170,6 +192,29 @@ def load_masked_images(
     return [
         _load(place, split, image_column, mask_columns, ignored, max_images, seed) for place in _places(name_or_path)
     ]
+
+
+def without_bad(sets: Sequence[MaskedImages], limit: int) -> tuple[list[MaskedImages], list[dict[str, Any]]]:
+    """What can be read, and lines about the rest.
+
+    Raises:
+        ValueError: for more of them than the limit.
+    """
+    if not limit:
+        return list(sets), []  # the first one stops the run
+    good, skipped = [], []
+    for found in sets:
+        bad = found.unreadable()
+        skipped += [{"data": found.name, "image": row, "reason": reason} for row, reason in bad.items()]
+        good.append(found.without(bad) if bad else found)
+    for line in skipped:
+        logger.warning(f"skipped {line['reason']}")
+    if len(skipped) > limit:
+        raise ValueError(
+            f"max_bad_images: expected at most {limit} unreadable images, got {len(skipped)}, the last of them "
+            f"{skipped[-1]['reason']}"
+        )
+    return good, skipped
 
 
 def _scenes(num_scenes: int, ignored: tuple[int, ...], seed: int) -> MaskedImages:

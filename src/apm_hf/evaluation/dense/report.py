@@ -95,6 +95,7 @@ def _facts(results: Mapping[str, Any]) -> str:
         f"{name}={value}" for name, value in ttt.items()
     )
     facts["seed"] = results["settings"]["seed"]
+    facts["left out, as they could not be read"] = results["skipped_images"] or None
     return "".join(f"* {name}: `{value}`\n" for name, value in facts.items() if value not in (None, ""))
 
 

@@ -21,16 +21,19 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ... import provenance
+from ...data.bad_images import SKIPPED
 from ...demo import demo_layers
 from ...demo_assets import DEMO_MODEL, DEMO_TEACHER
 from ...files import write_atomically
 from ...modeling_apm import APMModel
 from ...modeling_apm_heads import IGNORE_INDEX
 from ...photo_machine import photo_image_processor, photo_machine
+from ...processes import process_state
+from ...stopping import only_writer
 from ...teachers import load_teacher
 from ...ttt import TTTConfig
 from ..plan import short_name
-from .masks import LEVELS, SCENES, MaskedImages, load_masked_images
+from .masks import LEVELS, SCENES, MaskedImages, load_masked_images, without_bad
 from .methods import Job, Machines, make_jobs, titles
 from .report import write_report
 from .scoring import JobRun, ScoringConfig
@@ -51,6 +54,7 @@ def evaluate_islands(
     model: str | None = None,
     methods: Sequence[str] = (),
     max_images: int | None = None,
+    max_bad_images: int = 0,
     split: str | None = None,
     image_column: str | None = None,
     masks: Sequence[str] = (),
@@ -74,6 +78,8 @@ def evaluate_islands(
             and the rows of a distilled one are left out; with neither, it is the embedded one.
         methods: rows of the tables to compute, by default all.
         max_images, split, image_column, ignore_labels: see [`load_masked_images`].
+        max_bad_images: so many rows whose image or masks cannot be read are left out and listed in
+            `skipped_images.jsonl`.
         masks: `"whole=COLUMN"`, `"part=COLUMN"`, where they are not found by name.
         map_size: side of everybody's maps; by default 96 for scenes, else 112.
         segments: how many for every image, instead of as many as its mask has.
@@ -89,7 +95,8 @@ def evaluate_islands(
         The folder with `report.md`, a picture per data set, `results.json` and `scores.jsonl`.
 
     Raises:
-        ValueError: unknown methods, data that cannot be scored, or a model that does not fit the teacher.
+        ValueError: unknown methods, data that cannot be scored, more rows that cannot be read than `max_bad_images`,
+            a folder that another run is writing, or a model that does not fit the teacher.
     """
     config = ScoringConfig(map_size=map_size, num_segments=segments, batch_size=batch_size, seed=seed)
     machines = _load_machines(teacher, model, level_layers, ttt, ttt_factor, seed)
@@ -113,6 +120,7 @@ def evaluate_islands(
     names = [found.name for found in sets]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"data: expected one or more data sets of different names, got {names}")
+    sets, skipped = without_bad(sets, max_bad_images)
     for found in sets:  # what is missing is found before anything is computed
         found.check()
     folder, jobs, weights = Path(output_dir), make_jobs(machines, rows), _weights(machines)
@@ -126,15 +134,19 @@ def evaluate_islands(
         "settings": asdict(config) | {"ttt": asdict(ttt)},
         "ttt_factor": ttt_factor,
         "level_layers": machines.level_layers,
+        "skipped_images": len(skipped),
         "data": {},
     }
     lines = []
-    for found in sets:
-        done = _run_jobs(jobs, found, machines, config, folder / PARTS / found.name, weights)
-        results["data"][found.name] = summarise(found, {name: known[name] for name in rows}, done, seed=seed)
-        lines += [json.dumps({"data": found.name} | row) + "\n" for part in done for row in part["scores"]]
-    write_atomically(folder / SCORES, lines)
-    logger.info(write_report(folder, results))
+    with only_writer(folder, process_state()):
+        for found in sets:
+            done = _run_jobs(jobs, found, machines, config, folder / PARTS / found.name, weights)
+            results["data"][found.name] = summarise(found, {name: known[name] for name in rows}, done, seed=seed)
+            lines += [json.dumps({"data": found.name} | row) + "\n" for part in done for row in part["scores"]]
+        write_atomically(folder / SCORES, lines)
+        if skipped:
+            write_atomically(folder / SKIPPED, (json.dumps(line) + "\n" for line in skipped))
+        logger.info(write_report(folder, results))
     return folder
 
 
