@@ -517,6 +517,7 @@ def test_a_distillation_from_a_cache_is_the_one_without_and_asks_no_teacher(plac
     data, _ = train_and_validation(place / "photos")
     teacher = load_teacher(place / "clip", device="cpu")
     write(tmp_path / "cache", teacher, data.dataset)
+    monkeypatch.setattr(training, "_draw_card_picture", lambda *inputs: None)  # it takes longer than all of this
     live = distil(place, tmp_path / "live", statistics_images=8)
     asked, answer = [], type(teacher).encode_images
 

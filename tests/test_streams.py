@@ -4,6 +4,7 @@ Two processes are forked from this one, which has imported everything.
 """
 
 import collections
+import functools
 import io
 import os
 import socket
@@ -67,9 +68,13 @@ def shards(tmp_path_factory):
     return folder
 
 
+@functools.cache
+def loaded(shards):
+    return load_images(shards, streaming=True)
+
+
 def stream(shards, *, process=0, num_processes=1, num_workers=0, state=None, **options):
-    data = load_images(shards, streaming=True)
-    split = SplitStream(data.dataset, name="photos", **{"block_size": 4, **options})
+    split = SplitStream(loaded(shards).dataset, name="photos", **{"block_size": 4, **options})
     split.share(process, num_processes, num_workers)
     place = StreamPlace(split)
     if state is not None:
@@ -219,7 +224,7 @@ def run(folder, shards, clip, *, until=None, machine=None, **settings):
 
     return distill(
         machine or student(),
-        SplitStream(load_images(shards, streaming=True).dataset, name="photos", block_size=4),
+        SplitStream(loaded(shards).dataset, name="photos", block_size=4),
         config=DistillationConfig(output_dir=str(folder), **(chosen | settings)),
         image_processor=processor,
         teacher=clip,

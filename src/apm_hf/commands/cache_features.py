@@ -89,18 +89,20 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.dry_run:
         result = {"images": plan.num_images, "left_out": [], "shards": plan.num_shards, "bytes": plan.num_bytes}
         return {"output_dir": options.output_dir, **result} if state.is_main_process else None
-    cache = write_feature_cache(
-        options.output_dir,
-        teacher,
-        data.dataset,
-        image_column=data.image_column,
-        settings=settings,
-        dataset_name=options.dataset,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        max_bad_images=options.max_bad_images,
-    )
-    state.destroy_process_group()
+    try:
+        cache = write_feature_cache(
+            options.output_dir,
+            teacher,
+            data.dataset,
+            image_column=data.image_column,
+            settings=settings,
+            dataset_name=options.dataset,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            max_bad_images=options.max_bad_images,
+        )
+    finally:
+        state.destroy_process_group()  # the interpreter's end could wait for its threads
     if not state.is_main_process:
         return None
     logging.get_logger(__name__).info(f"{len(cache)} images in {cache.folder}")

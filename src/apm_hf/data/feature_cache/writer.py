@@ -9,7 +9,6 @@ Legend: n images of a shard, B of a batch, N levels, F feature width, (rows, col
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from ...processes import process_state
 from ...stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
 from ..bad_images import PROBLEM, problems
 from ..images import ImageCollator
+from .checks import check_plan, check_room, write_index
 from .layout import (
     DTYPES,
     INDEX,
@@ -42,7 +42,7 @@ from .layout import (
     shard_names,
     write_sealed,
 )
-from .reader import FeatureCache, differences
+from .reader import FeatureCache
 
 logger = logging.get_logger(__name__)
 
@@ -78,8 +78,8 @@ def write_feature_cache(
     plan = contents(teacher, images, image_column, settings, dataset_name=dataset_name)
     size = estimate(teacher, len(images), settings)
     with only_writer(path, state):
-        _check_plan(path, plan)
-        _check_room(path, size)
+        check_plan(path, plan)
+        check_room(path, size)
         state.wait_for_everyone()
         if state.is_main_process:
             (path / INDEX).unlink(missing_ok=True)  # what is damaged will be replaced
@@ -100,7 +100,7 @@ def write_feature_cache(
             )
         state.wait_for_everyone()
         if state.is_main_process:
-            _write_index(path, plan, size.num_shards, max_bad_images)
+            write_index(path, plan, size.num_shards, max_bad_images)
         state.wait_for_everyone()
     return FeatureCache(path)
 
@@ -237,44 +237,3 @@ def _unreadable(batch: dict[str, Tensor]) -> Iterable[dict[str, Any]]:
             reason = problem.partition(": ")[2]
             logger.warning(f"left out row {row}: {reason}")
             yield {"row": row, "reason": reason}
-
-
-def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """What is there already must be a part of the same cache."""
-    try:
-        there = read_sealed(folder / PLAN)
-    except FileNotFoundError:
-        if any(folder.glob("*.safetensors")):
-            raise ValueError(f"output_dir: expected a new folder or a cache, got {folder}, with other files") from None
-        return
-    if found := differences(there, plan):
-        raise ValueError(
-            f"output_dir: expected a new folder, or the same cache half written, got {folder}, a cache with other "
-            f"{', '.join(found)}"
-        )
-
-
-def _check_room(folder: Path, size: Estimate) -> None:
-    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    needed, free = size.num_bytes - there, shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"output_dir: expected {needed / 1e9:.3g} GB free for the rest of {size.num_images} images, got "
-            f"{free / 1e9:.3g} GB; keep fewer locations (--num_locations), a smaller dtype, or use another disk"
-        )
-
-
-def _write_index(folder: Path, plan: dict[str, Any], num_shards: int, max_bad_images: int) -> None:
-    shards, bad = [], []
-    for number in range(num_shards):
-        file, note = shard_names(number)
-        noted = read_sealed(folder / note)
-        bad += noted.pop("bad")
-        shards.append({"file": file, **noted})
-    if len(bad) > max_bad_images:
-        raise ValueError(
-            f"max_bad_images: expected at most {max_bad_images} unreadable images, got {len(bad)}, the last of them "
-            f"row {bad[-1]['row']}: {bad[-1]['reason']}"
-        )
-    write_sealed(folder / INDEX, {**plan, "shards": shards, "bad": bad})
-    sync(folder)
