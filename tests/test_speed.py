@@ -1,7 +1,9 @@
 """How fast a run is: what is counted, what is not, and what is never made up."""
 
+import importlib.util
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,7 +114,9 @@ def test_a_students_products_are_counted_without_computing_them(architecture):
     state = torch.get_rng_state()
     used = ALL | {"teacher_features", "teacher_embeds"}
     assert student_flops(student_config(**architecture), (pixels, places), {}, used) == real.get_total_flops() > 0
-    assert student_flops(student_config(**architecture), (pixels, places), {}, {"rgb"}) < real.get_total_flops()
+    assert (
+        student_flops(student_config(**architecture), (pixels, places), {}, {"pooler_output"}) < real.get_total_flops()
+    )
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -144,3 +148,22 @@ def test_a_teachers_products_are_counted_at_the_first_pass_alone(tmp_path):
         with meter.one_pass(3), meter.teacher():
             teacher.encode_images(pixel_values=pixels)
     assert meter.flops == {"teacher": real.get_total_flops() / 3} and real.get_total_flops() > 0
+
+
+def test_the_benchmark_of_training_fills_its_place_in_a_document(tmp_path, monkeypatch, capsys):
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "training.py"
+    spec = importlib.util.spec_from_file_location("training_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    rows = benchmark.rows
+    monkeypatch.setattr(benchmark, "rows", lambda options: rows(options)[:1])
+    document = tmp_path / "scaling.md"
+    document.write_text(f"# Before\n\n{benchmark.BEGIN}\nold\n{benchmark.END}\n\nAfter\n")
+    benchmark.main(["--quick", "--write", str(document)])
+    text = document.read_text()
+    assert text.startswith(f"# Before\n\n{benchmark.BEGIN}\n`python benchmarks/training.py --quick")
+    assert text.endswith(f"{benchmark.END}\n\nAfter\n") and "old" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| bfloat16, 4 locations |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert float(cells[1]) > 0 and float(cells[2]) > 0 and cells[3] == "peak unknown" and cells[5].endswith("%")
+    assert line in capsys.readouterr().out

@@ -6,6 +6,7 @@ configuration file: see `docs/distributed.md` and `examples/configs`. What diffe
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ def prepare(accelerator: Any, student: APMModel, *others: Any) -> tuple[Any, ...
         reduced = None if dtype is None else torch.float32
         plugin.mixed_precision_policy = MixedPrecisionPolicy(dtype, reduced, cast_forward_inputs=False)
         plugin.auto_wrap_policy = None
+        # FSDP2 warns of writing into views that a module answers, such as the trigger column; nobody here does.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         # Accelerate asks for a language model's embeddings, which transformers does not find here.
         student.get_input_embeddings = lambda: None
     return accelerator.prepare(student, *others)
