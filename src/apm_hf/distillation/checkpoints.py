@@ -10,7 +10,6 @@ a run is killed at, the checkpoints under their final names are whole. What a di
 tells. The folder is one that all processes share.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,8 +20,9 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ..files import sync, write_atomically
+from ..files import sync
 from ..provenance import versions
+from ..sealed import digest_of, fault_of, read_sealed, write_sealed
 
 logger = logging.get_logger(__name__)
 
@@ -158,15 +158,7 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
         ValueError: for a manifest that is not as it was written.
         FileNotFoundError: where there is none.
     """
-    text = (checkpoint / MANIFEST).read_bytes()
-    try:
-        manifest = json.loads(text)
-        del manifest["sha256"]
-    except (ValueError, KeyError, TypeError):
-        manifest = None
-    if manifest is None or _rendered(manifest) != text:
-        raise ValueError(f"{MANIFEST}: expected text that fits its checksum, found {len(text)} bytes that do not")
-    return manifest
+    return read_sealed(checkpoint / MANIFEST)
 
 
 def seal(folder: Path, *, step: int, num_processes: int) -> None:
@@ -176,11 +168,11 @@ def seal(folder: Path, *, step: int, num_processes: int) -> None:
         "step": step,
         "num_processes": num_processes,
         "versions": versions(),
-        "files": {name: {"size": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()},
+        "files": {name: {"size": path.stat().st_size, "sha256": digest_of(path)} for name, path in files.items()},
     }
     for path in (*files.values(), *{path.parent for path in files.values()}):
         sync(path)
-    write_atomically(folder / MANIFEST, _rendered(manifest))
+    write_sealed(folder / MANIFEST, manifest)
     sync(folder)
 
 
@@ -192,27 +184,5 @@ def faults(checkpoint: Path) -> list[str]:
         return [str(error)]
     except OSError as error:
         return [f"{MANIFEST}: expected a file, found {error.strerror}"]
-    found = ((name, _fault(checkpoint / name, **expected)) for name, expected in files.items())
+    found = ((name, fault_of(checkpoint / name, **expected)) for name, expected in files.items())
     return [f"{name}: {fault}" for name, fault in found if fault]
-
-
-def _fault(path: Path, size: int, sha256: str) -> str | None:
-    try:
-        actual = path.stat().st_size
-        if actual != size:
-            return f"expected {size} bytes, found {actual}"
-        digest = _digest(path)
-    except OSError as error:
-        return f"expected a file, found {error.strerror}"
-    return None if digest == sha256 else f"expected SHA-256 {sha256[:12]}..., found {digest[:12]}..."
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _rendered(manifest: Mapping[str, Any]) -> bytes:
-    """With a checksum of its own."""
-    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**manifest, "sha256": checksum}, sort_keys=True, indent=1) + "\n").encode()

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..data.bad_images import SkippedImages, readable
+from ..data.feature_cache import CachedImages
 from ..data.split_streams import PlacedCollator, SplitStream, StreamPlace
 from ..files import move_files, writable_folder
 from ..licenses import inherit
@@ -128,6 +129,7 @@ class _Run:
             num_images=None if streaming else len(train_data),
             num_processes=processes,
             sharded=sharded(self.accelerator),
+            feature_cache=train_data.cache.index["settings"] if isinstance(train_data, CachedImages) else None,
         )
         self.checkpoints = Checkpoints(self.output_dir, keep=config.keep_checkpoints)
         self.resumed: Path | None = None

@@ -35,6 +35,7 @@ def facts(
     num_images: int | None,
     num_processes: int,
     sharded: bool = False,
+    feature_cache: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a run's weights depend on, as JSON gives it back.
 
@@ -43,12 +44,14 @@ def facts(
         teachers: by the names of their heads.
         num_images: None where nobody knows.
         sharded: whether checkpoints are those of FSDP2, which nothing else reads.
+        feature_cache: settings of the one that is read instead of asking the teachers.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
     known = settings | {
         "num_processes": num_processes,
         "num_images": num_images,
         "sharded": sharded,
+        "feature_cache": feature_cache,
         "teachers": {name: public_name(teacher.name) for name, teacher in teachers.items()},
         "versions": versions(),
         "student": _without_what_was_found(student.to_dict()),

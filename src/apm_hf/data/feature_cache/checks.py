@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ...files import sync
-from .layout import INDEX, PLAN, Estimate, read_sealed, shard_names, write_sealed
+from ...sealed import read_sealed, write_sealed
+from .layout import INDEX, PLAN, Estimate, shard_names
 from .reader import differences
 
 

@@ -24,7 +24,6 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from ...files import write_atomically
 from ...licenses import public_name
 
 FORMAT = 1
@@ -186,49 +185,3 @@ def drawn_locations(rows: list[int], num_locations: int, num_patches: int, seed:
 def shard_names(number: int) -> tuple[str, str]:
     """Of a shard and of what is written down about it."""
     return f"{number:05d}.safetensors", f"{number:05d}.json"
-
-
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON with a checksum of its own, there whole or not at all."""
-    write_atomically(path, _sealed(content))
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """What [`write_sealed`] was given.
-
-    Raises:
-        ValueError: for a file that is not as it was written.
-        FileNotFoundError: where there is none.
-    """
-    text = path.read_bytes()
-    try:
-        content = json.loads(text)
-        del content["checksum"]
-    except (ValueError, KeyError, TypeError):
-        content = None
-    if content is None or _sealed(content) != text:
-        raise ValueError(f"{path}: expected text that fits its checksum, found {len(text)} bytes that do not")
-    return content
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fault_of(path: Path, size: int, sha256: str | None) -> str | None:
-    """What is wrong with a file, or None. Without a checksum its size alone is looked at."""
-    try:
-        actual = path.stat().st_size
-        if actual != size:
-            return f"expected {size} bytes, found {actual}"
-        digest = digest_of(path) if sha256 else None
-    except OSError as error:
-        return f"expected a file, found {error.strerror}"
-    return None if digest == sha256 else f"expected SHA-256 {str(sha256)[:12]}..., found {str(digest)[:12]}..."
-
-
-def _sealed(content: Mapping[str, Any]) -> bytes:
-    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**content, "checksum": checksum}, sort_keys=True, indent=1) + "\n").encode()

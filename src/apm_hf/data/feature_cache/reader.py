@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .layout import INDEX, fault_of, fingerprint, of_teacher, read_sealed
+from ...sealed import fault_of, read_sealed
+from .layout import INDEX, fingerprint, of_teacher
 
 
 class FeatureCache(Dataset):

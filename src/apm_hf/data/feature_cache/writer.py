@@ -23,6 +23,7 @@ from transformers.utils.logging import tqdm
 from ...files import sync, writable_folder, write_atomically
 from ...losses import normalise_levels
 from ...processes import process_state
+from ...sealed import fault_of, read_sealed, write_sealed
 from ...stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
 from ..bad_images import PROBLEM, problems
 from ..images import ImageCollator
@@ -36,11 +37,8 @@ from .layout import (
     contents,
     drawn_locations,
     estimate,
-    fault_of,
     grid_of,
-    read_sealed,
     shard_names,
-    write_sealed,
 )
 from .reader import FeatureCache
 
