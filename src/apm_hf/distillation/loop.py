@@ -214,6 +214,7 @@ class _Run:
         )
         passes: list[tuple[float, dict[str, Tensor]]] = []  # of the step under way, with their weights
         self.student.train()
+        self.speed.begin()
         for batch in self._batches() if step < config.max_steps else ():
             with accelerator.accumulate(self.student), self.speed.one_pass(len(batch["pixel_values"])):
                 self._step(batch, step, passes)

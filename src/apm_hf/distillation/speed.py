@@ -130,7 +130,7 @@ class SpeedMeter:
         self._counted = False
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        self._begin_window()
+        self.begin()
 
     # --- the loop tells -----------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class SpeedMeter:
             needed = sum(self.flops.values()) * values["images_per_second"]
             values["mfu"] = needed / (self.peak * self.num_processes)
         self.windows.append(values)
-        self._begin_window()
+        self.begin()
         return values
 
     def summary(self) -> dict[str, Any]:
@@ -218,7 +218,8 @@ class SpeedMeter:
 
     # --- within -------------------------------------------------------------------------------------------------
 
-    def _begin_window(self) -> None:
+    def begin(self) -> None:
+        """From here on time counts, until the next report."""
         self._started, self._paused, self._images = time.perf_counter(), 0.0, 0
 
     def _mark(self) -> Any:
