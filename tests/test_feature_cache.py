@@ -513,7 +513,7 @@ def distil(place, folder, *, cache=None, **settings):
     ).distillation
 
 
-def test_a_distillation_from_a_cache_is_the_one_without_and_asks_no_teacher(place, tmp_path, monkeypatch):
+def test_a_distillation_from_a_cache_is_the_one_without_and_asks_no_teacher(place, tmp_path, monkeypatch, caplog):
     data, _ = train_and_validation(place / "photos")
     teacher = load_teacher(place / "clip", device="cpu")
     write(tmp_path / "cache", teacher, data.dataset)
@@ -532,8 +532,10 @@ def test_a_distillation_from_a_cache_is_the_one_without_and_asks_no_teacher(plac
     first, second = (dict(one.student.state_dict()) for one in (live, cached))
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
     write(tmp_path / "places", teacher, data.dataset, num_locations=6, dtype="bfloat16")
-    some = distil(place, tmp_path / "some", cache=tmp_path / "places", num_locations=4)
+    some = distil(place, tmp_path / "some", cache=tmp_path / "places", num_locations=4, checkpoint_steps=3)
     assert some.metrics[-1]["feature_cosine"] > some.metrics[0]["feature_cosine"]
+    distil(place, tmp_path / "some", num_locations=4, resume=True)
+    assert "goes on otherwise than it began: feature_cache {'dtype': 'bfloat16'" in caplog.text
 
 
 @pytest.mark.parametrize(
