@@ -95,8 +95,9 @@ _TRANSFORMERS_KWARGS = {
 }
 
 
-# Options of `from_pretrained` that may be left when a configuration is made, and are none of its fields.
-_LOADING_KWARGS = {"code_revision", "commit_hash", "dtype", "return_unused_kwargs", "trust_remote_code"}
+# Options of `from_pretrained` that may be left when a configuration is made, and are none of its fields: a pipeline
+# gives its `model_kwargs` to configurations too, `output_size` for APMForSemanticSegmentation among them.
+_LOADING_KWARGS = {"code_revision", "commit_hash", "dtype", "output_size", "return_unused_kwargs", "trust_remote_code"}
 
 
 def _wrong_types_are_value_errors(cls):

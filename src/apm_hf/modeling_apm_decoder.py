@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_apm import APMConfig
-from .modeling_apm_linear import APMLinear, are_plain, linear
+from .modeling_apm_linear import FEW, APMLinear, are_plain, linear
 from .modeling_apm_pooling import APMAttentionPooling
 from .position_encoding import grid_coordinates, position_code, sample_patches, sincos_code
 
@@ -56,6 +56,10 @@ class APMQuery:
         else:
             coordinates = self.coordinates[:, start:stop]
         return APMQuery(self.trigger_column, self.grid_size, self.pixel_values, coordinates, start, stop)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.trigger_column) * self.num_locations
 
     def locations(self) -> Tensor:
         """`(1 or B, L, 2)`, the coordinates asked for."""
@@ -132,6 +136,8 @@ class APMQueryLinear(nn.Linear):
 
     def forward(self, query: APMQuery, features: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """`(B, L, H)`, for `features` `(B, L, F')`."""
+        if query.coordinates is not None and are_plain(self.weight) and query.num_rows <= FEW:
+            return linear(self._written_out(query, features), self.weight, self.bias)
         from_features, from_trigger, from_patch, from_position = self.weight.split(self.widths, dim=1)
         hidden = linear(query.trigger_column, from_trigger, self.bias)  # (B, D) -> (B, H)
         if query.coordinates is None:
@@ -144,6 +150,17 @@ class APMQueryLinear(nn.Linear):
         if features is not None:
             hidden = hidden + linear(features, from_features)
         return hidden
+
+    def _written_out(self, query: APMQuery, features: Tensor | None) -> Tensor:
+        """`(B, L, F' + D + Q + P)`: one product of few rows reads the weight once, as it lies, its parts do not."""
+        parts = [query.trigger_column[:, None], query.position_code(self.position_size)]  # (B, 1, D), (1 or B, L, P)
+        if query.pixel_values is not None:
+            where = query.pixel_values, query.locations(), self.patch_size
+            parts[1:1] = [sample_patches(*where, scale) for scale in self.scales]
+        if features is not None:
+            parts.insert(0, features)
+        shape = len(query.trigger_column), query.num_locations, -1
+        return torch.cat([part.expand(shape) for part in parts], dim=-1)
 
     def _add_grid(self, hidden: Tensor, query: APMQuery) -> Tensor:
         """`(B, H)` -> `(B, L, H)`: the code is separable, so that rows + cols products serve all cells."""

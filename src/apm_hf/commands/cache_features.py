@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images_per_shard", type=int, help="by default as many as make 256 MiB")
     add(parser, "--batch_size", "that the teacher is shown", default=64)
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images, per process")
-    parser.add_argument("--max_bad_images", type=int, default=0, help="unreadable images that are left out and listed")
+    add(parser, "--max_bad_images", default=0)
     parser.add_argument("--dry_run", action="store_true", help="say what it takes, and write nothing")
     parser.add_argument("--verify", action="store_true", help="compare the checksums of a cache that is there")
 

@@ -139,7 +139,7 @@ def _at_locations(batch: dict[str, Tensor], levels: Tensor | None, device: torch
 
 
 def _joined(answers: Sequence[TeacherOutput], name: str) -> Tensor:
-    return torch.cat([answer[name] for answer in answers]) if len(answers) > 1 else answers[0][name]
+    return torch.cat([getattr(answer, name) for answer in answers]) if len(answers) > 1 else getattr(answers[0], name)
 
 
 def ask(
