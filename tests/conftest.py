@@ -14,7 +14,10 @@ torch.set_num_threads(1)
 
 
 # Files that keep a core busy for long begin first, so that no core is idle at the end.
-LONG = ("examples", "demo", "evaluation_runner", "hub_roundtrip", "app", "memory", "cli_islands", "dense_evaluation")
+LONG = (
+    "examples", "demo", "scaling", "hub_roundtrip", "app", "evaluation_runner", "benchmarks", "resume", "memory",
+    "startup", "cli_islands", "dense_evaluation",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

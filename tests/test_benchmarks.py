@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,17 +121,18 @@ def test_growth_and_few_locations_have_goals_that_a_slowed_build_misses(runner, 
         assert not goal.met
 
 
-def test_smallest_of_interleaved_repeats_counts(runner):
-    timing = sys.modules["speed.timing"]
+def test_smallest_of_interleaved_repeats_counts(runner, monkeypatch):
+    timing, clock = sys.modules["speed.timing"], [0.0]
     order, delays = [], {"first": iter([0.2, 0.05, 0.03, 0.05]), "second": iter([0.2, 0.06, 0.07, 0.08])}
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def call(name):
         order.append(name)
-        time.sleep(next(delays[name]))
+        clock[0] += next(delays[name])
 
     times = timing.smallest_times({n: lambda n=n: call(n) for n in delays}, 3, torch.device("cpu"))
     assert order == ["first", "second"] * 4
-    assert 0.03 <= times["first"] < 0.05 and 0.06 <= times["second"] < 0.08
+    assert times == pytest.approx({"first": 0.03, "second": 0.06})
 
 
 def test_naive_form_equals_the_model_in_chunks_of_any_size(runner):

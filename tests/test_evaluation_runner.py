@@ -26,7 +26,10 @@ from apm_hf.evaluation.runner import (
     PeakMemory,
     run_evaluation,
 )
+from apm_hf.evaluation.suites import evaluate
 from apm_hf.files import write_atomically
+from apm_hf.processes import process_state
+from fixtures_runs import forget_accelerate, processes
 
 pytest.importorskip("imagecorruptions")
 
@@ -140,12 +143,19 @@ def test_a_run_killed_halfway_and_started_again_gives_the_same_bytes(finished, e
     assert (folder / RESULTS).read_bytes() == (finished / RESULTS).read_bytes()
 
 
-def test_two_processes_give_the_bytes_of_one(finished, environment, tmp_path):
-    folder = tmp_path / "two"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, *command(folder)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stderr
+def test_two_processes_give_the_bytes_of_one(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Accelerate warns of several processes without
+    folder, options = tmp_path / "two", {"data": ["scenes"], "teachers": [DEMO_TEACHER], "methods": METHODS}
+
+    def work(rank):
+        forget_accelerate()
+        conditions = {"corruptions": [CLEAN, "contrast"], "severities": [2], "max_images": 14, "allow_chance": True}
+        evaluate("custom", output_dir=str(folder), **options, **conditions, **OPTIONS)
+        (tmp_path / str(rank)).write_text(str(process_state().num_processes))
+
+    assert processes(2, work) == [0, 0]
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["2", "2"]
     assert (folder / RESULTS).read_bytes() == (finished / RESULTS).read_bytes()
     assert (folder / "report.md").exists()
 

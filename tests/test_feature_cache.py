@@ -9,8 +9,6 @@ import logging
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -18,14 +16,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from apm_hf import load_teacher, training
 from apm_hf.cli import main
-from apm_hf.data.feature_cache import CachedImages, CacheSettings, FeatureCache, estimate, layout, write_feature_cache
+from apm_hf.data.feature_cache import (
+    CachedImages,
+    CacheSettings,
+    FeatureCache,
+    estimate,
+    layout,
+    write_feature_cache,
+    writer,
+)
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DistillationConfig, matching_image_processor
@@ -33,7 +38,9 @@ from apm_hf.distillation.objective import Objective
 from apm_hf.distillation.targets import TargetMaker
 from apm_hf.losses import LossWeights, normalise_levels
 from apm_hf.position_encoding import grid_coordinates
+from apm_hf.processes import process_state
 from apm_hf.stopping import EXIT_STOPPED, RunStopped
+from fixtures_runs import forget_accelerate, processes
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip, save_splits, student
 
 datasets = pytest.importorskip("datasets")
@@ -52,11 +59,6 @@ def alone(monkeypatch, tmp_path_factory):
     yield
     forget_accelerate()
     logging.getLogger("apm_hf").setLevel(level)
-
-
-def forget_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -406,26 +408,26 @@ def flags(place, folder, *more):
     return [str(word) for word in (*words, "--images_per_shard", 4, "--dtype", "float32", "--batch_size", 3, *more)]
 
 
-def test_two_ranks_write_the_files_that_one_does(place, environment, tmp_path):
+def test_two_ranks_write_the_files_that_one_does(place, tmp_path, monkeypatch):
     assert main(flags(place, tmp_path / "one")) == 0
-    program = (
-        "import sys\nfrom apm_hf import cli\nfrom apm_hf.processes import process_state\n"
-        "state = process_state()\nstatus = cli.main(sys.argv[1:])\n"
-        "open(f'{sys.argv[-1]}.{state.process_index}', 'w').write(f'{state.num_processes} {status}')\n"
-    )
-    (tmp_path / "program.py").write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*flags(place, tmp_path / "two"), "--json", "--image_column", "image", "--split", "train"]
-    words += ["--validation_split", "validation", "--seed", "0", "--teacher_dtype", "float32", "--max_images", "11"]
-    words += ["--dataset", str(place / "photos"), "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "program.py"), *words], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert [(tmp_path / f"two.{rank}").read_text() for rank in range(2)] == ["2 0", "2 0"]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    result = json.loads(line)
-    assert (result["images"], result["shards"], result["left_out"]) == (NUM_IMAGES, 3, [])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Accelerate warns of several processes without
+    written, save = [], writer._Writer._save
+
+    def remembered(self, number, *inputs):
+        written.append(number)
+        save(self, number, *inputs)
+
+    monkeypatch.setattr(writer._Writer, "_save", remembered)
+
+    def work(rank):
+        forget_accelerate()
+        known = process_state().num_processes
+        assert main(flags(place, tmp_path / "two")) == 0
+        (tmp_path / f"two.{rank}").write_text(f"{known} {written}")
+
+    assert processes(2, work) == [0, 0]
+    assert [(tmp_path / f"two.{rank}").read_text() for rank in (0, 1)] == ["2 [0, 2]", "2 [1]"]
     one, two = contents_of(tmp_path / "one"), contents_of(tmp_path / "two")
     assert one.keys() == two.keys() and not [name for name in one if one[name] != two[name]]
 

@@ -3,7 +3,7 @@
 Legend: B images, L locations, F feature width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -250,7 +250,7 @@ def training_step(settings: Settings, device: torch.device, dtype: torch.dtype) 
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).to(dtype))
     check_equal("gradients of a training step", *gradients, slack=10)
     calls: Calls = {name: lambda answer=answer: step(answer) for name, answer in forms.items()}
-    calls["student's forward, all cells"] = lambda: _without_gradients(model, pixel_values)
+    calls["student's forward in float32, all cells"] = lambda: _without_gradients(model, pixel_values)
     if settings.vision_transformers:
         teacher = dinov2_large(device, dtype)
         for side in (448, 518):
@@ -271,12 +271,6 @@ def training_step(settings: Settings, device: torch.device, dtype: torch.dtype) 
 @torch.no_grad()
 def _without_gradients(model: APMModel, pixel_values: Tensor) -> object:
     return model(pixel_values)
-
-
-def figures_of(settings: Settings, device: torch.device) -> Iterator[Figure]:
-    for dtype in (torch.float32, torch.bfloat16):
-        for measure in (full_grid, few_locations, growth, training_step):
-            yield measure(settings, device, dtype)
 
 
 def _name(dtype: torch.dtype) -> str:
