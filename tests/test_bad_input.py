@@ -14,7 +14,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset
 from transformers import AutoImageProcessor, AutoModel
@@ -31,6 +30,7 @@ from apm_hf.distillation import DistillationConfig, distill, matching_image_proc
 from apm_hf.files import write_atomically
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.teachers import load_teacher
+from fixtures_runs import forget_accelerate
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip, student
 
 SQUARE = {"height": STUDENT_SIZE, "width": STUDENT_SIZE}
@@ -76,8 +76,7 @@ def clip(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fresh_accelerate(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 # --- the table: what comes in, and the one message it gets -----------------------------------------------------------
@@ -331,8 +330,7 @@ def photos(num_images, *bad):
 
 
 def skip_run(folder, rows, clip, *, limit, validation=None, **settings):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     processor = matching_image_processor(clip, STUDENT_SIZE)
     settings = {"max_steps": 5, "batch_size": 2, "report_to": "none", "mixed_precision": "no", **settings}
     return distill(

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
@@ -31,6 +30,7 @@ from apm_hf.distillation.targets import TargetMaker, ask
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.losses import DistillationTargets, LossWeights
 from apm_hf.position_encoding import grid_coordinates
+from fixtures_runs import forget_accelerate
 from fixtures_tiny import (
     FEATURE_SIZE,
     STUDENT_SIZE,
@@ -53,11 +53,6 @@ def fresh_accelerate(monkeypatch):
     forget_accelerate()
     yield
     forget_accelerate()
-
-
-def forget_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

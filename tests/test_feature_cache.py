@@ -9,7 +9,6 @@ import logging
 import os
 import pickle
 import signal
-import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -39,8 +38,8 @@ from apm_hf.distillation.targets import TargetMaker
 from apm_hf.losses import LossWeights, normalise_levels
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.processes import process_state
-from apm_hf.stopping import EXIT_STOPPED, RunStopped
-from fixtures_runs import forget_accelerate, processes
+from apm_hf.stopping import EXIT_STOPPED
+from fixtures_runs import forget_accelerate, forked, processes, status_of
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip, save_splits, student
 
 datasets = pytest.importorskip("datasets")
@@ -291,22 +290,6 @@ def test_settings_out_of_range_are_refused(teacher, images, tmp_path, settings, 
 # --- what is survived -----------------------------------------------------------------------------------------------
 
 
-def forked(work):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: of threads, which do nothing here
-        child = os.fork()
-    if not child:
-        status = 1
-        try:
-            work()
-            status = 0
-        except RunStopped as stopped:
-            status = stopped.code
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.parametrize("moment", range(12))
 def test_killed_at_any_write_it_goes_on_to_the_same_bytes(whole, teacher, images, tmp_path, moment, monkeypatch):
     """A file is brought to the disk, then renamed: plan, three shards with their notes, index; eight files."""
@@ -325,7 +308,7 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(whole, teacher, images
         os.replace, os.fsync = counted(replace), counted(fsync)
         write(tmp_path / "cache", teacher, images)
 
-    status = forked(killed)
+    status = status_of(forked(killed))
     assert status == (9 if moment < 10 else status) and status in (0, 9)
     left = contents_of(tmp_path / "cache")
     assert not any(name.endswith(".safetensors") and left[name] != contents_of(whole)[name] for name in left)
@@ -352,7 +335,7 @@ def test_asked_to_stop_it_keeps_whole_shards_and_ends_with_a_status_of_its_own(w
         type(teacher).encode_images = asked
         write(tmp_path, teacher, images)
 
-    assert forked(stopped) == EXIT_STOPPED
+    assert status_of(forked(stopped)) == EXIT_STOPPED
     assert [path.name for path in sorted(tmp_path.glob("0*"))] == ["00000.json", "00000.safetensors"]
     write(tmp_path, teacher, images)
     assert contents_of(tmp_path) == contents_of(whole)

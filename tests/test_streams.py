@@ -7,17 +7,12 @@ import collections
 import functools
 import io
 import os
-import socket
 import tarfile
-import traceback
-import warnings
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers.utils.logging import disable_progress_bar
 
 from apm_hf import load_teacher, training
 from apm_hf.data import split_streams
@@ -25,6 +20,7 @@ from apm_hf.data.images import ImageCollator, decode_image
 from apm_hf.data.loading import load_images, train_and_validation
 from apm_hf.data.split_streams import PLACE, PlacedCollator, SplitStream, StreamPlace
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
+from fixtures_runs import forget_accelerate, processes
 from fixtures_tiny import STUDENT_SIZE, photo, save_clip, student
 
 datasets = pytest.importorskip("datasets")
@@ -42,11 +38,6 @@ def quiet(monkeypatch, tmp_path_factory):
     forget_accelerate()
     yield
     forget_accelerate()
-
-
-def forget_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def encoded(seed):
@@ -242,39 +233,17 @@ def test_a_distillation_from_shards_goes_on_to_the_same_bits(shards, clip, tmp_p
     assert ends[0] == ends[1]
 
 
-def processes(number, work):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    known = {"WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": number}
-    children = []
-    for rank in range(number):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: of threads, which do nothing here
-            child = os.fork()
-        if not child:
-            status = 1
-            try:
-                disable_progress_bar()
-                names = {**known, "RANK": rank, "LOCAL_RANK": rank}
-                os.environ.update({name: str(value) for name, value in names.items()})
-                work()
-                status = 0
-            except Interrupted:
-                status = 7
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
 def test_two_processes_go_on_to_the_same_bits(shards, clip, tmp_path):
-    assert processes(2, lambda: run(tmp_path / "whole", shards, clip)) == [0, 0]
+    def cut_off(rank):
+        try:
+            run(tmp_path / "cut", shards, clip, until=6)
+        except Interrupted:
+            os._exit(7)
+
+    assert processes(2, lambda rank: run(tmp_path / "whole", shards, clip)) == [0, 0]
     # Both are cut off reading the same batch, after the first checkpoint.
-    assert processes(2, lambda: run(tmp_path / "cut", shards, clip, until=6)) == [7, 7]
-    resumed = processes(2, lambda: run(tmp_path / "cut", shards, clip, machine=student(seed=5), resume=True))
+    assert processes(2, cut_off) == [7, 7]
+    resumed = processes(2, lambda rank: run(tmp_path / "cut", shards, clip, machine=student(seed=5), resume=True))
     assert resumed == [0, 0]
     ends = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert ends[0] == ends[1]

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModel
@@ -32,6 +31,7 @@ from apm_hf.licenses import inherit, public_name, teacher_license
 from apm_hf.losses import DistillationTargets, LossWeights, distillation_losses
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.ttt.targets import TTTTargets
+from fixtures_runs import forget_accelerate
 from fixtures_tiny import (
     FEATURE_SIZE,
     STUDENT_SIZE,
@@ -68,11 +68,6 @@ def fresh_accelerate(monkeypatch):
     forget_accelerate()
     yield
     forget_accelerate()
-
-
-def forget_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

@@ -248,8 +248,7 @@ class _Run:
         """Whether any process has it: all get the same answer, at the same step."""
         if self.accelerator.num_processes == 1:
             return bool(value)
-        flag = torch.tensor([float(bool(value))], device=self.accelerator.device)
-        return self.accelerator.reduce(flag, "sum").item() > 0
+        return self._largest(float(bool(value))) > 0
 
     def _largest(self, value: float) -> float:
         """Of all processes' numbers."""
