@@ -32,7 +32,7 @@ from apm_hf.data.scenes import PART_NAMES, SceneDataset
 from apm_hf.demo_assets import DEMO_MODEL
 from apm_hf.files import write_atomically
 from apm_hf.islands.scores import resize_labels
-from apm_hf.modeling_apm_heads import IGNORE_INDEX
+from apm_hf.modeling_apm import IGNORE_INDEX
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.probes import LinearProbe, MeanIoU, sample_locations, segmentation_model
 from apm_hf.processes import process_state

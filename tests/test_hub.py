@@ -37,7 +37,7 @@ TRAVELLING = {
     "image_processing_pil_apm.py",
     "modeling_apm.py",
     "modeling_apm_decoder.py",
-    "modeling_apm_heads.py",
+    "modeling_apm.py",
     "modeling_apm_linear.py",
     "modeling_apm_pooling.py",
     "position_encoding.py",

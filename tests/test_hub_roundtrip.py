@@ -193,7 +193,7 @@ def test_a_model_can_be_pushed_as_any_other(hub, tmp_path):
         student().push_to_hub("someone/pushed", token=TOKEN)
         APMImageProcessorPil().push_to_hub("someone/pushed", token=TOKEN)
     files = hub.model("someone/pushed").files()
-    assert {"config.json", "model.safetensors", "modeling_apm_heads.py", "preprocessor_config.json"} <= set(files)
+    assert {"config.json", "model.safetensors", "modeling_apm.py", "preprocessor_config.json"} <= set(files)
     assert b'"auto_map"' in files["config.json"].content and b'"auto_map"' in files["preprocessor_config.json"].content
 
 

@@ -1,6 +1,11 @@
 """Configuration of the Asynchronous Perception Machine (APM).
 
-Architecture, and of its teachers what a model needs or inherits: no learning rates and no paths.
+It holds the architecture and, about the teachers, what a model needs or inherits: no learning rates and no paths.
+What a person types is checked; what a file holds beyond these fields is kept.
+
+Teachers' features differ in scale by orders of magnitude, so that one would drown the others: AM-RADIO
+(arXiv:2312.06709), PHI-S (arXiv:2410.01680) and Theia (arXiv:2407.20179) train in standardised spaces.
+
 Source: Modi & Rawat, NeurIPS 2024, arXiv:2410.20535, Fig. 1.
 
 Legend: D trigger width, Q local-patch width, P position width, F feature width, (rows, cols) the grid of locations.
@@ -8,21 +13,24 @@ Legend: D trigger width, Q local-patch width, P position width, F feature width,
 
 import copy
 import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import AutoConfig, PreTrainedConfig
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.utils import logging
 
-from .configuration_apm_teachers import (
-    HEAD_FIELDS,
-    check_origins,
-    check_pooling,
-    check_statistics,
-    check_teacher_heads,
-    plain_statistics,
-)
+logger = logging.get_logger(__name__)
+
+HEAD_FIELDS = ("feature_size", "feature_mean", "feature_std", "pooling")
+ORIGIN_FIELDS = ("name", "license", "revision", "dataset")
+POOLINGS = ("mean", "attention")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The release's COCO model: 54.3 M parameters, student of DINOv2 ViT-L/14 with registers.
@@ -43,65 +51,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Where the Auto classes find APM's in a folder or repository whose files stand beside this one: what is loaded with
-# `trust_remote_code=True` by those who have not installed the package.
-AUTO_MAP: dict[str, Any] = {
-    "AutoConfig": "configuration_apm.APMConfig",
-    "AutoModel": "modeling_apm.APMModel",
-    "AutoModelForImageClassification": "modeling_apm_heads.APMForImageClassification",
-    "AutoModelForSemanticSegmentation": "modeling_apm_heads.APMForSemanticSegmentation",
-    "AutoModelForZeroShotImageClassification": "modeling_apm_heads.APMForZeroShotImageClassification",
-    "AutoImageProcessor": {
-        "torchvision": "image_processing_apm.APMImageProcessor",
-        "pil": "image_processing_pil_apm.APMImageProcessorPil",
-    },
-}
-
-
-def travelling_classes() -> dict[str, Any]:
-    """The classes that `AUTO_MAP` names.
-
-    transformers copies, and fetches, the files it finds in import lines such as these: thanks to them every saved
-    configuration takes all of APM's code along.
-    """
-    from .image_processing_apm import APMImageProcessor
-    from .image_processing_pil_apm import APMImageProcessorPil
-    from .modeling_apm import APMModel
-    from .modeling_apm_heads import APMForImageClassification, APMForSemanticSegmentation
-    from .modeling_apm_heads import APMForZeroShotImageClassification  # isort: skip
-
-    return {
-        "AutoConfig": APMConfig,
-        "AutoModel": APMModel,
-        "AutoModelForImageClassification": APMForImageClassification,
-        "AutoModelForSemanticSegmentation": APMForSemanticSegmentation,
-        "AutoModelForZeroShotImageClassification": APMForZeroShotImageClassification,
-        "AutoImageProcessor": {"torchvision": APMImageProcessor, "pil": APMImageProcessorPil},
-    }
-
-
-# Keyword arguments that transformers itself gives to a config beside the declared fields.
-_TRANSFORMERS_KWARGS = {
-    "attn_implementation",
-    "auto_map",
-    "custom_pipelines",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "quantization_config",
-    "torch_dtype",
-}
-
-
-# Options of `from_pretrained` that may be left when a configuration is made, and are none of its fields: a pipeline
-# gives its `model_kwargs` to configurations too, `output_size` for APMForSemanticSegmentation among them.
-_LOADING_KWARGS = {"code_revision", "commit_hash", "dtype", "output_size", "return_unused_kwargs", "trust_remote_code"}
+# Fields in configuration files that transformers and its Trainer write beside those declared here.
+_WRITTEN_BY_LIBRARIES = (
+    set(vars(PreTrainedConfig()))
+    | set(vars(GenerationConfig()))
+    | {"auto_map", "custom_pipelines", "model_type", "num_labels", "quantization_config", "tie_word_embeddings"}
+)
 
 
 def _wrong_types_are_value_errors(cls):
-    """A field of another type is an error like every other in a field, whether it is given or set later."""
+    """Make a field of another type a `ValueError` like every other error in a field, now or when it is set later."""
     set_strictly = cls.__setattr__
 
     def set_attribute(self, name, value):
@@ -201,7 +160,8 @@ class APMConfig(PreTrainedConfig):
     distilled_from: list[dict] | None = None
 
     def __post_init__(self, **kwargs):
-        self._reject_unknown_fields(kwargs)
+        _refuse_misspelt(kwargs)
+        _warn_of_unknown(kwargs)
         self.hidden_sizes = list(self.hidden_sizes)
         self.rgb_hidden_sizes = list(self.rgb_hidden_sizes)
         self.local_patch_scales = list(self.local_patch_scales)
@@ -220,16 +180,6 @@ class APMConfig(PreTrainedConfig):
         # Checked here as well as by @strict: the error that reaches the user is then a plain ValueError.
         self.validate_architecture()
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def _reject_unknown_fields(cls, kwargs: dict[str, Any]) -> None:
-        known = {field.name for field in fields(cls)}
-        for name in kwargs:
-            if name.startswith("_") or name in _TRANSFORMERS_KWARGS:
-                continue
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; its fields are {sorted(known)}"
-            raise ValueError(f"APMConfig has no field {name!r}{hint}")
 
     def validate_architecture(self) -> None:
         """Raise a `ValueError` for a combination of fields that describes no model."""
@@ -273,8 +223,6 @@ class APMConfig(PreTrainedConfig):
             raise ValueError(f"hidden_sizes: expected at least one positive width, got {list(self.hidden_sizes)}")
         if any(size < 1 for size in self.rgb_hidden_sizes):
             raise ValueError(f"rgb_hidden_sizes: expected positive widths, got {list(self.rgb_hidden_sizes)}")
-        from transformers.activations import ACT2FN  # with what it imports, as slow to load as torch
-
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act: expected one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         if not self.initializer_range > 0:
@@ -282,27 +230,25 @@ class APMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers, which forgets what it does not know: here a misspelt field is an error.
+        """Make a configuration from a file's fields, all of which it keeps, and typed `kwargs`, which are checked.
 
         Raises:
-            ValueError: for fields that do not exist, that do not fit together, or of another kind of model.
+            ValueError: for misspelt `kwargs`, fields that do not fit together, or another kind of model.
         """
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(f"model_type: expected {cls.model_type!r}, got a configuration of {kind!r}")
+        _refuse_misspelt(kwargs)
+        known = {field.name for field in fields(cls)} | _WRITTEN_BY_LIBRARIES
+        unknown = {name: value for name, value in config_dict.items() if name not in known and name[0] != "_"}
+        config_dict = {name: value for name, value in config_dict.items() if name not in unknown}
         wants_unused = kwargs.get("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, **{**kwargs, "return_unused_kwargs": True})
+        _warn_of_unknown(unknown)
+        for name, value in unknown.items():  # of a later version, or the user's own
+            setattr(config, name, value)
         config.validate_architecture()  # with the fields that the caller set
-        # Where the caller asks for what is left, some of it may be meant for a model.
-        left = {name: value for name, value in unused.items() if name not in _LOADING_KWARGS}
-        cls._reject_unknown_fields({name: left[name] for name in left if not wants_unused or _resembles_field(name)})
         return (config, unused) if wants_unused else config
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        # Whatever was saved before, the files that are written now lie in this folder; a subclass keeps its own entry.
-        own = {name: path for name, path in (getattr(self, "auto_map", None) or {}).items() if "--" not in path}
-        self.auto_map = {**AUTO_MAP, **own}
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _expect_one_of(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
@@ -359,7 +305,7 @@ class APMConfig(PreTrainedConfig):
         return statistics
 
     def with_head(self, name: str) -> "APMConfig":
-        """The architecture whose main, and only, head is the one of the teacher `name`: see [`APMModel.with_head`].
+        """Return the architecture whose main, and only, head is the one of the teacher `name`: see [`APMModel.with_head`].
 
         Raises:
             ValueError: for an unknown name.
@@ -370,6 +316,19 @@ class APMConfig(PreTrainedConfig):
         config.teacher_heads, config.text_config, config.use_rgb_head = None, None, False
         for field, value in self.teacher_head(name).items():
             setattr(config, field, copy.deepcopy(value))
+        return config
+
+    def features_only(self, *, pooling: str | None = None) -> "APMConfig":
+        """Return the architecture without colours, levels and additional teachers' heads.
+
+        Args:
+            pooling: instead of the present one.
+        """
+        config = copy.deepcopy(self)
+        config.trigger_size = self.trigger_width  # it follows feature_size by default
+        config.level_size, config.num_levels = None, 0
+        config.teacher_heads, config.use_rgb_head = None, False
+        config.pooling = self.pooling if pooling is None else pooling
         return config
 
     @property
@@ -406,10 +365,120 @@ class APMConfig(PreTrainedConfig):
         return self.trigger_width + self.local_patch_width + self.position_size
 
 
-def _resembles_field(name: str) -> bool:
-    return bool(difflib.get_close_matches(name, {field.name for field in fields(APMConfig)}, n=1, cutoff=0.85))
+def _refuse_misspelt(names: Iterable[str]) -> None:
+    """Raise a `ValueError` for a name that is no field but resembles one."""
+    known = {field.name for field in fields(APMConfig)}
+    for name in names:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if name not in known | _WRITTEN_BY_LIBRARIES and name[0] != "_" and close:
+            raise ValueError(f"APMConfig has no field {name!r}; did you mean {close[0]!r}?")
+
+
+def _warn_of_unknown(names: Iterable[str]) -> None:
+    unknown = sorted(name for name in names if name not in _WRITTEN_BY_LIBRARIES and name[0] != "_")
+    if unknown:
+        logger.warning(f"APMConfig keeps fields that nothing here reads: {', '.join(unknown)}")
+
+
+def check_statistics(where: str, feature_size: int, mean: Any, std: Any) -> None:
+    """Raise a `ValueError` unless both are None, or a mean and a deviation (one for all or its own) per channel.
+
+    Args:
+        where: stands in front of the fields' names in messages.
+        feature_size: F.
+    """
+    if (mean is None) != (std is None):
+        missing, given = ("feature_mean", "feature_std") if mean is None else ("feature_std", "feature_mean")
+        raise ValueError(f"{where}{missing}: expected it beside {given}, got None")
+    if mean is None:
+        return
+    for name, values in (("feature_mean", mean), ("feature_std", [std] * feature_size if _is_number(std) else std)):
+        if not isinstance(values, list | tuple) or len(values) != feature_size:
+            got = f"{len(values)} values" if isinstance(values, list | tuple) else repr(values)
+            raise ValueError(f"{where}{name}: expected feature_size={feature_size} numbers, got {got}")
+        for channel, value in enumerate(values):
+            if not _is_number(value) or not math.isfinite(value) or (name == "feature_std" and value <= 0):
+                kind = "positive finite" if name == "feature_std" else "finite"
+                raise ValueError(f"{where}{name}: expected {kind} numbers, got {value!r} in channel {channel}")
+
+
+def check_pooling(where: str, pooling: str, feature_size: int, num_heads: int) -> None:
+    """Raise a `ValueError` for a way of pooling that is unknown or does not fit the features' width."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"{where}pooling: expected one of {list(POOLINGS)}, got {pooling!r}")
+    if pooling == "attention":
+        if num_heads < 1 or feature_size % num_heads:
+            raise ValueError(
+                f"{where}pooling_num_heads: expected a divisor of feature_size={feature_size}, got {num_heads}"
+            )
+        if feature_size % 4:
+            raise ValueError(
+                f"{where}feature_size: expected a multiple of 4 with pooling='attention', got {feature_size}"
+            )
+
+
+def check_teacher_heads(heads: Any, pooling: str, pooling_num_heads: int) -> None:
+    """Raise a `ValueError` unless `heads` is `{name: {"feature_size": F, ...}}` with fields of `HEAD_FIELDS`.
+
+    Args:
+        pooling, pooling_num_heads: of heads that name none.
+    """
+    taken = nn.ModuleDict()  # names of its attributes cannot be names of modules
+    for name, head in heads.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or hasattr(taken, name):
+            raise ValueError(
+                "teacher_heads: expected names of letters, digits, - and _, none of them an attribute of ModuleDict, "
+                f"got {name!r}"
+            )
+        where = f"teacher_heads[{name!r}]: "
+        if not isinstance(head, dict) or "feature_size" not in head or not head.keys() <= set(HEAD_FIELDS):
+            got = sorted(head) if isinstance(head, dict) else repr(head)
+            raise ValueError(f"{where}expected feature_size and any of {list(HEAD_FIELDS[1:])}, got {got}")
+        size = head["feature_size"]
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{where}feature_size: expected a positive integer, got {size!r}")
+        check_statistics(where, size, head.get("feature_mean"), head.get("feature_std"))
+        check_pooling(where, head.get("pooling", pooling), size, pooling_num_heads)
+
+
+def check_origins(origins: Sequence[Any]) -> None:
+    """Raise a `ValueError` unless every entry has a public `name` and otherwise texts or None of `ORIGIN_FIELDS`."""
+    for index, origin in enumerate(origins):
+        where = f"distilled_from[{index}]"
+        if not isinstance(origin, dict) or "name" not in origin or not origin.keys() <= set(ORIGIN_FIELDS):
+            got = sorted(origin) if isinstance(origin, dict) else repr(origin)
+            raise ValueError(f"{where}: expected name and any of {list(ORIGIN_FIELDS[1:])}, got {got}")
+        for field, value in origin.items():
+            if not (value is None and field != "name") and not (isinstance(value, str) and value.strip()):
+                raise ValueError(f"{where}: expected {field} to be a text that is not empty, got {value!r}")
+        for field in ("name", "dataset"):
+            value = origin.get(field) or ""
+            if value.startswith((".", "~", "/")) or "\\" in value or value.count("/") > 1:
+                raise ValueError(
+                    f"{where}: expected {field} to be public, such as 'user/name' or the last part of a folder's "
+                    f"path, got {value!r}"
+                )
+
+
+def plain_statistics(mean: Any, std: Any) -> dict[str, Any]:
+    """`feature_mean` and `feature_std` as JSON can hold them, from tensors, arrays or lists.
+
+    Nine digits are float32's to the bit; a configuration of a thousand channels stays readable.
+    """
+
+    def plain(values: Any) -> Any:
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if values is None or _is_number(values):
+            return values if values is None else float(f"{values:.9g}")
+        return [float(f"{value:.9g}") for value in values]
+
+    return {"feature_mean": plain(mean), "feature_std": plain(std)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 APMConfig.register_for_auto_class()  # what is saved takes its code along, for `trust_remote_code=True`
 
-__all__ = ["AUTO_MAP", "APMConfig", "PRESETS", "travelling_classes"]
+__all__ = ["APMConfig", "PRESETS"]

@@ -46,8 +46,11 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .configuration_apm import AUTO_MAP
-
+# Where `AutoImageProcessor` finds both backends in a folder or repository that holds these files.
+BACKENDS = {
+    "torchvision": "image_processing_apm.APMImageProcessor",
+    "pil": "image_processing_pil_apm.APMImageProcessorPil",
+}
 CHANNEL_COUNTS = (1, 3, 4)
 MODES_WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa")
 FLOAT_SLACK = 1e-3  # of full scale: what interpolation and half precision add to a correct image
@@ -271,11 +274,12 @@ class APMImageProcessorBase(BaseImageProcessor):
     do_flip_channel_order = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The options; a published processor can be loaded on either backend, whichever it was saved by."""
+        """Return the options; a saved processor can be loaded on either backend, whichever it was saved by."""
+        from .image_processing_apm import APMImageProcessor  # by this line its file is saved beside this one
+
         options = super().to_dict()
-        classes = AUTO_MAP["AutoImageProcessor"]
-        if f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}" in classes.values():
-            options["auto_map"] = {"AutoImageProcessor": dict(classes)}
+        if type(self) in (APMImageProcessor, APMImageProcessorPil):
+            options["auto_map"] = {"AutoImageProcessor": dict(BACKENDS)}
         return options
 
     def fetch_images(self, image: Any) -> Any:

@@ -1,54 +1,66 @@
-"""The Asynchronous Perception Machine: fold an image into one column, unfold it anywhere, answer location by location.
+"""The Asynchronous Perception Machine (APM): fold an image into one column, then query any location of it.
 
-    pixel_values (B, C, S, S) -- fold --> trigger column (B, D)
-    (trigger column, location)  -- one shared MLP --> feature (B, L, F), colour (B, L, 3)
+    pixel_values (B, C, S, S) -- fold --> trigger_column (B, D)
+    [trigger_column ; local patch ; position code] -- one shared MLP --> feature (B, L, F), colour (B, L, 3)
+    features (B, L, F) -- pool --> pooler_output (B, F)
 
-Source: Modi & Rawat, NeurIPS 2024, arXiv:2410.20535, Fig. 1. Queries never see each other, so any subset may be asked,
-in any order.
+Locations never see each other, so any subset of them can be queried, in any order and in chunks.
 
-Legend: B images, L locations, D trigger width, F feature width, N levels, (rows, cols) the grid; locations are
-row-major; coordinates are (y, x) in [-1, 1] at the places of `torch.nn.functional.grid_sample(align_corners=False)`.
+Source: Modi & Rawat, NeurIPS 2024, arXiv:2410.20535, Fig. 1.
+
+Legend: B images, L locations, D trigger width, Q local-patch width, P position width, H a layer's width, F feature
+width, N levels, K classes or texts, T tokens, (rows, cols) the grid. Locations are row-major; coordinates are (y, x) in
+[-1, 1] at the places of `torch.nn.functional.grid_sample(align_corners=False)`.
 """
 
 import copy
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedConfig
 from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_apm import APMConfig
-from .modeling_apm_decoder import APMAnswers, APMDecoder, APMFeatureSpace, APMQuery, features_of
-from .modeling_apm_pooling import APMAttentionPooling, APMMeanPooling, AttentionSoFar, begin_pooling
+from .position_encoding import (
+    coordinates_to_indices,
+    grid_coordinates,
+    grid_patches,
+    sample_patches,
+    sincos_code,
+)
 
-# Without gradients, locations are answered in chunks whose widest activation stays below this many elements. On the
+# Without gradients, locations are decoded in chunks whose widest activation stays below this many elements. On the
 # CPU it should also stay in the cache (8 MiB in float32), unless the chunk were less than a row of the grid.
 CHUNK_ELEMENTS, CACHED_ELEMENTS = 2**24, 2**21
-FAR = 1e30  # of coordinates
+# Coordinates are clamped to this distance: beyond, float32 overflows on the way and tells no places apart.
+FAR = 1e30
+# Pixels of segmentation maps that carry no label, as in transformers' `semantic_loss_ignore_index`.
+IGNORE_INDEX = 255
 
 
 @dataclass
 class APMModelOutput(ModelOutput):
-    """What an APM answers.
+    """Outputs of an APM.
 
     Args:
-        last_hidden_state: `(B, L, F)`, the feature of every location asked for.
+        last_hidden_state: `(B, L, F)`, the feature of every location.
         pooler_output: `(B, F)`, pooled over these locations.
         rgb: `(B, L, 3)`, colours >= 0, or None without RGB head.
         trigger_column: `(B, D)`.
-        hidden_states: one `(B, L, hidden_sizes[i])` per layer of the MLP, when asked for.
+        hidden_states: one `(B, L, hidden_sizes[i])` per layer of the MLP, with `output_hidden_states=True`.
         levels: `(B, L, N, level_size)`, the column of levels of every location, low to high, where the model has any.
-        teacher_features: `(B, L, F_i)` by name, of the further teachers' heads that were asked for.
+        teacher_features: `(B, L, F_i)` by name, from the additional teachers' heads that were requested.
         teacher_embeds: `(B, F_i)` by name, each pooled over these locations.
     """
 
@@ -62,13 +74,252 @@ class APMModelOutput(ModelOutput):
     teacher_embeds: dict[str, Tensor] | None = None
 
 
+# --- layers, from the query to the pooled feature ---
+
+
+class APMQuery(nn.Module):
+    """The first layer: a Linear over [features ; trigger ; local patch ; position], computed as a sum of Linears.
+
+    W [I ; p] = W_I I + W_p p: the trigger's product is one row per image, and since the position code is
+    [column ; row], rows + cols products serve all cells of a grid. Nothing is concatenated or repeated.
+    """
+
+    def __init__(self, config: APMConfig, out_features: int, *, feature_size: int = 0):
+        super().__init__()
+        half = config.position_size // 2
+        self.trigger = nn.Linear(config.trigger_width, out_features)
+        self.row = nn.Linear(half, out_features, bias=False)
+        self.column = nn.Linear(half, out_features, bias=False)
+        self.patch = nn.Linear(config.local_patch_width, out_features, bias=False) if config.local_patch else None
+        self.features = nn.Linear(feature_size, out_features, bias=False) if feature_size else None
+
+    def forward(
+        self,
+        trigger_column: Tensor,
+        row_code: Tensor,
+        column_code: Tensor,
+        patches: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """Compute `(B, L, H)` for locations in R rows of C, L = R * C.
+
+        Args:
+            trigger_column: `(B, D)`.
+            row_code: `(1 or B, R, 1, P / 2)`.
+            column_code: `(1 or B, 1 or R, C, P / 2)`.
+            patches: `(B, L, Q)`, with `config.local_patch`.
+            features: `(B, L, F)`, in the RGB head.
+        """
+        hidden = self.trigger(trigger_column[:, None, None]) + self.row(row_code)  # (B, R, 1, H)
+        hidden = (hidden + self.column(column_code)).flatten(1, 2)  # (B, R, C, H) -> (B, L, H)
+        if self.patch is not None:
+            hidden = hidden + self.patch(patches)
+        if self.features is not None:
+            hidden = hidden + self.features(features)
+        return hidden
+
+
+class APMRGBHead(nn.Module):
+    """An MLP from [feature ; query] to a colour >= 0; the feature is standardised where there are statistics."""
+
+    def __init__(self, config: APMConfig):
+        super().__init__()
+        widths = [*config.rgb_hidden_sizes, 3]
+        self.query = APMQuery(config, widths[0], feature_size=config.feature_size)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
+
+    def forward(
+        self,
+        features: Tensor,
+        trigger_column: Tensor,
+        row_code: Tensor,
+        column_code: Tensor,
+        patches: Tensor | None = None,
+    ) -> Tensor:
+        """Return `(B, L, 3)` for features `(B, L, F)` and a query as in [`APMQuery`]."""
+        rgb = self.query(trigger_column, row_code, column_code, patches, features).relu()
+        for layer in self.layers:
+            rgb = layer(rgb).relu()
+        return rgb
+
+
+class APMFeatureSpace(nn.Module):
+    """Maps a head's standardised output to its teacher's space: output * std + mean, per channel.
+
+    The numbers are the configuration's; files of weights do not hold them.
+    """
+
+    mean: Tensor  # (F,)
+    std: Tensor  # (F,)
+
+    def __init__(self, mean: list[float], std: list[float] | float):
+        super().__init__()
+        self.statistics = (mean, std)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.empty(len(mean)), persistent=False)
+
+    def fill(self) -> None:
+        """Write the numbers into the buffers, which loading leaves undefined."""
+        for name, values in zip(("mean", "std"), self.statistics, strict=True):
+            init.copy_(getattr(self, name), torch.tensor(values))  # one deviation serves all channels
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return `(..., F)` for `(..., F)`."""
+        return torch.addcmul(self.mean, features, self.std)
+
+
+def _feature_space(mean: list[float] | None, std: list[float] | float | None) -> nn.Module:
+    return nn.Identity() if mean is None or std is None else APMFeatureSpace(mean, std)
+
+
+class APMMeanPooling(nn.Module):
+    """The mean over locations, which may come in chunks."""
+
+    def forward(
+        self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        """Add the features `(B, L, F)` of a chunk to the state: their sum `(B, F)` and count `(1,)`."""
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        total, count = features.sum(dim=1, dtype=dtype), features.new_full((1,), features.shape[1], dtype=dtype)
+        return (state[0] + total, state[1] + count) if state else (total, count)
+
+    def finish(self, state: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Return the pooled features `(B, F)`."""
+        return (state[0] / state[1]).to(dtype)
+
+
+class APMAttentionPooling(nn.Module):
+    """A learned query attends to feature + position code; the design of the release's test-time-training model.
+
+    Locations may come in chunks: the softmax is computed online (arXiv:1805.02867).
+    """
+
+    def __init__(self, config: APMConfig, feature_size: int):
+        super().__init__()
+        self.num_heads = config.pooling_num_heads
+        self.query = nn.Parameter(torch.empty(1, 1, feature_size))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(feature_size, feature_size) for _ in range(4))
+
+    def forward(
+        self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        """Add a chunk of locations to the state.
+
+        Args:
+            features: `(B, L, F)`.
+            rows, columns: cell indices `(1 or B, R, 1)` and `(1 or B, 1 or R, C)`, L = R * C.
+            state: highest score seen, sum of exp(score - highest) and the values' sum with these weights:
+                `(B, heads, 1, 1)` twice and `(B, heads, 1, F / heads)`.
+        """
+        half = features.shape[-1] // 2
+        codes = [sincos_code(columns, half), sincos_code(rows, half)]  # the column's half comes first
+        code = torch.cat(torch.broadcast_tensors(*codes), dim=-1).flatten(1, 2)  # (1 or B, L, F)
+        inputs = features + code.to(features.dtype)
+        # (B, L, F) -> (B, heads, L, F / heads)
+        query, key, value = (
+            projection(values).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, values in ((self.q_proj, self.query), (self.k_proj, inputs), (self.v_proj, inputs))
+        )
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, heads, 1, L)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        highest = scores.detach().amax(dim=-1, keepdim=True)
+        highest = torch.maximum(highest, state[0]) if state else highest
+        weights = (scores - highest).exp()
+        total = weights.sum(dim=-1, keepdim=True)
+        weighted = (weights.to(value.dtype) @ value).to(weights.dtype)
+        if state:
+            shrink = (state[0] - highest).exp()
+            total, weighted = state[1] * shrink + total, state[2] * shrink + weighted
+        return highest, total, weighted
+
+    def finish(self, state: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Return the pooled features `(B, F)`."""
+        _, total, weighted = state
+        return self.out_proj((weighted / total).flatten(1).to(dtype))  # (B, heads, 1, F / heads) -> (B, F)
+
+
+def _pooling(config: APMConfig, kind: str, feature_size: int) -> nn.Module:
+    return APMAttentionPooling(config, feature_size) if kind == "attention" else APMMeanPooling()
+
+
+class APMTeacherHead(nn.Module):
+    """The modules of an additional teacher: a Linear on the last layer of the MLP, pooling, statistics."""
+
+    def __init__(self, config: APMConfig, name: str):
+        super().__init__()
+        fields = config.teacher_head(name)
+        width = fields["feature_size"]
+        self.projection = nn.Linear(config.hidden_sizes[-1], width)
+        self.pooler = _pooling(config, fields["pooling"], width)
+        self.space = _feature_space(fields["feature_mean"], fields["feature_std"])
+
+
+class APMDecoder(GradientCheckpointingLayer):
+    """The shared MLP and its heads, which predict standardised features where there are statistics.
+
+    One call decodes one chunk of locations, so that checkpointing it bounds memory.
+    """
+
+    def __init__(self, config: APMConfig):
+        super().__init__()
+        widths, self.position_size, self.num_levels = config.hidden_sizes, config.position_size, config.num_levels
+        self.query = APMQuery(config, widths[0])
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
+        self.activation = ACT2FN[config.hidden_act]
+        self.feature_head = nn.Linear(widths[-1], config.feature_size)
+        self.level_head = nn.Linear(widths[-1], config.num_levels * config.level_width) if config.num_levels else None
+        self.rgb_head = APMRGBHead(config) if config.use_rgb_head else None
+        self.teacher_heads = nn.ModuleDict({name: APMTeacherHead(config, name) for name in config.teacher_heads or ()})
+
+    def forward(
+        self, trigger_column: Tensor, rows: Tensor, columns: Tensor, patches: Tensor | None, outputs: Sequence[str]
+    ) -> tuple[Tensor, ...]:
+        """Decode locations in R rows of C, L = R * C.
+
+        Args:
+            trigger_column: `(B, D)`.
+            rows, columns: real-valued cell indices, `(1 or B, R, 1)` and `(1 or B, 1 or R, C)`.
+            patches: `(B, L, Q)`, with `config.local_patch`.
+            outputs: what to compute: `"features"`, `"rgb"`, `"levels"`, `"hidden_states.i"` for the layer i of the
+                MLP, or the name of an additional teacher behind `"teacher_features."`.
+
+        Returns:
+            One `(B, L, ...)` for each of `outputs`.
+        """
+        half, dtype = self.position_size // 2, trigger_column.dtype
+        codes = sincos_code(rows, half).to(dtype), sincos_code(columns, half).to(dtype)
+        hidden = self.activation(self.query(trigger_column, *codes, patches))
+        hidden_states = [hidden]
+        for layer in self.layers:
+            hidden_states.append(self.activation(layer(hidden_states[-1])))
+        hidden = hidden_states[-1]
+        features = self.feature_head(hidden) if {"features", "rgb"} & set(outputs) else None
+        decoded = []
+        for output in outputs:
+            kind, _, name = output.partition(".")
+            if kind == "features":
+                decoded.append(features)
+            elif kind == "rgb":
+                decoded.append(self.rgb_head(features, trigger_column, *codes, patches))
+            elif kind == "levels":
+                decoded.append(self.level_head(hidden).unflatten(-1, (self.num_levels, -1)))  # (B, L, N, level_size)
+            elif kind == "hidden_states":
+                decoded.append(hidden_states[int(name)])
+            else:
+                decoded.append(self.teacher_heads[name].projection(hidden))
+        return tuple(decoded)
+
+
+# --- models ---
+
+
 class APMPreTrainedModel(PreTrainedModel):
     config_class = APMConfig
     base_model_prefix = "apm"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["APMDecoder"]
+    _no_split_modules = ["APMDecoder", "APMAttentionPooling"]
     # The choice of attention is the text tower's, where a head has one.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
@@ -78,38 +329,25 @@ class APMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers, but weights are read from safetensors alone unless `use_safetensors=False`.
+        """Load a model as in transformers, but from safetensors alone unless `use_safetensors=False`.
 
         Raises:
-            ValueError: for keyword arguments that nobody knows, a configuration that is none of APM's, and weights
-                that do not have its shapes.
-            OSError: for files that are missing or broken; names them.
+            OSError: for files that are missing or damaged.
         """
         kwargs.setdefault("use_safetensors", True)
-        name = pretrained_model_name_or_path
         try:
-            return super().from_pretrained(name, *model_args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
-            raise OSError(f"{_broken_file(name)}: expected a whole safetensors file, got: {error}") from error
-        except TypeError as error:
-            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if unknown is None or unknown[1] not in kwargs:
-                raise
-            raise ValueError(f"{cls.__name__}: neither a field nor an option is called {unknown[1]!r}") from error
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
-                raise
-            raise ValueError(
-                f"{name}: expected weights of the shapes that its configuration describes, got others; they are "
-                "listed in the log above"
-            ) from error
+            raise OSError(f"{pretrained_model_name_or_path}: damaged safetensors file: {error}") from error
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers.
+        """Save a model as in transformers; its code goes along, and serves every Auto class.
 
         Raises:
             OSError: where the weights cannot be written, as on a full disk.
         """
+        if type(self).__module__ == __name__:
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | _AUTO_MAP
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         except SafetensorError as error:
@@ -126,9 +364,14 @@ class APMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, APMFeatureSpace):
             module.fill()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the first module that sees the input: the fold, or the trigger's Linear where nothing is folded."""
+        model = getattr(self, "apm", self)
+        return model.trigger if model.config.trigger_source == "conv" else model.decoder.query.trigger
+
 
 class APMModel(APMPreTrainedModel):
-    """The bare machine: `fold` an image into its trigger column, `query` any locations of it.
+    """The bare model: `fold` an image into its trigger column, `query` any locations of it.
 
     Source: arXiv:2410.20535, Fig. 1.
 
@@ -152,8 +395,8 @@ class APMModel(APMPreTrainedModel):
                 config.num_channels, config.trigger_channels, config.patch_size, stride=config.patch_size
             )
         self.decoder = APMDecoder(config)
-        self.pooler = APMAttentionPooling(config) if config.pooling == "attention" else None
-        self.feature_space = APMFeatureSpace.of(config.feature_mean, config.feature_std)
+        self.pooler = _pooling(config, config.pooling, config.feature_size)
+        self.feature_space = _feature_space(config.feature_mean, config.feature_std)
         self.post_init()
 
     def fold(self, pixel_values: Tensor) -> Tensor:
@@ -170,8 +413,7 @@ class APMModel(APMPreTrainedModel):
         """
         if self.config.trigger_source != "conv":
             raise ValueError("fold: trigger_source='embedding' has nothing to fold; pass trigger_column instead")
-        self._check_pixels(pixel_values)
-        return self.trigger(pixel_values.to(self.trigger.weight.dtype)).flatten(1)  # (B, T, rows, cols) -> (B, D)
+        return self.trigger(self._check_pixels(pixel_values)).flatten(1)  # (B, channels, rows, cols) -> (B, D)
 
     @can_return_tuple
     def forward(
@@ -181,33 +423,66 @@ class APMModel(APMPreTrainedModel):
         *,
         trigger_column: Tensor | None = None,
         chunk_size: int | None = None,
-        output_hidden_states: bool | None = None,
         heads: Sequence[str] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> APMModelOutput:
         """Fold, then query.
 
         Args:
             pixel_values: `(B, C, S, S)`; not needed where `trigger_column` is given and `config.local_patch` is off.
-            coordinates: `(L, 2)` or `(B, L, 2)`, (y, x) in [-1, 1], any real values; None asks for the full grid.
-                NaN is refused, but not looked for on an accelerator where gradients are wanted.
+            coordinates: `(L, 2)` or `(B, L, 2)`, (y, x) in [-1, 1], any real values; None is the full grid.
             trigger_column: `(B, D)`, instead of folding; required with `trigger_source="embedding"`.
-            chunk_size: locations answered at a time; the answers do not depend on it. None chooses: all at once where
-                gradients are needed, else as many as keep the activations below `CHUNK_ELEMENTS`.
+            chunk_size: locations decoded at a time, of the grid rounded to whole rows; outputs do not depend on it.
+                None chooses: all at once where gradients are needed without checkpointing and in compiled code, else
+                as many as keep the activations below `CHUNK_ELEMENTS`.
+            heads: names of `config.teacher_heads` to compute beside the main head; None is all of them.
             output_hidden_states: also return the MLP's layers.
-            heads: names of `config.teacher_heads` that are to answer beside the main one; None asks all of them.
-
-        Returns:
-            [`APMModelOutput`].
+            output_attentions: accepted and ignored: locations do not attend to each other.
+            interpolate_pos_encoding: accepted and ignored: positions are real numbers, and the image has one size.
 
         Raises:
             ValueError: for shapes that do not fit the configuration.
         """
-        known = self.decoder.teacher_heads
-        if unknown := [name for name in heads or () if name not in known]:
-            raise ValueError(f"heads: expected names among {list(known)}, got {unknown}")
-        query = self._unfold(trigger_column, coordinates, pixel_values)
-        size = self._chunk_size(query, chunk_size)
-        return self._answer(query, size, output_hidden_states, tuple(known if heads is None else heads))
+        if unknown := [name for name in heads or () if name not in self.decoder.teacher_heads]:
+            raise ValueError(f"heads: expected names among {list(self.decoder.teacher_heads)}, got {unknown}")
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        heads = tuple(self.decoder.teacher_heads if heads is None else heads)
+        # The name of each output of the decoder, with its pooling and the map to its teacher's space.
+        features = {"features": (self.pooler, self.feature_space)}
+        for name in heads:
+            head = self.decoder.teacher_heads[name]
+            features[f"teacher_features.{name}"] = head.pooler, head.space
+        outputs = list(features)
+        outputs += ["rgb"] * (self.decoder.rgb_head is not None) + ["levels"] * (self.decoder.level_head is not None)
+        num_layers = len(self.config.hidden_sizes) if output_hidden_states else 0
+        outputs += [f"hidden_states.{index}" for index in range(num_layers)]
+
+        trigger_column = self._trigger_column(trigger_column, pixel_values)
+        states: dict[str, tuple[Tensor, ...]] = dict.fromkeys(features, ())
+        chunks = _Chunks(self.config.num_locations if coordinates is None else coordinates.shape[-2])
+        for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, chunk_size):
+            decoded = dict(zip(outputs, self.decoder(trigger_column, rows, columns, patches, outputs), strict=True))
+            for name, (pooler, space) in features.items():
+                states[name] = pooler(decoded[name], rows, columns, states[name])
+                decoded[name] = space(decoded[name])
+            chunks.add(decoded)
+        whole = chunks.join()
+        pooled = {
+            name: space(pooler.finish(states[name], whole[name].dtype)) for name, (pooler, space) in features.items()
+        }
+        return APMModelOutput(
+            last_hidden_state=whole["features"],
+            pooler_output=pooled["features"],
+            rgb=whole.get("rgb"),
+            trigger_column=trigger_column,
+            hidden_states=tuple(whole[f"hidden_states.{index}"] for index in range(num_layers)) or None,
+            levels=whole.get("levels"),
+            teacher_features={name: whole[f"teacher_features.{name}"] for name in heads} or None,
+            teacher_embeds={name: pooled[f"teacher_features.{name}"] for name in heads} or None,
+        )
 
     def query(
         self,
@@ -216,10 +491,10 @@ class APMModel(APMPreTrainedModel):
         *,
         pixel_values: Tensor | None = None,
         chunk_size: int | None = None,
-        output_hidden_states: bool | None = None,
         heads: Sequence[str] | None = None,
+        output_hidden_states: bool | None = None,
     ) -> APMModelOutput:
-        """Ask about locations of images that are already folded; arguments and answer as in `forward`.
+        """Query locations of images that are already folded; arguments and output as in `forward`.
 
         `pixel_values` are needed only where `config.local_patch` is on.
         """
@@ -228,8 +503,8 @@ class APMModel(APMPreTrainedModel):
             coordinates,
             trigger_column=trigger_column,
             chunk_size=chunk_size,
-            output_hidden_states=output_hidden_states,
             heads=heads,
+            output_hidden_states=output_hidden_states,
             return_dict=True,
         )
 
@@ -240,24 +515,22 @@ class APMModel(APMPreTrainedModel):
         *,
         trigger_column: Tensor | None = None,
     ) -> Tensor:
-        """`forward(...).pooler_output`, `(B, F)`, and nothing else: cheaper, since neither colours nor, with mean
-        pooling, the locations' own features are computed (the mean commutes with the feature head)."""
-        query = self._unfold(trigger_column, coordinates, pixel_values)
-        pooling, head = begin_pooling(self.pooler), self.decoder.feature_head
-        space = self.feature_space or _as_they_are
-        for chunk in self._chunks(query, self._chunk_size(query, None)):
-            hidden = self.decoder.hidden(chunk)
-            pooling.add(hidden if self.pooler is None else head(hidden), _coordinates(chunk, pooling))
-        pooled = pooling.result(head.weight.dtype)
-        return space(head(pooled) if self.pooler is None else pooled)
+        """Return `forward(...).pooler_output`, `(B, F)`, without computing colours or levels or keeping features."""
+        trigger_column = self._trigger_column(trigger_column, pixel_values)
+        state: tuple[Tensor, ...] = ()
+        dtype = trigger_column.dtype
+        for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, None):
+            (features,) = self.decoder(trigger_column, rows, columns, patches, ("features",))
+            state, dtype = self.pooler(features, rows, columns, state), features.dtype
+        return self.feature_space(self.pooler.finish(state, dtype))
 
     @torch.no_grad()
     def set_feature_statistics(
         self, mean: Tensor | Sequence[float], std: Tensor | Sequence[float] | float, *, head: str | None = None
     ) -> None:
-        """Put a teacher's statistics into the configuration and between the network and its answers.
+        """Put a teacher's statistics into the configuration and behind the network's output.
 
-        The weights stay: the network now answers in the standardised space, so set them before it is trained.
+        The weights stay: the network now predicts standardised features, so set the statistics before training.
 
         Args:
             mean: `(F,)`.
@@ -271,130 +544,120 @@ class APMModel(APMPreTrainedModel):
         space = APMFeatureSpace(*statistics.values()).to(device=self.device, dtype=self.dtype)
         space.fill()
         if head:
-            self.decoder.teacher_head(head).space = space
+            self.decoder.teacher_heads[head].space = space
         else:
             self.feature_space = space
 
     def with_head(self, name: str) -> "APMModel":
-        """An ordinary APM whose main, and only, head is the one of the teacher `name`; weights are copied.
+        """Return an ordinary APM whose main, and only, head is the one of the teacher `name`; weights are copied.
 
-        Everything that takes an APM takes it: test-time training, zero-shot classification, islands. It decodes no
-        colours, since the RGB head reads the features of the main head.
+        It decodes no colours, since the RGB head reads the features of the main head.
 
         Raises:
             ValueError: for an unknown name.
         """
         config, model = self.config.with_head(name), copy.deepcopy(self)
-        head = model.decoder.teacher_head(name)
+        head = model.decoder.teacher_heads[name]
         model.config, model.decoder.feature_head = config, head.projection
         model.pooler, model.feature_space = head.pooler, head.space
         model.decoder.rgb_head, model.decoder.teacher_heads = None, nn.ModuleDict()
         return model
 
-    def _unfold(
-        self, trigger_column: Tensor | None, coordinates: Tensor | None, pixel_values: Tensor | None
-    ) -> APMQuery:
-        for name, given in (("pixel_values", pixel_values), ("trigger_column", trigger_column)):
-            if given is not None and not isinstance(given, Tensor):
-                raise ValueError(f"{name}: expected a tensor, got {type(given).__name__}")
-        dtype = self.decoder.feature_head.weight.dtype  # inputs may stay float32 beside bfloat16 weights
-        pixel_values = None if pixel_values is None else pixel_values.to(dtype)
-        trigger_column = None if trigger_column is None else trigger_column.to(dtype)
+    def _trigger_column(self, trigger_column: Tensor | None, pixel_values: Tensor | None) -> Tensor:
+        """Return the trigger column `(B, D)`, given or folded, in the model's dtype."""
         if trigger_column is None:
             if pixel_values is None or self.config.trigger_source == "embedding":
                 needed = "pixel_values or trigger_column" if self.config.trigger_source == "conv" else "trigger_column"
-                raise ValueError(
-                    f"forward: expected {needed}, got none (trigger_source={self.config.trigger_source!r})"
-                )
-            trigger_column = self.fold(pixel_values)
-        batch_size, width = len(trigger_column), self.config.trigger_width
-        if trigger_column.shape != (batch_size, width):
+                source = self.config.trigger_source
+                raise ValueError(f"forward: expected {needed}, got none (trigger_source={source!r})")
+            return self.fold(pixel_values)
+        width = self.config.trigger_width
+        if not isinstance(trigger_column, Tensor):
+            raise ValueError(f"trigger_column: expected a tensor, got {type(trigger_column).__name__}")
+        if trigger_column.ndim != 2 or trigger_column.shape[1] != width:
             raise ValueError(f"trigger_column: expected shape (B, {width}), got {tuple(trigger_column.shape)}")
-        if self.config.local_patch:
+        return trigger_column.to(self.dtype)  # inputs may stay float32 beside bfloat16 weights
+
+    def _locations(
+        self,
+        trigger_column: Tensor,
+        coordinates: Tensor | None,
+        pixel_values: Tensor | None,
+        chunk_size: int | None,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield chunks of locations: cell indices `(1 or B, R, 1)` and `(1 or B, 1 or R, C)`, and their patches."""
+        config, device = self.config, trigger_column.device
+        if config.local_patch:
             if pixel_values is None:
                 raise ValueError("pixel_values: expected the images, since local_patch=True puts them into the query")
-            self._check_pixels(pixel_values)
-            if len(pixel_values) != batch_size:
-                raise ValueError(f"pixel_values: expected {batch_size} images, one a column, got {len(pixel_values)}")
-        if coordinates is not None:
-            coordinates = self._check_coordinates(coordinates, batch_size)
-        return APMQuery(
-            trigger_column=trigger_column,
-            grid_size=self.config.grid_size,
-            pixel_values=pixel_values if self.config.local_patch else None,
-            coordinates=coordinates,
-            stop=self.config.num_locations,
-        )
+            pixel_values = self._check_pixels(pixel_values)
+            if len(pixel_values) != len(trigger_column):
+                raise ValueError(
+                    f"pixel_values: expected {len(trigger_column)} images, one a column, got {len(pixel_values)}"
+                )
+        patches = None
+        if coordinates is None:  # rows and columns of the grid
+            index = torch.arange(config.grid_size, dtype=torch.float32, device=device)
+            rows, columns = index[None, :, None], index[None, None]
+            if config.local_patch:
+                windows = [grid_patches(pixel_values, config.patch_size, s) for s in config.local_patch_scales]
+                patches = torch.cat(windows, dim=-1)  # (B, L, Q)
+        else:  # every location is a row of one
+            coordinates = self._check_coordinates(coordinates, trigger_column)
+            indices = coordinates_to_indices(coordinates, config.grid_size, config.grid_size)
+            rows, columns = indices[..., :1], indices[..., 1:]  # (1 or B, L, 1) twice
+        step = self._chunk_rows(trigger_column, columns, chunk_size)
+        if step is None and (coordinates is None or not config.local_patch):
+            yield rows, columns, patches
+            return
+        num_rows = rows.shape[1]
+        for start in range(0, num_rows, step or num_rows):
+            chunk = slice(start, start + (step or num_rows))
+            if coordinates is None:
+                width = columns.shape[2]
+                cells = slice(start * width, chunk.stop * width)
+                yield rows[:, chunk], columns, None if patches is None else patches[:, cells]
+            else:
+                if config.local_patch:
+                    where = (pixel_values, coordinates[:, chunk], config.patch_size)
+                    patches = torch.cat([sample_patches(*where, scale) for scale in config.local_patch_scales], dim=-1)
+                yield rows[:, chunk], columns[:, chunk], patches
 
-    def _answer(
-        self, query: APMQuery, chunk_size: int, output_hidden_states: bool | None, heads: tuple[str, ...]
-    ) -> APMModelOutput:
-        if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
-        decode: Callable = self.decoder
-        if self.training and self.decoder.gradient_checkpointing:
-            # Always the non-reentrant kind: the other loses the gradients of weights where no input has one.
-            decode = partial(checkpoint, self.decoder, use_reentrant=False)
-        # What heads answer is pooled as it is, then all of it is mapped to their teachers' spaces.
-        parts: dict[str, tuple] = {
-            "last_hidden_state": (begin_pooling(self.pooler), self.feature_space or _as_they_are)
-        }
-        for name in heads:
-            head = self.decoder.teacher_head(name)
-            parts[features_of(name)] = begin_pooling(head.pooler), head.space or _as_they_are
-        answers, dtype = APMAnswers(query.num_locations), torch.float32
-        for chunk in self._chunks(query, chunk_size):
-            answer = decode(chunk, output_hidden_states, heads)
-            dtype = answer["last_hidden_state"].dtype
-            for name, (pooling, space) in parts.items():
-                pooling.add(answer[name], _coordinates(chunk, pooling))
-                answer[name] = space(answer[name])
-            answers.add(answer)
-        whole = answers.result()
-        states = tuple(whole.pop(name) for name in list(whole) if name.startswith("hidden_states."))
-        pooled = {name: space(pooling.result(dtype)) for name, (pooling, space) in parts.items()}
-        features = {name: whole.pop(features_of(name)) for name in heads}
-        return APMModelOutput(
-            **whole,
-            pooler_output=pooled["last_hidden_state"],
-            trigger_column=query.trigger_column,
-            hidden_states=states if output_hidden_states else None,
-            teacher_features=features or None,
-            teacher_embeds={name: pooled[features_of(name)] for name in heads} or None,
-        )
-
-    @staticmethod
-    def _chunks(query: APMQuery, chunk_size: int) -> Iterator[APMQuery]:
-        for start in range(0, query.num_locations, chunk_size):
-            yield query.chunk(start, min(start + chunk_size, query.num_locations))
-
-    def _chunk_size(self, query: APMQuery, chunk_size: int | None) -> int:
+    def _chunk_rows(self, trigger_column: Tensor, columns: Tensor, chunk_size: int | None) -> int | None:
+        """Return how many rows of locations are decoded at a time; None is all of them."""
         if chunk_size is not None:
             if chunk_size < 1:
                 raise ValueError(f"chunk_size: expected a positive number of locations, got {chunk_size}")
-            return chunk_size
-        if torch.is_grad_enabled():
-            return query.num_locations
-        further = [head["feature_size"] for head in (self.config.teacher_heads or {}).values()]
-        widest = max(*self.config.hidden_sizes, self.config.feature_size, self.config.local_patch_width, *further)
-        elements = max(1, len(query.trigger_column)) * widest  # of one location
+            return max(1, chunk_size // columns.shape[2])
+        checkpointed = self.training and self.decoder.gradient_checkpointing
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not checkpointed):
+            return None
+        config = self.config
+        additional = [head["feature_size"] for head in (config.teacher_heads or {}).values()]
+        widest = max(*config.hidden_sizes, config.feature_size, config.local_patch_width, *additional)
+        elements = max(1, len(trigger_column)) * widest  # of one location
         size = CHUNK_ELEMENTS // elements
-        if query.trigger_column.device.type == "cpu":
-            size = min(size, max(CACHED_ELEMENTS // elements, query.grid_size))
-        return max(1, size)
+        if trigger_column.device.type == "cpu":
+            size = min(size, max(CACHED_ELEMENTS // elements, config.grid_size))
+        return max(1, size // columns.shape[2])
 
-    def _check_pixels(self, pixel_values: Tensor) -> None:
+    def _check_pixels(self, pixel_values: Tensor) -> Tensor:
+        """Return the images in the model's dtype."""
         config = self.config
         expected = (config.num_channels, config.image_size, config.image_size)
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(f"pixel_values: expected a tensor, got {type(pixel_values).__name__}")
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
                 f"pixel_values: expected shape (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}"
             )
+        return pixel_values.to(self.dtype)
 
-    def _check_coordinates(self, coordinates: Tensor, batch_size: int) -> Tensor:
+    def _check_coordinates(self, coordinates: Tensor, trigger_column: Tensor) -> Tensor:
+        """Return coordinates `(1 or B, L, 2)`, float32 or wider, beside the trigger column."""
         if not isinstance(coordinates, Tensor):
             raise ValueError(f"coordinates: expected a tensor, got {type(coordinates).__name__}")
-        shape = tuple(coordinates.shape)
+        batch_size, shape = len(trigger_column), coordinates.shape
         if (
             len(shape) not in (2, 3)
             or shape[-1] != 2
@@ -402,39 +665,351 @@ class APMModel(APMPreTrainedModel):
             or (len(shape) == 3 and shape[0] != batch_size)
         ):
             raise ValueError(
-                f"coordinates: expected shape (L, 2) or ({batch_size}, L, 2), (y, x), with L >= 1, got {shape}"
+                f"coordinates: expected shape (L, 2) or ({batch_size}, L, 2), (y, x), with L >= 1, got {tuple(shape)}"
             )
-        if not torch.compiler.is_compiling() and _can_be_looked_at(coordinates) and not coordinates.isfinite().all():
+        # On an accelerator the check would have to wait for the device at every step; NaN then gives NaN.
+        if coordinates.device.type == "cpu" and not torch.compiler.is_compiling() and not coordinates.isfinite().all():
             raise ValueError("coordinates: expected finite numbers, (y, x), got NaN or infinite ones")
-        # Positions are worked out in float32 whatever the weights' dtype: see `sample_patches`. Beyond the bound, they
-        # would overflow on their way; nothing can be told apart so far out.
-        coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32)).clamp(-FAR, FAR)
+        dtype = torch.promote_types(coordinates.dtype, torch.float32)  # in bfloat16 places would move by whole pixels
+        coordinates = coordinates.to(trigger_column.device, dtype).clamp(-FAR, FAR)
         return coordinates if coordinates.ndim == 3 else coordinates[None]  # (L, 2) -> (1, L, 2)
 
 
-def _can_be_looked_at(coordinates: Tensor) -> bool:
-    """Not under vmap; and where gradients are wanted on an accelerator, it would have to wait at every step."""
-    mapped = torch._C._functorch.is_functorch_wrapped_tensor(coordinates)
-    return not mapped and (coordinates.device.type == "cpu" or not torch.is_grad_enabled())
+class _Chunks:
+    """Joins the decoder's outputs for chunks of locations; without gradients, nothing is held twice."""
+
+    def __init__(self, num_locations: int):
+        self.num_locations, self.num_decoded = num_locations, 0
+        self.parts: dict[str, list[Tensor]] = {}
+        self.whole: dict[str, Tensor] = {}
+
+    def add(self, outputs: dict[str, Tensor]) -> None:
+        """Add `(B, L, ...)` by name, for the next locations."""
+        first, count = self.num_decoded, outputs["features"].shape[1]
+        self.num_decoded += count
+        if count == self.num_locations:
+            self.whole = outputs
+        elif torch.is_grad_enabled():
+            for name, part in outputs.items():
+                self.parts.setdefault(name, []).append(part)
+        else:
+            for name, part in outputs.items():
+                if name not in self.whole:
+                    self.whole[name] = part.new_empty(len(part), self.num_locations, *part.shape[2:])
+                self.whole[name][:, first : self.num_decoded] = part
+
+    def join(self) -> dict[str, Tensor]:
+        """Return all locations, `(B, L, ...)` by name."""
+        return self.whole | {name: torch.cat(parts, dim=1) for name, parts in self.parts.items()}
 
 
-def _broken_file(name: str | os.PathLike) -> str:
-    """Which of a folder's files of weights cannot be read; the model's own name where none of them is to blame."""
-    for path in sorted(Path(name).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError:
-            return str(path)
-    return str(name)
+# --- models with a head for a task ---
+
+# Weights of a distilled APM that a head has no use for.
+_UNUSED_BY_HEADS = [r"decoder\.(rgb_head|level_head|teacher_heads)\."]
 
 
-def _coordinates(query: APMQuery, pooling: APMMeanPooling | AttentionSoFar) -> Tensor | None:
-    return query.locations() if pooling.needs_coordinates else None
+@dataclass
+class APMZeroShotOutput(ModelOutput):
+    """Image-text similarities.
+
+    Args:
+        loss: `()`, the contrastive loss, with `return_loss=True`.
+        logits_per_image: `(B, K)`, cosine similarities times the temperature.
+        logits_per_text: `(K, B)`.
+        text_embeds: `(K, F)`, of norm 1.
+        image_embeds: `(B, F)`, of norm 1.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
 
 
-def _as_they_are(features: Tensor) -> Tensor:
-    return features
+class APMForImageClassification(APMPreTrainedModel):
+    """A linear classifier on the pooled feature. It has neither colours nor levels nor additional teachers' heads."""
+
+    _keys_to_ignore_on_load_unexpected = _UNUSED_BY_HEADS
+
+    def __init__(self, config: APMConfig):
+        super().__init__(config.features_only())
+        self.num_labels = config.num_labels
+        self.apm = APMModel(self.config)
+        self.classifier = nn.Linear(config.feature_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        coordinates: Tensor | None = None,
+        *,
+        trigger_column: Tensor | None = None,
+        chunk_size: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """Compute logits `(B, num_labels)`.
+
+        Args:
+            pixel_values: `(B, C, S, S)`.
+            labels: `(B,)`, class indices; or `(B, num_labels)` or `(B,)` floats, as `config.problem_type` says.
+            coordinates, trigger_column, chunk_size, output_hidden_states, output_attentions,
+                interpolate_pos_encoding: as in [`APMModel.forward`].
+            **kwargs: for the loss.
+        """
+        outputs = self.apm(
+            pixel_values,
+            coordinates,
+            trigger_column=trigger_column,
+            chunk_size=chunk_size,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-__all__ = ["APMModel", "APMModelOutput", "APMPreTrainedModel"]
+class APMForSemanticSegmentation(APMPreTrainedModel):
+    """A linear classifier on the feature of every location; it gives maps of any resolution.
+
+    To train the classifier alone, `model.apm.requires_grad_(False)`: the APM then runs without gradients, in chunks,
+    so that `output_size` may be that of the labels, whatever the memory. It has no pooling and no other heads.
+
+    Args:
+        output_size: (height, width) of maps where a call names none; None is the grid. It describes a use of the
+            model and not the model, hence is no part of the configuration and is not saved:
+            `from_pretrained(..., output_size=(480, 640))` or `model.output_size = ...` sets it, and for a folder
+            `pipeline("image-segmentation", folder, model_kwargs={"output_size": (480, 640)})`.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [*_UNUSED_BY_HEADS, r"^(apm\.)?pooler\."]
+
+    def __init__(self, config: APMConfig, *, output_size: tuple[int, int] | None = None):
+        super().__init__(config.features_only(pooling="mean"))
+        self.output_size = output_size
+        self.num_labels = config.num_labels
+        self.apm = APMModel(self.config)
+        self.classifier = nn.Linear(config.feature_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_size: tuple[int, int] | None = None,
+        trigger_column: Tensor | None = None,
+        chunk_size: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> SemanticSegmenterOutput:
+        """Compute logits `(B, num_labels, height, width)`.
+
+        Args:
+            pixel_values: `(B, C, S, S)`.
+            labels: `(B, height', width')`, class indices, 255 where there is none; the logits are interpolated
+                bilinearly to their size for the loss.
+            output_size: (height, width) of the map of queries; None is the model's own, by default the grid itself.
+            trigger_column, chunk_size, output_hidden_states, output_attentions, interpolate_pos_encoding: as in
+                [`APMModel.forward`].
+        """
+        grid = self.config.grid_size
+        output_size = output_size if output_size is not None else self.output_size
+        height, width = output_size if output_size is not None else (grid, grid)
+        if height < 1 or width < 1:
+            raise ValueError(f"output_size: expected a positive (height, width), got {output_size}")
+        coordinates = None if output_size is None else grid_coordinates(height, width, device=self.device)
+        sources = (pixel_values, trigger_column, *self.apm.parameters())
+        is_frozen = not any(source is not None and source.requires_grad for source in sources)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+            outputs = self.apm(
+                pixel_values,
+                coordinates,
+                trigger_column=trigger_column,
+                chunk_size=chunk_size,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+            )
+        logits = self.classifier(outputs.last_hidden_state)  # (B, L, num_labels)
+        logits = logits.transpose(1, 2).unflatten(2, (height, width))  # -> (B, num_labels, height, width)
+        loss = None
+        if labels is not None:
+            if labels.ndim != 3 or len(labels) != len(logits):
+                raise ValueError(f"labels: expected shape ({len(logits)}, height, width), got {tuple(labels.shape)}")
+            scaled = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+            loss = F.cross_entropy(scaled, labels.long(), ignore_index=IGNORE_INDEX)
+        return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class APMForZeroShotImageClassification(APMPreTrainedModel):
+    """An APM beside the text tower of its teacher: one vector space for images and texts.
+
+    `config.text_config` describes the tower, of any Hugging Face dual encoder; [`from_dual_encoder`] takes it, with
+    its weights, from a teacher such as CLIP, SigLIP or a `VisionTextDualEncoderModel`. The APM keeps what the pooled
+    feature needs: neither colours nor levels nor additional teachers' heads.
+    """
+
+    _keys_to_ignore_on_load_unexpected = _UNUSED_BY_HEADS
+
+    def __init__(self, config: APMConfig):
+        if not isinstance(config.text_config, PreTrainedConfig):
+            raise ValueError(
+                "text_config: expected the configuration of a text tower, got None; "
+                "see APMForZeroShotImageClassification.from_dual_encoder"
+            )
+        super().__init__(config.features_only())
+        self.apm = APMModel(self.config)
+        self.text_model = _text_tower(config.text_config)
+        self.text_projection = (
+            nn.Linear(config.text_config.hidden_size, config.feature_size, bias=False)
+            if config.text_projection
+            else nn.Identity()
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.logit_scale, float(self.config.logit_scale_init_value))
+
+    @classmethod
+    def from_dual_encoder(cls, apm: APMModel, dual_encoder: PreTrainedModel) -> "APMForZeroShotImageClassification":
+        """Join an APM, distilled from `dual_encoder`, with its text tower. Weights are copied.
+
+        Args:
+            apm: its `feature_size` is the width of the dual encoder's embeddings.
+            dual_encoder: e.g. `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel`.
+
+        Raises:
+            ValueError: for a model without text tower, or of another width.
+        """
+        tower = getattr(dual_encoder, "text_model", None)
+        if tower is None:
+            raise ValueError(f"dual_encoder: expected a model with a text tower, got {type(dual_encoder).__name__}")
+        projection = getattr(dual_encoder, "text_projection", None)
+        width = getattr(tower.config, "projection_size", None) or tower.config.hidden_size  # SigLIP projects inside
+        if projection is not None:
+            plain = isinstance(projection, nn.Linear) and projection.bias is None
+            if not plain or projection.in_features != tower.config.hidden_size:
+                raise ValueError(
+                    "dual_encoder: expected a text projection that is one linear map without bias of the pooled text, "
+                    f"got {projection} in {type(dual_encoder).__name__}"
+                )
+            width = projection.out_features
+        if width != apm.config.feature_size:
+            raise ValueError(
+                f"dual_encoder: expected embeddings of width feature_size={apm.config.feature_size}, got {width}"
+            )
+        config = copy.deepcopy(apm.config)
+        config.text_config = copy.deepcopy(dual_encoder.config.text_config)
+        config.text_projection = projection is not None
+        if (scale := getattr(dual_encoder, "logit_scale", None)) is not None:
+            config.logit_scale_init_value = scale.item()
+        model = cls(config).to(device=apm.device, dtype=apm.dtype)
+        used = model.apm.state_dict().keys()
+        model.apm.load_state_dict({name: weight for name, weight in apm.state_dict().items() if name in used})
+        # Some dual encoders hold the tower itself, others the core that the tower's own class wraps once more.
+        core = (
+            model.text_model if _same_keys(model.text_model, tower) else getattr(model.text_model, "text_model", None)
+        )
+        if core is None or not _same_keys(core, tower):
+            raise ValueError(
+                f"dual_encoder: {type(model.text_model).__name__}, built from its text_config, does not have the "
+                f"weights of its {type(tower).__name__}"
+            )
+        core.load_state_dict(tower.state_dict())
+        if projection is not None:
+            model.text_projection.load_state_dict(projection.state_dict())
+        return model.eval()
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """Return unnormalised text embeddings `(K, F)` for token ids `(K, T)`."""
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return self.text_projection(outputs.pooler_output)
+
+    def get_image_features(self, pixel_values: Tensor, coordinates: Tensor | None = None) -> Tensor:
+        """Return unnormalised embeddings `(B, F)` of images `(B, C, S, S)`, pooled over the locations."""
+        return self.apm.pooled_features(pixel_values, coordinates)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        coordinates: Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs,
+    ) -> APMZeroShotOutput:
+        """Compare every image with every text.
+
+        Args:
+            input_ids: `(K, T)`.
+            pixel_values: `(B, C, S, S)`.
+            attention_mask: `(K, T)`, 1 for tokens, 0 for padding.
+            coordinates: `(L, 2)` or `(B, L, 2)`, the locations that are pooled; None is the full grid.
+            return_loss: also return the contrastive loss of B = K matching pairs (arXiv:2103.00020).
+            **kwargs: additional inputs of the text tower, e.g. `token_type_ids`.
+        """
+        image_embeds = F.normalize(self.get_image_features(pixel_values, coordinates), dim=-1)
+        text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask, **kwargs), dim=-1)
+        logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()
+        loss = None
+        if return_loss:
+            if len(text_embeds) != len(image_embeds):
+                raise ValueError(f"return_loss: expected as many texts as images, got {tuple(logits_per_text.shape)}")
+            pairs = torch.arange(len(text_embeds), device=logits_per_text.device)
+            loss = (F.cross_entropy(logits_per_text, pairs) + F.cross_entropy(logits_per_text.T, pairs)) / 2
+        return APMZeroShotOutput(
+            loss=loss,
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+        )
+
+
+def _text_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the text tower of a configuration; some, SigLIP's among them, are not known to `AutoModel`."""
+    name = type(config).__name__.removesuffix("Config") + "Model"
+    if hasattr(transformers, name):
+        return getattr(transformers, name)(config)
+    return AutoModel.from_config(config)
+
+
+def _same_keys(first: nn.Module, second: nn.Module) -> bool:
+    return first.state_dict().keys() == second.state_dict().keys()
+
+
+# What is saved takes its code along, for `trust_remote_code=True`.
+AUTO_CLASSES = {
+    "AutoModel": APMModel,
+    "AutoModelForImageClassification": APMForImageClassification,
+    "AutoModelForSemanticSegmentation": APMForSemanticSegmentation,
+    "AutoModelForZeroShotImageClassification": APMForZeroShotImageClassification,
+}
+_AUTO_MAP = {name: f"modeling_apm.{model_class.__name__}" for name, model_class in AUTO_CLASSES.items()}
+for _name, _model_class in AUTO_CLASSES.items():
+    _model_class.register_for_auto_class(_name)
+
+__all__ = [
+    "AUTO_CLASSES",
+    "APMForImageClassification",
+    "APMForSemanticSegmentation",
+    "APMForZeroShotImageClassification",
+    "APMModel",
+    "APMModelOutput",
+    "APMPreTrainedModel",
+    "APMZeroShotOutput",
+]

@@ -1,8 +1,8 @@
-"""Where the machine looks: coordinates, cell indices, the fixed 2-D sin-cos code, and the patch around a place.
+"""Locations: coordinates, cell indices, the fixed 2-D sin-cos code, and the image patch around a location.
 
 Source: arXiv:2410.20535, section 3 (the code is the fixed one of MAE, arXiv:2111.06377, with the column first).
 Coordinates are (y, x) in [-1, 1] and mean what `torch.nn.functional.grid_sample(align_corners=False)` means by them,
-except that it takes (x, y).
+except that it takes (x, y). Positions are computed in float32 or wider, whatever the dtype of the model.
 
 Pure functions. Legend: B images, L locations, P width of the code, (rows, cols) the grid; locations are row-major.
 """
@@ -15,24 +15,24 @@ MAX_PERIOD = 10000.0  # arXiv:1706.03762, section 3.5
 
 
 def cell_centres(size: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Centres of `size` equal cells of [-1, 1]: `(size,)`, float32."""
+    """Return the centres of `size` equal cells of [-1, 1]: `(size,)`, float32."""
     return (2 * torch.arange(size, dtype=torch.float32, device=device) + 1) / size - 1
 
 
 def grid_coordinates(rows: int, cols: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Cell centres of the grid: `(rows * cols, 2)`, (y, x), row-major, float32."""
+    """Return the cell centres of a grid: `(rows * cols, 2)`, (y, x), row-major, float32."""
     y, x = torch.meshgrid(cell_centres(rows, device=device), cell_centres(cols, device=device), indexing="ij")
     return torch.stack([y, x], dim=-1).flatten(0, 1)  # (rows, cols, 2) -> (L, 2)
 
 
 def coordinates_to_indices(coordinates: Tensor, rows: int, cols: int) -> Tensor:
-    """Real-valued cell indices `(..., 2)`, (row, column), of coordinates `(..., 2)`: 0 is the first cell's centre."""
+    """Return real-valued cell indices `(..., 2)`, (row, column), of coordinates `(..., 2)`; 0 is the first centre."""
     sizes = coordinates.new_tensor([rows, cols])
     return ((coordinates + 1) * sizes - 1) / 2
 
 
 def sincos_code(indices: Tensor, size: int) -> Tensor:
-    """1-D code of real-valued cell indices.
+    """Encode real-valued cell indices along one axis.
 
     Args:
         indices: `(...)`, in cells.
@@ -49,7 +49,7 @@ def sincos_code(indices: Tensor, size: int) -> Tensor:
 
 
 def position_code(coordinates: Tensor, rows: int, cols: int, size: int) -> Tensor:
-    """2-D code of any coordinates.
+    """Encode coordinates in two dimensions.
 
     Args:
         coordinates: `(..., 2)`, (y, x) in [-1, 1]; outside of it the code simply continues.
@@ -64,7 +64,7 @@ def position_code(coordinates: Tensor, rows: int, cols: int, size: int) -> Tenso
 
 
 def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, scale: int = 1) -> Tensor:
-    """The window around each location, sampled bilinearly, zero outside the image.
+    """Sample the window around each location bilinearly, zero outside the image.
 
     Args:
         pixel_values: `(B, C, S, S)`.
@@ -86,3 +86,23 @@ def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, s
     # Coordinates keep their precision: in bfloat16 a location would move by whole pixels.
     patches = F.grid_sample(pixel_values.to(window.dtype), window, align_corners=False)
     return patches.transpose(1, 2).flatten(2).to(pixel_values.dtype)  # (B, C, L, patch**2) -> (B, L, C * patch**2)
+
+
+def grid_patches(pixel_values: Tensor, patch_size: int, scale: int = 1) -> Tensor:
+    """Cut the window around every cell's centre: `sample_patches` on the grid, without interpolation where possible.
+
+    Args:
+        pixel_values: `(B, C, S, S)`, S a multiple of `patch_size` and of `scale`.
+        patch_size, scale: as in `sample_patches`.
+
+    Returns:
+        `(B, L, C * patch_size**2)`, for the cells of the grid of S / patch_size rows and columns.
+    """
+    if scale > 1 and patch_size % (2 * scale):  # windows begin between the pixels of the averaged image
+        side = pixel_values.shape[-1] // patch_size
+        coordinates = grid_coordinates(side, side, device=pixel_values.device)[None]
+        return sample_patches(pixel_values, coordinates, patch_size, scale)
+    averaged = F.avg_pool2d(pixel_values, scale) if scale > 1 else pixel_values
+    stride = patch_size // scale
+    margin = (patch_size - stride) // 2  # of the window around its cell
+    return F.unfold(averaged, patch_size, padding=margin, stride=stride).transpose(1, 2)  # (B, Q, L) -> (B, L, Q)

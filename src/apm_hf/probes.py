@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from .modeling_apm import APMModel
-from .modeling_apm_heads import IGNORE_INDEX, APMForSemanticSegmentation
+from .modeling_apm import IGNORE_INDEX, APMForSemanticSegmentation
 
 logger = logging.get_logger(__name__)
 

@@ -23,7 +23,7 @@ from ...data.images import decode_image, eight_bit_rgb
 from ...data.loading import VALIDATION_SPLITS, _import_datasets, _Source
 from ...data.scenes import PART_NAMES, SceneDataset
 from ...files import plain_name
-from ...modeling_apm_heads import IGNORE_INDEX
+from ...modeling_apm import IGNORE_INDEX
 
 logger = logging.get_logger(__name__)
 
