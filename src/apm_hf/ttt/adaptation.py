@@ -26,7 +26,7 @@ from .targets import Loss, Stopper, TTTTargets, as_float
 logger = logging.get_logger(__name__)
 
 # Layers that do not learn are computed for so many steps at a time.
-PREPARED_STEPS = 32
+PREPARED_STEPS = 16
 
 
 @torch.inference_mode(False)  # adapting takes gradients, wherever it is called from
@@ -103,6 +103,11 @@ def adapt(
     diverged |= (losses.isnan() & (torch.arange(config.steps, device=device) < steps[:, None])).any(dim=1)
     if diverged.any():
         logger.warning(f"adapt: the fit diverged for images {_indices(diverged)}")
+    if config.stop == "cosine" and (short := (steps == config.steps) & ~diverged & (fit.cosines < config.stop_threshold)).any():
+        logger.warning(
+            f"adapt: {config.steps} steps were too few for a cosine of {config.stop_threshold} to the targets of the "
+            f"images {_indices(short)}"
+        )
     places = [fit.models[index] for index in range(num_images)] if keep_models else None
     return Adapted(embeds, losses, steps, diverged, apm, places, **inputs)
 
@@ -128,6 +133,7 @@ class _Fit:
         self.grid = targets.grid or (size, size)
         empty = {"dtype": torch.float32, "device": model.device}
         self.embeds = torch.empty(num_images, model.config.feature_size, **empty)
+        self.cosines = torch.ones(num_images, **empty)  # to the target, of images that were not stopped
         self.losses = torch.full((num_images, config.steps), torch.nan, **empty)
         self.taken = torch.full((num_images,), config.steps, device=model.device)
         self.models: dict[int, tuple[StackedModels, int]] = {}  # each image's, and its place in it
@@ -138,12 +144,18 @@ class _Fit:
         config, device = self.config, self.model.device
         sampler = _Sampler(seeds, self.grid[0] * self.grid[1], config.num_locations, device)
         outputs = ["features", *(name for name in ("rgb", "levels") if name in self.targets.tensors())]
+        loss = Loss(self.targets, group, self.model)
         models = StackedModels(
-            self.model, self._start(seeds), self.learning, config, pixel_values, trigger_column, self.grid, outputs
+            self.model,
+            self._start(seeds),
+            self.learning,
+            config,
+            pixel_values,
+            trigger_column,
+            self.grid,
+            outputs,
+            loss.target_size(),
         )
-        std = self.model.config.feature_std
-        scale = None if std is None else torch.tensor(std, dtype=torch.float32, device=device)
-        loss = Loss(self.targets, group, device, scale)
         optimizer = torch.optim.Adam(models.learnt(), lr=config.learning_rate, fused=True)
         stopper = self._stopper(len(seeds))
         images = torch.arange(group.start, group.stop)  # those still fitted
@@ -176,6 +188,8 @@ class _Fit:
         with torch.no_grad():
             pooled = models(now)["pooled"]
         self._finish(models, images, pooled)
+        if (cosines := loss.cosine(pooled)) is not None:
+            self.cosines[images] = cosines
 
     def _start(self, seeds: Sequence[int]) -> Weights:
         """Return the weights that models start from, `(1 or B, ...)` by name."""

@@ -30,7 +30,8 @@ class TTTConfig:
             values and output. `"trigger"`: the convolution alone. `"output_bias"`: one vector, a control: it copies
             its target and adapts nothing.
         rank: see `fit="low_rank"`; reduced to a divisor of the layer's width.
-        alpha: factor on low-rank updates, which makes up for the layers below that do not learn.
+        alpha: of low-rank updates: a step moves a layer's outputs by `learning_rate` * `alpha` of their size, whatever
+            the architecture.
         start: `"random"` draws new weights, `"model"` starts from the given model's.
         seed: of the weights drawn and of the locations sampled. One seed serves all images of a call.
         stop: label-free rule by which an image stops before `steps`. `"plateau"`: its loss has not fallen by the
@@ -93,5 +94,8 @@ class TTTConfig:
 
 PRESETS: dict[str, TTTConfig] = {
     "paper": TTTConfig(),
-    "fast": TTTConfig(steps=30, learning_rate=2e-4, num_locations=4, fit="low_rank", rank=8, alpha=5.0),
+    "fast": TTTConfig(
+        steps=200, learning_rate=1e-3, num_locations=8, fit="low_rank", alpha=100.0,
+        stop="cosine", stop_threshold=0.99, stop_patience=1,
+    ),
 }

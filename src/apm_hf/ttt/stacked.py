@@ -39,7 +39,7 @@ def learning_layers(model: APMModel, config: TTTConfig, targets: Sequence[str] =
     chosen = {
         "all": dict.fromkeys(["trigger", "decoder.query", "decoder.layers", head, "pooler"], "all"),
         "last_layers": dict.fromkeys([last, head, *values], "all"),
-        "low_rank": {last: "low_rank", head: "low_rank"} | dict.fromkeys(values, "all"),
+        "low_rank": dict.fromkeys([last, head, *values], "low_rank"),
         "heads": dict.fromkeys([head, *values], "all"),
         "trigger": {"trigger": "all"},
         "output_bias": {values[-1] if attends else head: "bias"},
@@ -133,38 +133,61 @@ class StackedFold(nn.Module):
 
 
 class LowRankLinear(nn.Module):
-    """A Linear that does not learn plus alpha * (inputs summed in R blocks) @ delta, which does, for each of B images.
+    """A Linear that does not learn plus (inputs summed in R blocks) @ delta, which does, for each of B images.
 
-    Adam takes steps of one size in every entry: a block moves the output as much as its columns together would.
+    Adam takes steps of one size in every entry, so that what they do to outputs depends on the inputs. The sums are
+    scaled, once and for all, so that a step moves the outputs by learning rate * alpha * their size.
 
     Args:
-        linear: without bias.
-        delta: R -> out, with the bias that learns.
+        linear: the layer that does not learn.
+        shape: (B, R, out), of delta.
+        alpha: see `TTTConfig`.
+        size: `(B, 1, 1)`, the size of the outputs that are wanted, where it is known.
     """
 
-    def __init__(self, linear: nn.Module, delta: StackedLinear, alpha: float):
+    def __init__(self, linear: nn.Module, shape: tuple[int, int, int], alpha: float, size: Tensor | None):
         super().__init__()
-        self.linear, self.delta, self.alpha = linear, delta, alpha
+        options = {"dtype": torch.float32, "device": next(linear.parameters()).device}
+        self.linear, self.alpha, self.size = linear, alpha, size
+        self.delta = nn.Parameter(torch.zeros(shape, **options))
+        self.scale = nn.Parameter(torch.full((shape[0], 1, 1), torch.nan, **options), requires_grad=False)
+        self.measured = False
 
     def prepare(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what does not change while the models learn: `(B, ..., out)` and `(B, ..., R)`."""
-        sums = inputs.float().unflatten(-1, (self.delta.weight.shape[1], -1)).sum(dim=-1)  # (B, ..., in)
-        return self.linear(inputs), sums * self.alpha
+        """Compute what does not change while the models learn: `(1 or B, ..., out)` and `(1 or B, n, R)`."""
+        outputs, num_blocks = self.linear(inputs), self.delta.shape[1]
+        blocks = inputs.float().reshape(len(inputs), -1, num_blocks, inputs.shape[-1] // num_blocks)
+        sums = blocks.sum(dim=-1)
+        if not self.measured:
+            self._measure(outputs.detach().float().flatten(1), sums.detach())
+        return outputs, sums * self.scale
+
+    def _measure(self, outputs: Tensor, sums: Tensor) -> None:
+        size = outputs.square().mean(dim=1)[:, None, None]
+        size = (size if self.size is None else size + self.size.square()).sqrt()
+        step = sums.abs().sum(dim=2, keepdim=True).mean(dim=1, keepdim=True)  # of outputs, where delta moves by 1
+        self.scale.copy_(self.alpha * size / step.clamp_min(torch.finfo(step.dtype).tiny))
+        self.measured, self.size = True, None
 
     def finish(self, outputs: Tensor, sums: Tensor) -> Tensor:
-        """Return the layer's output for what was prepared."""
-        return outputs + self.delta(sums)
+        """Return the layer's outputs `(B, ..., out)` for what was prepared."""
+        dtype = outputs.dtype
+        update = torch.bmm(sums.expand(len(self.delta), -1, -1).to(dtype), self.delta.to(dtype))  # (B, n, out)
+        return outputs + update.reshape(len(update), *outputs.shape[1:])
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Compute `(B, ..., out)` for `(1 or B, ..., in)`."""
         return self.finish(*self.prepare(inputs))
 
     def weights(self, index: int) -> Weights:
-        """Return what is added to the frozen weight of one image, and its bias."""
-        weights = self.delta.weights(index)
-        update = weights.pop("weight")  # (out, R)
-        columns = self.linear.weight.shape[-1 if isinstance(self.linear, nn.Linear) else 1] // update.shape[1]
-        return weights | {"update": self.alpha * update.repeat_interleave(columns, dim=1)}
+        """Return what one image's model adds to the frozen weight."""
+        scaled = (self.delta[index] * self.scale[index]).mT  # (out, R)
+        return {"update": scaled.repeat_interleave(self.in_features // scaled.shape[1], dim=1)}
+
+    @property
+    def in_features(self) -> int:
+        """Width of the inputs."""
+        return self.linear.weight.shape[-1 if isinstance(self.linear, nn.Linear) else 1]
 
 
 class FrozenLayers(nn.Module):
@@ -215,6 +238,7 @@ class StackedModels(nn.Module):
         trigger_column: `(B, D)`, instead of folding.
         grid: (rows, cols) of the locations, of the model's grid or any other.
         outputs: of the decoder: `"features"` and, where they have targets, `"rgb"` and `"levels"`.
+        target_size: `(B, 1, 1)`, of the features that are wanted, for low-rank layers.
     """
 
     def __init__(
@@ -227,8 +251,10 @@ class StackedModels(nn.Module):
         trigger_column: Tensor | None,
         grid: tuple[int, int],
         outputs: Sequence[str],
+        target_size: Tensor | None = None,
     ):
         super().__init__()
+        self.target_size = target_size
         self.start, self.outputs, self.dtype = start, outputs, DTYPES[config.dtype]
         self.num_models = len(next(x for x in (trigger_column, pixel_values) if x is not None))
         # Parameters, about to be replaced, are not copied.
@@ -271,9 +297,9 @@ class StackedModels(nn.Module):
             assert bias is not None
             new = StackedFold(weight, bias, self.num_models, how is not None)
         elif how == "low_rank":
-            num_blocks = gcd(config.rank, weight.shape[2])
-            delta = StackedLinear(weight[:1, :, :num_blocks] * 0, bias, self.num_models, dtype, "all")
-            new = LowRankLinear(self._frozen(weight, None, dtype), delta, config.alpha)
+            shape = (self.num_models, gcd(config.rank, weight.shape[2]), weight.shape[1])
+            size = self.target_size if name in ("decoder.feature_head", "pooler.out_proj") else None
+            new = LowRankLinear(self._frozen(weight, bias, dtype), shape, config.alpha, size)
         elif how is not None:
             new = StackedLinear(weight, bias, self.num_models, dtype, how)
         else:
@@ -347,9 +373,10 @@ class StackedModels(nn.Module):
     def take(self, images: Tensor) -> "StackedModels":
         """Return the models of some of the images, `(B',)` indices."""
         tensors: list[Tensor | None] = [*self.start.values(), self.cells, self.patches, self.trigger_column]
+        tensors += [self.target_size]
         tensors += [place for place in self.places if place is not None and place.ndim == 2]
         for module in self.modules():
-            if isinstance(module, StackedLinear | StackedFold | APMAttentionPooling):
+            if isinstance(module, StackedLinear | StackedFold | LowRankLinear | APMAttentionPooling):
                 tensors += module.parameters(recurse=False)
             elif isinstance(module, FrozenLayers):
                 tensors += module.prepared

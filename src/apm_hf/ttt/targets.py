@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..modeling_apm import APMModel
 from .stacked import at
 
 
@@ -115,11 +116,16 @@ class Loss:
     Args:
         targets: of all images.
         images: of the group.
-        scale: `(F,)` or one number: standard deviations of features, by which their errors are divided; or None.
+        model: whose feature statistics standardise features.
     """
 
-    def __init__(self, targets: TTTTargets, images: slice, device: torch.device, scale: Tensor | None):
-        self.scale, self.cls_weight = scale, targets.cls_weight
+    def __init__(self, targets: TTTTargets, images: slice, model: APMModel):
+        device, statistics = model.device, (model.config.feature_mean, model.config.feature_std)
+        self.mean, self.std = (
+            None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
+            for values in statistics
+        )
+        self.cls_weight = targets.cls_weight
         self.weights = {"features": targets.grid_weight, "rgb": targets.rgb_weight, "levels": targets.level_weight}
         self.embeds = self.embed_weights = None
         if targets.image_embeds is not None:
@@ -151,6 +157,14 @@ class Loss:
             terms.append(self.weights[name] * error.square().flatten(1).mean(dim=1))
         return torch.stack(terms).sum(dim=0)
 
+    def target_size(self) -> Tensor | None:
+        """Return the root mean square of the (standardised) features that are wanted, `(B, 1, 1)`, where there are any."""
+        wanted = self.embeds if self.embeds is not None else self.wanted.get("features")
+        if wanted is None:
+            return None
+        wanted = self._scaled(wanted if self.mean is None else wanted - self.mean)
+        return wanted.square().mean(dim=(1, 2), keepdim=True).sqrt()
+
     def cosine(self, pooled: Tensor) -> Tensor | None:
         """Return the cosines `(B,)` of pooled features `(B, F)` to the (mean) target; None where it has none."""
         if self.embeds is None or self.embed_weights is None:
@@ -158,7 +172,7 @@ class Loss:
         return F.cosine_similarity(pooled, (self.embeds * self.embed_weights[:, None]).sum(dim=1))
 
     def _scaled(self, errors: Tensor) -> Tensor:
-        return errors if self.scale is None else errors / self.scale
+        return errors if self.std is None else errors / self.std
 
     def keep(self, images: Tensor) -> None:
         """Go on with these images alone, `(B',)` indices."""
