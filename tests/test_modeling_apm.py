@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -50,8 +51,6 @@ QUERY_VARIANTS = {name: VARIANTS[name] for name in ("conv-plain-mean", "conv-pat
 each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 each_query_variant = pytest.mark.parametrize("fields", QUERY_VARIANTS.values(), ids=QUERY_VARIANTS)
 each_place = pytest.mark.parametrize("coordinates", COORDINATES.values(), ids=COORDINATES)
-# The name is deprecated in transformers 5.23; its successor does not exist in the oldest version we support.
-uses_checkpointing = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 
 
 def inputs_for(model: APMModel, batch_size: int = 2) -> dict[str, Tensor]:
@@ -188,7 +187,7 @@ def test_trigger_column_is_returned_as_folded_or_given():
 
 def test_embedding_model_has_nothing_to_fold():
     model = small_model(trigger_source="embedding")
-    assert not any("trigger" in name for name, _ in model.named_parameters())
+    assert not any(name.startswith("trigger") for name, _ in model.named_parameters())
     with pytest.raises(ValueError, match="trigger_column"):
         model.fold(small_images())
 
@@ -258,8 +257,11 @@ def count_calls(module: nn.Module) -> list[Tensor]:
 def test_chunk_size_bounds_the_locations_answered_at_a_time():
     model = small_model()
     outputs = count_calls(model.decoder.feature_head)
-    model(small_images(), chunk_size=4)
+    model(small_images(), random_coordinates(9), chunk_size=4)
     assert [output.shape[1] for output in outputs] == [4, 4, 1]
+    outputs.clear()
+    model(small_images(), chunk_size=7)  # whole rows of the grid
+    assert [output.shape[1] for output in outputs] == [6, 3]
 
 
 @each_query_variant
@@ -348,13 +350,6 @@ def test_pooled_features_are_the_pooler_output(fields):
         assert_close(model.pooled_features(**inputs, coordinates=coordinates), expected)
 
 
-def test_mean_pooling_projects_once():
-    model = small_model()
-    outputs = count_calls(model.decoder.feature_head)
-    model.pooled_features(small_images())
-    assert [output.numel() for output in outputs] == [2 * 16]
-
-
 # ---- heads and layers
 
 
@@ -367,8 +362,12 @@ def test_mean_pooling_is_the_mean_of_the_locations_asked_for():
 def test_attention_pooling_is_told_where_the_features_lie():
     model = small_model(pooling="attention")
     features = torch.randn(2, 5, 16)
-    here, there = random_coordinates(1, 5), random_coordinates(1, 5, seed=8)
-    assert (model.pooler(features, here) - model.pooler(features, there)).abs().max() > 0.01
+
+    def pooled(seed: int) -> Tensor:
+        rows, columns = random_coordinates(1, 5, seed=seed, reach=3).split(1, dim=-1)
+        return model.pooler.finish(model.pooler(features, rows, columns), torch.float32)
+
+    assert (pooled(2) - pooled(8)).abs().max() > 0.01
 
 
 def test_colours_are_never_negative():
@@ -392,7 +391,7 @@ def test_hidden_states_are_those_of_every_layer():
     outputs = model(small_images(), output_hidden_states=True)
     assert isinstance(outputs.hidden_states, tuple)
     assert_close(model.decoder.feature_head(outputs.hidden_states[-1]), outputs.last_hidden_state)
-    assert_close(model.decoder.layers[1](outputs.hidden_states[0]).relu(), outputs.hidden_states[1])
+    assert_close(model.decoder.layers[0](outputs.hidden_states[0]).relu(), outputs.hidden_states[1])
 
 
 def test_configuration_may_ask_for_hidden_states():
@@ -556,9 +555,13 @@ def test_weights_are_stored_as_safetensors_under_their_own_names(tmp_path):
     assert files == ["config.json", "model.safetensors"]
     stored = load_file(tmp_path / "model.safetensors")
     assert set(stored) == {name for name, _ in model.named_parameters()}
-    # The first Linear's weight is stored as if [trigger ; position] had been concatenated.
-    assert stored["decoder.layers.0.weight"].shape == (32, 18 + 16)
-    assert stored["decoder.rgb_head.layers.0.weight"].shape == (12, 16 + 18 + 16)
+    assert {name: tuple(weight.shape) for name, weight in stored.items() if ".query." in name} == {
+        "decoder.query.trigger.weight": (32, 18), "decoder.query.trigger.bias": (32,),
+        "decoder.query.row.weight": (32, 8), "decoder.query.column.weight": (32, 8),
+        "decoder.rgb_head.query.features.weight": (12, 16),
+        "decoder.rgb_head.query.trigger.weight": (12, 18), "decoder.rgb_head.query.trigger.bias": (12,),
+        "decoder.rgb_head.query.row.weight": (12, 8), "decoder.rgb_head.query.column.weight": (12, 8),
+    }  # fmt: skip
 
 
 def test_auto_model_knows_apm(tmp_path):
@@ -680,16 +683,16 @@ def gradients(model: APMModel, coordinates: Tensor | None, chunk_size: int | Non
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@uses_checkpointing
 @each_query_variant
 @each_place
 def test_gradient_checkpointing_gives_equal_gradients(fields, coordinates):
     model = small_model(**fields).train()
     expected = gradients(model, coordinates, None)
     model.gradient_checkpointing_enable()
-    num_locations = 9 if coordinates is None else coordinates.shape[-2]
+    # Chunks of the grid are whole rows, of three cells here.
+    num_in_twos = 3 if coordinates is None else (coordinates.shape[-2] + 1) // 2
     outputs = count_calls(model.decoder.feature_head)
-    for chunk_size, num_chunks in ((None, 1), (2, (num_locations + 1) // 2)):
+    for chunk_size, num_chunks in ((None, 1), (2, num_in_twos)):
         outputs.clear()
         actual = gradients(model, coordinates, chunk_size)
         assert len(outputs) == 2 * num_chunks, "the backward pass computes each chunk once more"
@@ -698,19 +701,18 @@ def test_gradient_checkpointing_gives_equal_gradients(fields, coordinates):
                 assert_close(actual[name], gradient, 1e-4)
 
 
-@uses_checkpointing
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
-@pytest.mark.filterwarnings("ignore:(?s).*use_reentrant parameter should be passed explicitly:UserWarning")
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"preserve_rng_state": False}], ids=str)
 @pytest.mark.parametrize("trigger_source", ["conv", "embedding"])
 def test_reentrant_checkpointing_loses_no_gradient_silently(trigger_source, options):
     model = small_model(trigger_source=trigger_source, pooling="attention").train()
-    try:
-        model.gradient_checkpointing_enable(options)  # torch's default is to be reentrant
+    model.gradient_checkpointing_enable(options)  # torch's default is to be reentrant
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         weighted_sum(model(**inputs_for(model))).backward()
-    except (ValueError, RuntimeError):
-        return  # Refusing is honest.
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    lost = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    # Where no input has a gradient, torch warns of what it loses.
+    assert bool(lost) == any("Gradients will be None" in str(warning.message) for warning in caught)
+    assert not lost or trigger_source == "embedding"
 
 
 def test_stacked_weights_can_be_mapped_over():

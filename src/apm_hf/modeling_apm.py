@@ -461,8 +461,9 @@ class APMModel(APMPreTrainedModel):
         outputs += [f"hidden_states.{index}" for index in range(num_layers)]
 
         trigger_column = self._trigger_column(trigger_column, pixel_values)
+        coordinates = self._coordinates(coordinates, trigger_column)
         states: dict[str, tuple[Tensor, ...]] = dict.fromkeys(features, ())
-        chunks = _Chunks(self.config.num_locations if coordinates is None else coordinates.shape[-2])
+        chunks = _Chunks(self.config.num_locations if coordinates is None else coordinates.shape[1])
         for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, chunk_size):
             decoded = dict(zip(outputs, self.decoder(trigger_column, rows, columns, patches, outputs), strict=True))
             for name, (pooler, space) in features.items():
@@ -517,6 +518,7 @@ class APMModel(APMPreTrainedModel):
     ) -> Tensor:
         """Return `forward(...).pooler_output`, `(B, F)`, without computing colours or levels or keeping features."""
         trigger_column = self._trigger_column(trigger_column, pixel_values)
+        coordinates = self._coordinates(coordinates, trigger_column)
         state: tuple[Tensor, ...] = ()
         dtype = trigger_column.dtype
         for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, None):
@@ -603,7 +605,6 @@ class APMModel(APMPreTrainedModel):
                 windows = [grid_patches(pixel_values, config.patch_size, s) for s in config.local_patch_scales]
                 patches = torch.cat(windows, dim=-1)  # (B, L, Q)
         else:  # every location is a row of one
-            coordinates = self._check_coordinates(coordinates, trigger_column)
             indices = coordinates_to_indices(coordinates, config.grid_size, config.grid_size)
             rows, columns = indices[..., :1], indices[..., 1:]  # (1 or B, L, 1) twice
         step = self._chunk_rows(trigger_column, columns, chunk_size)
@@ -653,8 +654,10 @@ class APMModel(APMPreTrainedModel):
             )
         return pixel_values.to(self.dtype)
 
-    def _check_coordinates(self, coordinates: Tensor, trigger_column: Tensor) -> Tensor:
-        """Return coordinates `(1 or B, L, 2)`, float32 or wider, beside the trigger column."""
+    def _coordinates(self, coordinates: Tensor | None, trigger_column: Tensor) -> Tensor | None:
+        """Return coordinates `(1 or B, L, 2)`, float32 or wider, beside the trigger column; None stays None."""
+        if coordinates is None:
+            return None
         if not isinstance(coordinates, Tensor):
             raise ValueError(f"coordinates: expected a tensor, got {type(coordinates).__name__}")
         batch_size, shape = len(trigger_column), coordinates.shape
@@ -667,12 +670,21 @@ class APMModel(APMPreTrainedModel):
             raise ValueError(
                 f"coordinates: expected shape (L, 2) or ({batch_size}, L, 2), (y, x), with L >= 1, got {tuple(shape)}"
             )
-        # On an accelerator the check would have to wait for the device at every step; NaN then gives NaN.
-        if coordinates.device.type == "cpu" and not torch.compiler.is_compiling() and not coordinates.isfinite().all():
+        if not _are_finite(coordinates):
             raise ValueError("coordinates: expected finite numbers, (y, x), got NaN or infinite ones")
         dtype = torch.promote_types(coordinates.dtype, torch.float32)  # in bfloat16 places would move by whole pixels
         coordinates = coordinates.to(trigger_column.device, dtype).clamp(-FAR, FAR)
         return coordinates if coordinates.ndim == 3 else coordinates[None]  # (L, 2) -> (1, L, 2)
+
+
+def _are_finite(coordinates: Tensor) -> bool:
+    """Return False for numbers that are seen not to be finite; where looking would wait or break, NaN gives NaN."""
+    if coordinates.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(coordinates.isfinite().all())
+    except RuntimeError:  # under `torch.vmap` no values can be read
+        return True
 
 
 class _Chunks:
