@@ -16,6 +16,7 @@ width, N levels, K classes or texts, T tokens, (rows, cols) the grid. Locations 
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -32,13 +33,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_apm import APMConfig
-from .position_encoding import (
-    coordinates_to_indices,
-    grid_coordinates,
-    grid_patches,
-    sample_patches,
-    sincos_code,
-)
+from .position_encoding import axis_codes, grid_coordinates, grid_patches, sample_patches
 
 # Without gradients, locations are decoded in chunks whose widest activation stays below this many elements. On the
 # CPU it should also stay in the cache (8 MiB in float32), unless the chunk were less than a row of the grid.
@@ -175,17 +170,16 @@ def _feature_space(mean: list[float] | None, std: list[float] | float | None) ->
 class APMMeanPooling(nn.Module):
     """The mean over locations, which may come in chunks."""
 
-    def forward(
-        self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Tensor, ...] = ()
-    ) -> tuple[Tensor, ...]:
-        """Add the features `(B, L, F)` of a chunk to the state: their sum `(B, F)` and count `(1,)`."""
+    def forward(self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+        """Add the features `(B, L, F)` of a chunk to the state: their sum `(B, F)` and their number."""
         dtype = torch.promote_types(features.dtype, torch.float32)
-        total, count = features.sum(dim=1, dtype=dtype), features.new_full((1,), features.shape[1], dtype=dtype)
+        total, count = features.sum(dim=1, dtype=dtype), features.shape[1]
         return (state[0] + total, state[1] + count) if state else (total, count)
 
-    def finish(self, state: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def finish(self, state: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         """Return the pooled features `(B, F)`."""
-        return (state[0] / state[1]).to(dtype)
+        total, count = state
+        return (total / count).to(dtype)
 
 
 class APMAttentionPooling(nn.Module):
@@ -212,7 +206,7 @@ class APMAttentionPooling(nn.Module):
                 `(B, heads, 1, 1)` twice and `(B, heads, 1, F / heads)`.
         """
         half = features.shape[-1] // 2
-        codes = [sincos_code(columns, half), sincos_code(rows, half)]  # the column's half comes first
+        codes = axis_codes(half, columns, rows)  # the column's half comes first
         code = torch.cat(torch.broadcast_tensors(*codes), dim=-1).flatten(1, 2)  # (1 or B, L, F)
         inputs = features + code.to(features.dtype)
         # (B, L, F) -> (B, heads, L, F / heads)
@@ -287,7 +281,7 @@ class APMDecoder(GradientCheckpointingLayer):
             One `(B, L, ...)` for each of `outputs`.
         """
         half, dtype = self.position_size // 2, trigger_column.dtype
-        codes = sincos_code(rows, half).to(dtype), sincos_code(columns, half).to(dtype)
+        codes = [code.to(dtype) for code in axis_codes(half, rows, columns)]  # (1 or B, R, 1 or C, P / 2)
         hidden = self.activation(self.query(trigger_column, *codes, patches))
         hidden_states = [hidden]
         for layer in self.layers:
@@ -390,6 +384,9 @@ class APMModel(APMPreTrainedModel):
 
     def __init__(self, config: APMConfig):
         super().__init__(config)
+        self.grid_size = config.grid_size
+        widths = [head["feature_size"] for head in (config.teacher_heads or {}).values()]
+        self.widest = max(*config.hidden_sizes, config.feature_size, config.local_patch_width, *widths)
         if config.trigger_source == "conv":
             self.trigger = nn.Conv2d(
                 config.num_channels, config.trigger_channels, config.patch_size, stride=config.patch_size
@@ -462,7 +459,7 @@ class APMModel(APMPreTrainedModel):
 
         trigger_column = self._trigger_column(trigger_column, pixel_values)
         coordinates = self._coordinates(coordinates, trigger_column)
-        states: dict[str, tuple[Tensor, ...]] = dict.fromkeys(features, ())
+        states: dict[str, tuple[Any, ...]] = dict.fromkeys(features, ())
         chunks = _Chunks(self.config.num_locations if coordinates is None else coordinates.shape[1])
         for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, chunk_size):
             decoded = dict(zip(outputs, self.decoder(trigger_column, rows, columns, patches, outputs), strict=True))
@@ -519,7 +516,7 @@ class APMModel(APMPreTrainedModel):
         """Return `forward(...).pooler_output`, `(B, F)`, without computing colours or levels or keeping features."""
         trigger_column = self._trigger_column(trigger_column, pixel_values)
         coordinates = self._coordinates(coordinates, trigger_column)
-        state: tuple[Tensor, ...] = ()
+        state: tuple[Any, ...] = ()
         dtype = trigger_column.dtype
         for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, None):
             (features,) = self.decoder(trigger_column, rows, columns, patches, ("features",))
@@ -599,14 +596,14 @@ class APMModel(APMPreTrainedModel):
                 )
         patches = None
         if coordinates is None:  # rows and columns of the grid
-            index = torch.arange(config.grid_size, dtype=torch.float32, device=device)
+            index = torch.arange(self.grid_size, dtype=torch.float32, device=device)
             rows, columns = index[None, :, None], index[None, None]
             if config.local_patch:
                 windows = [grid_patches(pixel_values, config.patch_size, s) for s in config.local_patch_scales]
                 patches = torch.cat(windows, dim=-1)  # (B, L, Q)
         else:  # every location is a row of one
-            indices = coordinates_to_indices(coordinates, config.grid_size, config.grid_size)
-            rows, columns = indices[..., :1], indices[..., 1:]  # (1 or B, L, 1) twice
+            size = self.grid_size
+            rows, columns = (coordinates * (size / 2) + (size - 1) / 2).split(1, dim=-1)  # (1 or B, L, 1) twice
         step = self._chunk_rows(trigger_column, columns, chunk_size)
         if step is None and (coordinates is None or not config.local_patch):
             yield rows, columns, patches
@@ -633,13 +630,10 @@ class APMModel(APMPreTrainedModel):
         checkpointed = self.training and self.decoder.gradient_checkpointing
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not checkpointed):
             return None
-        config = self.config
-        additional = [head["feature_size"] for head in (config.teacher_heads or {}).values()]
-        widest = max(*config.hidden_sizes, config.feature_size, config.local_patch_width, *additional)
-        elements = max(1, len(trigger_column)) * widest  # of one location
+        elements = max(1, len(trigger_column)) * self.widest  # of one location
         size = CHUNK_ELEMENTS // elements
         if trigger_column.device.type == "cpu":
-            size = min(size, max(CACHED_ELEMENTS // elements, config.grid_size))
+            size = min(size, max(CACHED_ELEMENTS // elements, self.grid_size))
         return max(1, size // columns.shape[2])
 
     def _check_pixels(self, pixel_values: Tensor) -> Tensor:
@@ -682,7 +676,7 @@ def _are_finite(coordinates: Tensor) -> bool:
     if coordinates.device.type != "cpu" or torch.compiler.is_compiling():
         return True
     try:
-        return bool(coordinates.isfinite().all())
+        return bool(coordinates.abs().amax() < torch.inf)
     except RuntimeError:  # under `torch.vmap` no values can be read
         return True
 

@@ -42,10 +42,15 @@ def sincos_code(indices: Tensor, size: int) -> Tensor:
         `(..., size)`: sin and cos interleaved, frequency k is 10000^(-2k/size); float32 or the dtype of the indices
         if wider.
     """
-    indices = indices.to(torch.promote_types(indices.dtype, torch.float32))
-    k = torch.arange(size // 2, dtype=indices.dtype, device=indices.device)
-    angles = indices[..., None] * MAX_PERIOD ** (-2 * k / size)  # (...) -> (..., size / 2)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # (..., size / 2, 2) -> (..., size)
+    return axis_codes(size, indices)[0]
+
+
+def axis_codes(size: int, *axes: Tensor) -> list[Tensor]:
+    """Return `sincos_code` of each of several tensors of indices, on one device."""
+    dtype = torch.promote_types(axes[0].dtype, torch.float32)
+    frequencies = MAX_PERIOD ** (torch.arange(0, -size, -2, dtype=dtype, device=axes[0].device) / size)  # (size / 2,)
+    angles = [indices[..., None] * frequencies for indices in axes]  # (...) -> (..., size / 2)
+    return [torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2) for angle in angles]  # -> (..., size)
 
 
 def position_code(coordinates: Tensor, rows: int, cols: int, size: int) -> Tensor:
