@@ -19,7 +19,6 @@ from apm_hf import APMConfig, APMForImageClassification, APMModel, TTTConfig, ad
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.scenes import SceneDataset
 from apm_hf.data.targets import TargetCache
-from apm_hf.demo_assets import DEMO_MODEL
 from apm_hf.dense_targets import moved
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
 from apm_hf.distillation.feature_statistics import RunningStatistics, set_statistics

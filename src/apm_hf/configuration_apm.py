@@ -247,7 +247,9 @@ class APMConfig(PreTrainedConfig):
             raise ValueError(f"model_type: expected {cls.model_type!r}, got a configuration of {kind!r}")
         _check_typed(kwargs, all_are_fields=False)  # some may be meant for a model
         known = {field.name for field in fields(cls)} | _WRITTEN_BY_LIBRARIES
-        unknown = {name: value for name, value in config_dict.items() if name not in known and not name.startswith("_")}
+        unknown = {
+            name: value for name, value in config_dict.items() if name not in known and not name.startswith("_")
+        }
         config_dict = {name: value for name, value in config_dict.items() if name not in unknown}
         wants_unused = kwargs.get("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, **{**kwargs, "return_unused_kwargs": True})
@@ -313,7 +315,7 @@ class APMConfig(PreTrainedConfig):
         return statistics
 
     def with_head(self, name: str) -> "APMConfig":
-        """Return the architecture whose main, and only, head is the one of the teacher `name`: see [`APMModel.with_head`].
+        """Return the architecture with the head of the teacher `name` alone: see [`APMModel.with_head`].
 
         Raises:
             ValueError: for an unknown name.

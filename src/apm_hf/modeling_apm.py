@@ -9,8 +9,8 @@ Locations never see each other, so any subset of them can be queried, in any ord
 Source: Modi & Rawat, NeurIPS 2024, arXiv:2410.20535, Fig. 1.
 
 Legend: B images, L locations, D trigger width, Q local-patch width, P position width, H a layer's width, F feature
-width, N levels, K classes or texts, T tokens, (rows, cols) the grid. Locations are row-major; coordinates are (y, x) in
-[-1, 1] at the places of `torch.nn.functional.grid_sample(align_corners=False)`.
+width, N levels, K classes or texts, T tokens, (rows, cols) the grid. Locations are row-major; coordinates are (y, x)
+in [-1, 1] at the places of `torch.nn.functional.grid_sample(align_corners=False)`.
 """
 
 import copy
@@ -192,7 +192,9 @@ class APMAttentionPooling(nn.Module):
         super().__init__()
         self.num_heads = config.pooling_num_heads
         self.query = nn.Parameter(torch.empty(1, 1, feature_size))
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(feature_size, feature_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(feature_size, feature_size) for _ in range(4)
+        )
 
     def forward(
         self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Tensor, ...] = ()
