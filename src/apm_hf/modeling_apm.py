@@ -163,7 +163,7 @@ class APMFeatureSpace(nn.Module):
         return torch.addcmul(self.mean, features, self.std)
 
 
-def _feature_space(mean: list[float] | None, std: list[float] | float | None) -> nn.Module:
+def _feature_space(mean: Any, std: Any) -> APMFeatureSpace | nn.Identity:
     return nn.Identity() if mean is None or std is None else APMFeatureSpace(mean, std)
 
 
@@ -234,7 +234,7 @@ class APMAttentionPooling(nn.Module):
         return self.out_proj((weighted / total).flatten(1).to(dtype))  # (B, heads, 1, F / heads) -> (B, F)
 
 
-def _pooling(config: APMConfig, kind: str, feature_size: int) -> nn.Module:
+def _pooling(config: APMConfig, kind: str, feature_size: int) -> APMMeanPooling | APMAttentionPooling:
     return APMAttentionPooling(config, feature_size) if kind == "attention" else APMMeanPooling()
 
 
@@ -267,6 +267,12 @@ class APMDecoder(GradientCheckpointingLayer):
         self.rgb_head = APMRGBHead(config) if config.use_rgb_head else None
         self.teacher_heads = nn.ModuleDict({name: APMTeacherHead(config, name) for name in config.teacher_heads or ()})
 
+    def teacher_head(self, name: str) -> APMTeacherHead:
+        """Return the head of an additional teacher."""
+        head = self.teacher_heads[name]
+        assert isinstance(head, APMTeacherHead)
+        return head
+
     def forward(
         self, trigger_column: Tensor, rows: Tensor, columns: Tensor, patches: Tensor | None, outputs: Sequence[str]
     ) -> tuple[Tensor, ...]:
@@ -289,20 +295,20 @@ class APMDecoder(GradientCheckpointingLayer):
         for layer in self.layers:
             hidden_states.append(self.activation(layer(hidden_states[-1])))
         hidden = hidden_states[-1]
-        features = self.feature_head(hidden) if {"features", "rgb"} & set(outputs) else None
-        decoded = []
+        features = self.feature_head(hidden) if {"features", "rgb"} & set(outputs) else hidden
+        decoded: list[Tensor] = []
         for output in outputs:
             kind, _, name = output.partition(".")
             if kind == "features":
                 decoded.append(features)
-            elif kind == "rgb":
+            elif kind == "rgb" and self.rgb_head is not None:
                 decoded.append(self.rgb_head(features, trigger_column, *codes, patches))
-            elif kind == "levels":
+            elif kind == "levels" and self.level_head is not None:
                 decoded.append(self.level_head(hidden).unflatten(-1, (self.num_levels, -1)))  # (B, L, N, level_size)
             elif kind == "hidden_states":
                 decoded.append(hidden_states[int(name)])
             else:
-                decoded.append(self.teacher_heads[name].projection(hidden))
+                decoded.append(self.teacher_head(name).projection(hidden))
         return tuple(decoded)
 
 
@@ -362,7 +368,7 @@ class APMPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the first module that sees the input: the fold, or the trigger's Linear where nothing is folded."""
-        model = getattr(self, "apm", self)
+        model: Any = getattr(self, "apm", self)
         return model.trigger if model.config.trigger_source == "conv" else model.decoder.query.trigger
 
 
@@ -450,9 +456,9 @@ class APMModel(APMPreTrainedModel):
             output_hidden_states = bool(self.config.output_hidden_states)
         heads = tuple(self.decoder.teacher_heads if heads is None else heads)
         # The name of each output of the decoder, with its pooling and the map to its teacher's space.
-        features = {"features": (self.pooler, self.feature_space)}
+        features: dict[str, tuple[Any, Any]] = {"features": (self.pooler, self.feature_space)}
         for name in heads:
-            head = self.decoder.teacher_heads[name]
+            head = self.decoder.teacher_head(name)
             features[f"teacher_features.{name}"] = head.pooler, head.space
         outputs = list(features)
         outputs += ["rgb"] * (self.decoder.rgb_head is not None) + ["levels"] * (self.decoder.level_head is not None)
@@ -545,7 +551,7 @@ class APMModel(APMPreTrainedModel):
         space = APMFeatureSpace(*statistics.values()).to(device=self.device, dtype=self.dtype)
         space.fill()
         if head:
-            self.decoder.teacher_heads[head].space = space
+            self.decoder.teacher_head(head).space = space
         else:
             self.feature_space = space
 
@@ -558,7 +564,7 @@ class APMModel(APMPreTrainedModel):
             ValueError: for an unknown name.
         """
         config, model = self.config.with_head(name), copy.deepcopy(self)
-        head = model.decoder.teacher_heads[name]
+        head = model.decoder.teacher_head(name)
         model.config, model.decoder.feature_head = config, head.projection
         model.pooler, model.feature_space = head.pooler, head.space
         model.decoder.rgb_head, model.decoder.teacher_heads = None, nn.ModuleDict()
@@ -591,17 +597,17 @@ class APMModel(APMPreTrainedModel):
         if config.local_patch:
             if pixel_values is None:
                 raise ValueError("pixel_values: expected the images, since local_patch=True puts them into the query")
-            pixel_values = self._check_pixels(pixel_values)
-            if len(pixel_values) != len(trigger_column):
+            images = self._check_pixels(pixel_values)
+            if len(images) != len(trigger_column):
                 raise ValueError(
-                    f"pixel_values: expected {len(trigger_column)} images, one a column, got {len(pixel_values)}"
+                    f"pixel_values: expected {len(trigger_column)} images, one a column, got {len(images)}"
                 )
         patches = None
         if coordinates is None:  # rows and columns of the grid
             index = torch.arange(self.grid_size, dtype=torch.float32, device=device)
             rows, columns = index[None, :, None], index[None, None]
             if config.local_patch:
-                windows = [grid_patches(pixel_values, config.patch_size, s) for s in config.local_patch_scales]
+                windows = [grid_patches(images, config.patch_size, s) for s in config.local_patch_scales]
                 patches = torch.cat(windows, dim=-1)  # (B, L, Q)
         else:  # every location is a row of one
             size = self.grid_size
@@ -619,7 +625,7 @@ class APMModel(APMPreTrainedModel):
                 yield rows[:, chunk], columns, None if patches is None else patches[:, cells]
             else:
                 if config.local_patch:
-                    where = (pixel_values, coordinates[:, chunk], config.patch_size)
+                    where = (images, coordinates[:, chunk], config.patch_size)
                     patches = torch.cat([sample_patches(*where, scale) for scale in config.local_patch_scales], dim=-1)
                 yield rows[:, chunk], columns[:, chunk], patches
 
