@@ -593,10 +593,9 @@ class APMModel(APMPreTrainedModel):
             if pixel_values is None:
                 raise ValueError("pixel_values: expected the images, since local_patch=True puts them into the query")
             pixel_values = self._check_pixels(pixel_values)
-            if len(pixel_values) != len(trigger_column):
-                raise ValueError(
-                    f"pixel_values: expected {len(trigger_column)} images, one a column, got {len(pixel_values)}"
-                )
+            num_columns, num_images = trigger_column.shape[0], pixel_values.shape[0]
+            if num_images != num_columns:
+                raise ValueError(f"pixel_values: expected {num_columns} images, one a column, got {num_images}")
         patches = None
         if coordinates is None:  # rows and columns of the grid
             index = torch.arange(config.grid_size, dtype=torch.float32, device=device)
@@ -608,15 +607,11 @@ class APMModel(APMPreTrainedModel):
             indices = coordinates_to_indices(coordinates, config.grid_size, config.grid_size)
             rows, columns = indices[..., :1], indices[..., 1:]  # (1 or B, L, 1) twice
         step = self._chunk_rows(trigger_column, columns, chunk_size)
-        if step is None and (coordinates is None or not config.local_patch):
-            yield rows, columns, patches
-            return
-        num_rows = rows.shape[1]
-        for start in range(0, num_rows, step or num_rows):
-            chunk = slice(start, start + (step or num_rows))
+        for start in range(0, rows.shape[1], step) if step else (0,):  # a range would fix a traced number of rows
+            chunk = slice(start, start + step if step else None)
             if coordinates is None:
                 width = columns.shape[2]
-                cells = slice(start * width, chunk.stop * width)
+                cells = slice(start * width, chunk.stop * width if step else None)
                 yield rows[:, chunk], columns, None if patches is None else patches[:, cells]
             else:
                 if config.local_patch:
@@ -660,7 +655,7 @@ class APMModel(APMPreTrainedModel):
             return None
         if not isinstance(coordinates, Tensor):
             raise ValueError(f"coordinates: expected a tensor, got {type(coordinates).__name__}")
-        batch_size, shape = len(trigger_column), coordinates.shape
+        batch_size, shape = trigger_column.shape[0], coordinates.shape
         if (
             len(shape) not in (2, 3)
             or shape[-1] != 2
