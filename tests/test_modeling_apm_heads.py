@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     AutoModelForZeroShotImageClassification,
     BertConfig,
+    BertModel,
     ChineseCLIPConfig,
     ChineseCLIPModel,
     CLIPConfig,
@@ -391,6 +392,17 @@ def test_zero_shot_model_is_called_and_configured_as_other_dual_encoders():
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         assert model.text_model.config._attn_implementation == implementation
+
+
+def test_an_apm_is_the_vision_tower_of_another_dual_encoder(tmp_path):
+    text_model = BertModel(BertConfig(**TEXT))
+    model = randomise(VisionTextDualEncoderModel(vision_model=small_model(), text_model=text_model))
+    model.save_pretrained(tmp_path)
+    loaded = VisionTextDualEncoderModel.from_pretrained(tmp_path)
+    assert type(loaded.vision_model) is APMModel
+    expected = model(input_ids=INPUT_IDS, pixel_values=small_images()).logits_per_image
+    assert expected.shape == (2, 3) and expected.std() > 1e-3
+    assert_close(loaded(input_ids=INPUT_IDS, pixel_values=small_images()).logits_per_image, expected)
 
 
 def test_contrastive_loss_matches_every_image_with_its_text():

@@ -139,6 +139,7 @@ class APMConfig(PreTrainedConfig):
 
     model_type = "apm"
     sub_configs = {"text_config": AutoConfig}
+    attribute_map = {"hidden_size": "feature_size"}  # what other code calls the width of `last_hidden_state`
 
     image_size: int = 448
     patch_size: int = 14
