@@ -400,6 +400,13 @@ def test_configuration_may_ask_for_hidden_states():
     assert model(small_images(), output_hidden_states=False).hidden_states is None
 
 
+def test_options_of_transformers_that_mean_nothing_here_are_accepted():
+    model = small_model()
+    options = {"output_attentions": True, "interpolate_pos_encoding": True}
+    assert_same_answers(model(small_images(), **options), model(small_images()), 1e-6)
+    assert small_model(tie_word_embeddings=False, output_attentions=True)(small_images()).rgb is not None
+
+
 def test_return_dict_false_gives_the_same_answers_in_a_tuple():
     model = small_model()
     expected = model(small_images(), output_hidden_states=True)
@@ -609,6 +616,24 @@ def test_model_on_the_meta_device_is_only_shapes(fields):
     assert_same_answers(model.eval()(**inputs), expected(**inputs), 1e-6)
 
 
+def test_sizes_that_do_not_match_are_drawn_again_beside_feature_statistics(tmp_path):
+    statistics = {"feature_mean": [0.5] * 16, "feature_std": 2.0}
+    model = small_model(**statistics)
+    model.save_pretrained(tmp_path)
+    loaded = APMModel.from_pretrained(tmp_path, hidden_sizes=[32, 20], ignore_mismatched_sizes=True)
+    assert loaded.decoder.layers[0].weight.shape == (20, 32)
+    assert torch.equal(loaded.decoder.query.row.weight, model.decoder.query.row.weight)
+    assert torch.equal(loaded.feature_space.mean, model.feature_space.mean)
+    features = {"feature_size": 20, "feature_mean": [0.5] * 20}
+    loaded = APMModel.from_pretrained(tmp_path, **features, ignore_mismatched_sizes=True)
+    assert loaded(small_images()).last_hidden_state.shape == (2, 9, 20)
+
+
+def test_statistics_are_there_where_no_weights_are_initialised():
+    space = module_under_test.APMFeatureSpace([1, 2], 3)
+    assert space.mean.tolist() == [1, 2] and space.std.tolist() == [3, 3]
+
+
 # ---- precision
 
 
@@ -713,6 +738,15 @@ def test_reentrant_checkpointing_loses_no_gradient_silently(trigger_source, opti
     # Where no input has a gradient, torch warns of what it loses.
     assert bool(lost) == any("Gradients will be None" in str(warning.message) for warning in caught)
     assert not lost or trigger_source == "embedding"
+
+
+@pytest.mark.parametrize("trigger_source", ["conv", "embedding"])
+def test_inputs_that_require_gradients_save_reentrant_checkpointing(trigger_source):
+    model = small_model(trigger_source=trigger_source, pooling="attention").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    weighted_sum(model(**inputs_for(model))).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 def test_stacked_weights_can_be_mapped_over():

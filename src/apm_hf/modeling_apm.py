@@ -27,7 +27,7 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -155,6 +155,7 @@ class APMFeatureSpace(nn.Module):
         self.statistics = (mean, std)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.empty(len(mean)), persistent=False)
+        self.fill()
 
     def fill(self) -> None:
         """Write the numbers into the buffers, which loading leaves undefined."""
@@ -322,7 +323,7 @@ class APMPreTrainedModel(PreTrainedModel):
     config_class = APMConfig
     base_model_prefix = "apm"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: tuple[str, ...] = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["APMDecoder", "APMAttentionPooling"]
     # The choice of attention is the text tower's, where a head has one.
@@ -370,9 +371,9 @@ class APMPreTrainedModel(PreTrainedModel):
             module.fill()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the first module that sees the input: the fold, or the trigger's Linear where nothing is folded."""
+        """Return the first module that sees the input: the fold, or what an embedding goes through."""
         model: Any = getattr(self, "apm", self)
-        return model.trigger if model.config.trigger_source == "conv" else model.decoder.query.trigger
+        return model.trigger
 
 
 class APMModel(APMPreTrainedModel):
@@ -398,6 +399,7 @@ class APMModel(APMPreTrainedModel):
         self.grid_size = config.grid_size
         widths = [head["feature_size"] for head in (config.teacher_heads or {}).values()]
         self.widest = max(*config.hidden_sizes, config.feature_size, config.local_patch_width, *widths)
+        self.trigger: nn.Module = nn.Identity()  # what an embedding goes through
         if config.trigger_source == "conv":
             self.trigger = nn.Conv2d(
                 config.num_channels, config.trigger_channels, config.patch_size, stride=config.patch_size
@@ -552,7 +554,6 @@ class APMModel(APMPreTrainedModel):
         """
         statistics = self.config.set_feature_statistics(mean, std, head=head)
         space = APMFeatureSpace(*statistics.values()).to(device=self.device, dtype=self.dtype)
-        space.fill()
         if head:
             self.decoder.teacher_head(head).space = space
         else:
@@ -586,7 +587,8 @@ class APMModel(APMPreTrainedModel):
             raise ValueError(f"trigger_column: expected a tensor, got {type(trigger_column).__name__}")
         if trigger_column.ndim != 2 or trigger_column.shape[1] != width:
             raise ValueError(f"trigger_column: expected shape (B, {width}), got {tuple(trigger_column.shape)}")
-        return trigger_column.to(self.dtype)  # inputs may stay float32 beside bfloat16 weights
+        trigger_column = trigger_column.to(self.dtype)  # inputs may stay float32 beside bfloat16 weights
+        return self.trigger(trigger_column) if self.config.trigger_source == "embedding" else trigger_column
 
     def _locations(
         self,
@@ -872,6 +874,8 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
     feature needs: neither colours nor levels nor additional teachers' heads.
     """
 
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
     _keys_to_ignore_on_load_unexpected = _UNUSED_BY_HEADS
 
     def __init__(self, config: APMConfig):
@@ -882,9 +886,10 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
             )
         super().__init__(config.features_only())
         self.apm = APMModel(self.config)
-        self.text_model = _text_tower(config.text_config)
+        text_config = self.config.text_config
+        self.text_model = _text_tower(text_config)
         self.text_projection = (
-            nn.Linear(config.text_config.hidden_size, config.feature_size, bias=False)
+            nn.Linear(text_config.hidden_size, config.feature_size, bias=False)
             if config.text_projection
             else nn.Identity()
         )
@@ -947,14 +952,19 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
             model.text_projection.load_state_dict(projection.state_dict())
         return model.eval()
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """Return unnormalised text embeddings `(K, F)` for token ids `(K, T)`."""
-        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        return self.text_projection(outputs.pooler_output)
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Return the tower's output for token ids `(K, T)`; `pooler_output` is `(K, F)`, unnormalised."""
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
 
-    def get_image_features(self, pixel_values: Tensor, coordinates: Tensor | None = None) -> Tensor:
-        """Return unnormalised embeddings `(B, F)` of images `(B, C, S, S)`, pooled over the locations."""
-        return self.apm.pooled_features(pixel_values, coordinates)
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, coordinates: Tensor | None = None, **kwargs) -> APMModelOutput:
+        """Return the APM's output for images `(B, C, S, S)`; `pooler_output` is `(B, F)`, unnormalised."""
+        return self.apm(pixel_values, coordinates, return_dict=True, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -964,6 +974,8 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
         attention_mask: Tensor | None = None,
         coordinates: Tensor | None = None,
         return_loss: bool | None = None,
+        *,
+        interpolate_pos_encoding: bool | None = None,
         **kwargs,
     ) -> APMZeroShotOutput:
         """Compare every image with every text.
@@ -974,10 +986,12 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
             attention_mask: `(K, T)`, 1 for tokens, 0 for padding.
             coordinates: `(L, 2)` or `(B, L, 2)`, the locations that are pooled; None is the full grid.
             return_loss: also return the contrastive loss of B = K matching pairs (arXiv:2103.00020).
+            interpolate_pos_encoding: as in [`APMModel.forward`].
             **kwargs: additional inputs of the text tower, e.g. `token_type_ids`.
         """
-        image_embeds = F.normalize(self.get_image_features(pixel_values, coordinates), dim=-1)
-        text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask, **kwargs), dim=-1)
+        image_embeds = F.normalize(self.apm.pooled_features(pixel_values, coordinates), dim=-1)
+        text = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+        text_embeds = F.normalize(text.pooler_output, dim=-1)
         logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()
         loss = None
         if return_loss:
