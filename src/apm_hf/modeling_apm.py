@@ -105,8 +105,11 @@ class APMQuery(nn.Module):
             patches: `(B, L, Q)`, with `config.local_patch`.
             features: `(B, L, F)`, in the RGB head.
         """
-        hidden = self.trigger(trigger_column[:, None, None]) + self.row(row_code)  # (B, R, 1, H)
-        hidden = (hidden + self.column(column_code)).flatten(1, 2)  # (B, R, C, H) -> (B, L, H)
+        # Layers see three axes at most: adapters take four for an image.
+        row = self.row(row_code.squeeze(2))[:, :, None]  # (1 or B, R, 1, H)
+        column = self.column(column_code.flatten(1, 2)).unflatten(1, column_code.shape[1:3])  # (1 or B, 1 or R, C, H)
+        hidden = self.trigger(trigger_column)[:, None, None] + row + column
+        hidden = hidden.flatten(1, 2)  # (B, R, C, H) -> (B, L, H)
         if self.patch is not None:
             hidden = hidden + self.patch(patches)
         if self.features is not None:
@@ -838,7 +841,9 @@ class APMForSemanticSegmentation(APMPreTrainedModel):
         height, width = output_size if output_size is not None else (grid, grid)
         if height < 1 or width < 1:
             raise ValueError(f"output_size: expected a positive (height, width), got {output_size}")
-        coordinates = None if output_size is None else grid_coordinates(height, width, device=self.device)
+        given = pixel_values if trigger_column is None else trigger_column
+        device = given.device if isinstance(given, Tensor) else None  # weights may lie elsewhere until they are used
+        coordinates = None if output_size is None else grid_coordinates(height, width, device=device)
         sources = (pixel_values, trigger_column, *self.apm.parameters())
         is_frozen = not any(source is not None and source.requires_grad for source in sources)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
