@@ -295,7 +295,7 @@ class Restorer:
             theirs = recentred(split.embeds[condition]) if self.centre else split.embeds[condition]
             targets = unit(theirs) * theirs.shape[1] ** 0.5
             return adapt(
-                machine, None, targets, config=config, trigger_column=trigger, keep_machines=False
+                machine, None, targets, config=config, trigger_column=trigger, keep_models=False
             ).image_embeds
 
         return answer

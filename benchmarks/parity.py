@@ -70,7 +70,7 @@ def fit(
         if step.step == 20:
             after_20[step.images] = F.cosine_similarity(step.image_embeds.cpu(), targets[step.images])
 
-    result = adapt(model, pixels, targets, config=config, callback=record, keep_machines=False)
+    result = adapt(model, pixels, targets, config=config, callback=record, keep_models=False)
     embeds = result.image_embeds.cpu()
     agrees = classify(embeds, texts).argmax(dim=-1) == classify(targets, texts).argmax(dim=-1)
     end = F.cosine_similarity(embeds, targets)

@@ -118,7 +118,7 @@ def measure(row: dict[str, Any], repeats: int, pipe: Any) -> None:
         config = TTTConfig.preset(preset, **row)
 
         def call() -> Any:
-            return adapt(model, images, targets, config=config, keep_machines=False)
+            return adapt(model, images, targets, config=config, keep_models=False)
 
     before = peak(device)
     with FlopCounterMode(display=False) as counter:
@@ -212,7 +212,7 @@ def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             fits = [
                 adapt(model, pixel_values[chosen][i : i + 16], embeds[chosen][i : i + 16], config=config,
-                      keep_machines=False)
+                      keep_models=False)
                 for i in range(0, len(embeds[chosen]), 16)
             ]  # fmt: skip
             seconds = (time.perf_counter() - started) / len(embeds[chosen])

@@ -414,7 +414,7 @@ def test_some_of_the_machines_answer_as_among_all(variant):
         assert torch.equal(value, answers[name][1:])
     for name in ("image_embeds", "losses", "steps", "diverged"):
         assert torch.equal(getattr(some, name), getattr(adapted, name)[1:])
-    forgotten = adapt(model, **inputs_of(model, images, targets), targets=targets, config=paper(), keep_machines=False)
+    forgotten = adapt(model, **inputs_of(model, images, targets), targets=targets, config=paper(), keep_models=False)
     assert len(forgotten[:1].losses) == 1
 
 

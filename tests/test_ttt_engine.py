@@ -395,9 +395,9 @@ def test_images_of_every_group_have_their_own_indices():
 def test_machines_that_are_not_kept_cannot_be_asked():
     model, (images, targets) = small_model(), problem()
     kept = adapt(model, images, targets, config=recipe())
-    freed = adapt(model, images, targets, config=recipe(), keep_machines=False)
+    freed = adapt(model, images, targets, config=recipe(), keep_models=False)
     assert torch.equal(freed.image_embeds, kept.image_embeds)
-    with pytest.raises(ValueError, match="got keep_machines=False"):
+    with pytest.raises(ValueError, match="got keep_models=False"):
         freed.query()
     with pytest.raises(ValueError, match="max_memory: expected a positive number of bytes, got 0"):
         adapt(model, images, targets, config=recipe(), max_memory=0)

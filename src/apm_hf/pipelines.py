@@ -136,7 +136,7 @@ class TestTimeTrainingPipeline(Pipeline):
         targets = torch.cat([self.teacher.encode_images(image)["image_embeds"] for image in images]).to(self.device)
         adapted = adapt(
             self.model, inputs["pixel_values"], targets, config=self.ttt_config, text_embeds=texts,
-            trigger_column=targets if self.model.config.trigger_source == "embedding" else None, keep_machines=False,
+            trigger_column=targets if self.model.config.trigger_source == "embedding" else None, keep_models=False,
         )  # fmt: skip
         diverged = adapted.diverged[:, None]
         both = torch.where(diverged, targets, adapted.image_embeds), targets  # each (B, F) -> (B, K)

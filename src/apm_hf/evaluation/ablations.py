@@ -284,7 +284,7 @@ def run_variant(
     routed = config.trigger_source == "embedding"
     sees_pixels = not routed or config.local_patch
 
-    def fit(start: int, stop: int, *, keep_machines: bool = False) -> tuple[Adapted, Tensor]:
+    def fit(start: int, stop: int, *, keep_models: bool = False) -> tuple[Adapted, Tensor]:
         rows = slice(start, stop)
         adapted = adapt(
             machine,
@@ -292,7 +292,7 @@ def run_variant(
             task.targets(rows, variant.losses),
             config=recipe,
             trigger_column=task.image_embeds[rows] if routed else None,
-            keep_machines=keep_machines,
+            keep_models=keep_models,
         )
         if adapted.diverged.any():
             raise ValueError(f"{variant.factor}, {variant.level}: expected fits that converge, got divergence")
@@ -300,7 +300,7 @@ def run_variant(
 
     # Not timed: the first fit also draws the weights that all start from.
     with FlopCounterMode(display=False) as counter:
-        probes, first = fit(0, NUM_PROBES, keep_machines=True)
+        probes, first = fit(0, NUM_PROBES, keep_models=True)
     gflops = counter.get_total_flops() / NUM_PROBES / 1e9
     features = probes.query().last_hidden_state
     assert features is not None

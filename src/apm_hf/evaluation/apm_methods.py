@@ -116,7 +116,7 @@ class APMAdapted:
             trigger_column=views[:, 0] if machine.config.trigger_source == "embedding" else None,
             text_embeds=task.text_embeds if config.stop == "stable" else None,
             callback=record if self.record_steps else None,
-            keep_machines=False,
+            keep_models=False,
         )
         if adapted.diverged.any():
             images = [batch.indices[row] for row in adapted.diverged.nonzero().flatten().tolist()]

@@ -4,67 +4,67 @@ Every image has its own weights and its own optimiser state; they are stacked al
 one batched computation (Adam is elementwise, so the stacked step is each image's own step). The model given is never
 changed. Source: arXiv:2410.20535, section 4; the published recipes are the presets.
 
-Legend: B images, L locations, D trigger width, F feature width, K classes, S image side.
+Legend: B images, n locations, D trigger width, F feature width, K classes, S image side.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling_apm import APMModel
 from .adapted import Adapted, TTTStep
-from .checks import check_arguments, indices_of, seeds_of
-from .layers import learning_modules
-from .machines import Machines
-from .memory import PREPARED_STEPS, group_size, num_asked
-from .settings import DTYPES, TTTConfig
-from .start_weights import initial_weights
-from .targets import GridTargets, Stopper, TTTTargets
+from .settings import TTTConfig
+from .stacked import StackedModels, Weights, draw_weights, learning_layers
+from .targets import Loss, Stopper, TTTTargets, as_float
 
 logger = logging.get_logger(__name__)
+
+# Layers that do not learn are computed for so many steps at a time.
+PREPARED_STEPS = 16
 
 
 @torch.inference_mode(False)  # adapting takes gradients, wherever it is called from
 @torch.enable_grad()
 def adapt(
     model: PreTrainedModel,
-    pixel_values: Tensor | None,
-    targets: Tensor | TTTTargets,
+    pixel_values: Any,
+    targets: Any,
     *,
     config: TTTConfig,
     generator: torch.Generator | None = None,
     seeds: Sequence[int] | None = None,
-    trigger_column: Tensor | None = None,
-    text_embeds: Tensor | None = None,
+    trigger_column: Any = None,
+    text_embeds: Any = None,
     callback: Callable[[TTTStep], None] | None = None,
     max_memory: int | None = None,
-    keep_machines: bool = True,
+    keep_models: bool = True,
 ) -> Adapted:
-    """Fit one machine to each of B images, so that its pooled feature is the teacher's embedding of that image.
+    """Fit one model to each of B images, so that its pooled feature is the teacher's embedding of that image.
 
-    An image's result depends on the image, its target, the configuration and its seed; not on the other images
-    (`carry_over` excepted), nor on how many there are. On the CPU it is the same to the last bit where the machine's
-    widths are multiples of 16, as the presets' are, and else to rounding.
+    An image's result depends on the image, its target, the configuration and its seed; the other images, their number
+    and order change it by rounding alone (1e-5). The same call gives the same bytes again on the same computer.
 
     Args:
-        model: an [`APMModel`] or a model that holds one: the architecture and, with
-            `start="model"`, the weights to start from. Not changed.
-        pixel_values: `(B, C, S, S)`; None where the machine takes its trigger column from the caller.
+        model: an [`APMModel`] or a model that holds one: the architecture and, with `start="model"`, the weights to
+            start from. Not changed.
+        pixel_values: `(B, C, S, S)`: a tensor, an array or lists, as all inputs; None where the trigger column is
+            given and no local patch is read.
         targets: `(B, F)`, the teacher's image embeddings, as the teacher gives them, or [`TTTTargets`].
         config: see [`TTTConfig`].
         generator: supplies the seed, instead of `config.seed`.
         seeds: `(B,)`, a seed for each image, instead of `config.seed`.
-        trigger_column: `(B, D)`, for `trigger_source="embedding"`.
+        trigger_column: `(B, D)`, instead of folding; required with `trigger_source="embedding"`.
         text_embeds: `(K, F)`, class embeddings, for `stop="stable"`.
         callback: called at every step of every group of images.
         max_memory: bytes that the fit may take at a time; images are fitted in as many groups as that needs, one at
             a time at least. None is half of what is free on the device.
-        keep_machines: False keeps embeddings and losses alone, and frees each group's weights.
+        keep_models: False keeps embeddings and losses alone, and frees each group's weights.
 
     Returns:
         [`Adapted`].
@@ -73,39 +73,47 @@ def adapt(
         ValueError: for shapes that do not fit, for non-finite inputs or targets of norm zero (naming the images), or
             more locations than the grid has.
     """
-    machine = getattr(model, "apm", model)  # heads hold the machine under this name
-    if not isinstance(machine, APMModel):
+    apm = getattr(model, "apm", model)  # heads hold the model under this name
+    if not isinstance(apm, APMModel):
         raise ValueError(f"model: expected an APMModel or a model that holds one, got {type(model).__name__}")
     if not isinstance(targets, TTTTargets):
-        if targets.ndim != 2 or len(targets) == 0:
-            width = machine.config.feature_size
-            raise ValueError(f"targets: expected shape (B, {width}) with B >= 1, got {tuple(targets.shape)}")
+        targets = as_float("targets", targets)
+        if targets is None or targets.ndim != 2 or len(targets) == 0:
+            width, got = apm.config.feature_size, None if targets is None else tuple(targets.shape)
+            raise ValueError(f"targets: expected shape (B, {width}) with B >= 1, got {got}")
         targets = TTTTargets(image_embeds=targets)
-    num_images, device = len(targets), machine.device
-    own_seeds, seeds = seeds is not None, seeds_of(num_images, config, generator, seeds)
-    check_arguments(machine, pixel_values, targets, config, trigger_column, text_embeds)
-    # Copies, since what was made in inference mode cannot be differentiated through.
-    inputs = [None if x is None else x.to(device, torch.float32, copy=True) for x in (pixel_values, trigger_column)]
-    texts = None if text_embeds is None else text_embeds.to(device, torch.float32, copy=True)
+    named = {"pixel_values": pixel_values, "trigger_column": trigger_column, "text_embeds": text_embeds}
+    inputs = {name: as_float(name, values) for name, values in named.items()}
+    check_inputs(apm, targets, config, **inputs)
+    num_images, device = len(targets), apm.device
+    distinct, seeds = seeds is not None, _seeds(num_images, config, generator, seeds)
+    inputs = {name: None if values is None else values.to(device) for name, values in inputs.items()}
+    texts = inputs.pop("text_embeds")
 
-    fit = _Fit(machine, config, targets, texts, callback, keep_machines, own_seeds)
-    # The release hands the optimiser's state on from image to image, so it has to take them one by one.
-    size = 1 if config.carry_over else group_size(machine, config, targets, max_memory, distinct=own_seeds)
-    groups = [slice(first, min(first + size, num_images)) for first in range(0, num_images, size)]
-    results = [fit([None if x is None else x[rows] for x in inputs], rows, seeds[rows]) for rows in groups]
-    embeds = torch.cat([result[0] for result in results])
-    losses = torch.cat([result[1] for result in results])
-    steps = torch.cat([result[2] for result in results])
+    with torch.autocast(device.type, enabled=False):  # `config.dtype` decides on the products
+        fit = _Fit(apm, config, targets, texts, callback, distinct)
+        size = group_size(apm, config, targets, max_memory, distinct=distinct)
+        for first in range(0, num_images, size):
+            images = slice(first, min(first + size, num_images))
+            fit(images, seeds[images], **{name: None if x is None else x[images] for name, x in inputs.items()})
+            if not keep_models:
+                fit.models.clear()
+    embeds, losses, steps = fit.embeds, fit.losses, fit.taken
     diverged = ~embeds.isfinite().all(dim=1) | losses.isinf().any(dim=1)
     diverged |= (losses.isnan() & (torch.arange(config.steps, device=device) < steps[:, None])).any(dim=1)
     if diverged.any():
-        logger.warning(f"adapt: the fit diverged for images {indices_of(diverged)}")
-    states = [state for result in results for state in result[3]] if keep_machines else None
-    return Adapted(embeds, losses, steps, diverged, machine, states, *inputs)
+        logger.warning(f"adapt: the fit diverged for images {_indices(diverged)}")
+    if config.stop == "cosine" and (short := (steps == config.steps) & ~diverged & (fit.cosines < config.stop_threshold)).any():
+        logger.warning(
+            f"adapt: {config.steps} steps were too few for a cosine of {config.stop_threshold} to the targets of the "
+            f"images {_indices(short)}"
+        )
+    places = [fit.models[index] for index in range(num_images)] if keep_models else None
+    return Adapted(embeds, losses, steps, diverged, apm, places, **inputs)
 
 
 class _Fit:
-    """Fits groups of images. Adam's state outlives a group only where the configuration carries it over."""
+    """Fits groups of images and holds the results of all: see [`Adapted`] for most of them."""
 
     def __init__(
         self,
@@ -114,90 +122,86 @@ class _Fit:
         targets: TTTTargets,
         text_embeds: Tensor | None,
         callback: Callable[[TTTStep], None] | None,
-        keep_machines: bool,
-        own_seeds: bool,
+        distinct: bool,
     ):
         self.model, self.config, self.targets, self.callback = model, config, targets, callback
-        self.text_embeds = None if text_embeds is None else torch.nn.functional.normalize(text_embeds, dim=-1)
-        self.keep_machines, self.own_seeds = keep_machines, own_seeds
-        self.learning = learning_modules(model.config, config.fit, targets.tensors())
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.text_embeds = None if text_embeds is None else F.normalize(text_embeds, dim=-1)
+        self.distinct = distinct and config.start == "random"
+        self.learning = learning_layers(model, config, list(targets.tensors()))
+        self.start: Weights | None = None  # where all images start alike
+        num_images, size = len(targets), model.config.grid_size
+        self.grid = targets.grid or (size, size)
+        empty = {"dtype": torch.float32, "device": model.device}
+        self.embeds = torch.empty(num_images, model.config.feature_size, **empty)
+        self.cosines = torch.ones(num_images, **empty)  # to the target, of images that were not stopped
+        self.losses = torch.full((num_images, config.steps), torch.nan, **empty)
+        self.taken = torch.full((num_images,), config.steps, device=model.device)
+        self.models: dict[int, tuple[StackedModels, int]] = {}  # each image's, and its place in it
 
     def __call__(
-        self, inputs: list[Tensor | None], rows: slice, seeds: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor, list[Callable[[], dict[str, Tensor]]]]:
-        """Embeddings `(B, F)`, losses `(B, steps)`, steps taken `(B,)` and what gives each machine's weights."""
-        config, num_images = self.config, len(seeds)
-        grid = self.targets.grid
-        sampler = _Sampler(seeds, num_asked(self.model, self.targets), config.num_locations)
-        own = self.own_seeds and config.start == "random"
-        start = initial_weights(self.model, config, sampler.generators, seeds, own)
-        device = next(iter(start.values())).device
-        machines = Machines(
-            self.model.config, start, self.learning, inputs[0], inputs[1], num_images,
-            grid=grid, rank=config.rank, alpha=config.alpha, own=own,
-            accumulate=config.accumulate_gradients, dtype=DTYPES[config.dtype],
-        )  # fmt: skip
-        std = self.model.config.feature_std
-        scale = None if std is None else torch.tensor(std, dtype=torch.float32, device=device)
-        targets = GridTargets(self.targets, device, rows, scale=scale)
-        self._set_optimizer(machines)
-        stopper = self._stopper(num_images)
-        fitted = torch.arange(num_images)  # the images still fitted; the stacked weights are theirs
-        losses = torch.full((num_images, config.steps), torch.nan, device=device)
-        taken = torch.full((num_images,), config.steps, device=device)
-        embeds = torch.empty(num_images, self.model.config.feature_size, device=device)
-        leaves: dict[int, dict[str, Tensor]] = {}
-        ahead: list[tuple[Tensor | None, Any]] = []
-        where, still = None, None
-        for step in range(config.steps):
-            if not ahead:
-                places = [sampler(device, fitted) for _ in range(min(PREPARED_STEPS, config.steps - step))]
-                ahead = list(zip(places, machines.prepare(places), strict=True))
-            where, still = ahead.pop(0)
-            answers = machines(where, still, everywhere=self.targets.everywhere)
-            loss, pooled = targets.loss(answers, where), answers.pooled
-            losses[fitted, step] = loss.detach()
-            if self.callback is not None:
-                self._call_back(step, rows, fitted, loss, pooled, machines, start)
-            done = None if stopper is None else stopper(loss.detach(), pooled.detach(), targets)
-            if done is not None and done.any():
-                embeds[fitted[done]], taken[fitted[done]] = pooled.detach()[done], step
-                leaves |= _leaves(machines, fitted, done, copy=True)
-                if done.all():
-                    fitted = fitted[:0]
-                    break
-            # Summed over images: each image's weights then get exactly its own gradient.
-            loss.sum().backward()
-            self._step(machines)
-            if done is not None and done.any():
-                kept, num = (~done).nonzero()[:, 0].to(device), len(fitted)
-                fitted = fitted[~done]
-                self._keep(kept, machines)
-                targets.keep(kept)
-                stopper.keep(kept)
-                selected: dict[int, Any] = {}  # entries of the whole grid are one and the same
-                (where, still), *ahead = [_select(entry, kept, num, selected) for entry in [(where, still), *ahead]]
-        if len(fitted):
-            with torch.no_grad():
-                embeds[fitted] = machines(where, still, everywhere=self.targets.everywhere).pooled
-            leaves |= _leaves(machines, fitted, torch.ones(len(fitted), dtype=torch.bool))
-        machines.release()
-        if not self.keep_machines:
-            return embeds, losses, taken, []
-        return (
-            embeds,
-            losses,
-            taken,
-            [self._state(machines, start, leaves[index], index) for index in range(num_images)],
+        self, group: slice, seeds: Sequence[int], *, pixel_values: Tensor | None, trigger_column: Tensor | None
+    ) -> None:
+        config, device = self.config, self.model.device
+        sampler = _Sampler(seeds, self.grid[0] * self.grid[1], config.num_locations, device)
+        outputs = ["features", *(name for name in ("rgb", "levels") if name in self.targets.tensors())]
+        loss = Loss(self.targets, group, self.model)
+        models = StackedModels(
+            self.model,
+            self._start(seeds),
+            self.learning,
+            config,
+            pixel_values,
+            trigger_column,
+            self.grid,
+            outputs,
+            loss.target_size(),
         )
+        optimizer = torch.optim.Adam(models.learnt(), lr=config.learning_rate, fused=True)
+        stopper = self._stopper(len(seeds))
+        images = torch.arange(group.start, group.stop)  # those still fitted
+        for step in range(config.steps):
+            now = step % PREPARED_STEPS
+            if now == 0:
+                models.prepare([sampler(images - group.start) for _ in range(min(PREPARED_STEPS, config.steps - step))])
+            outputs = models(now)
+            losses, pooled = loss(outputs, models.places[now]), outputs["pooled"].detach()
+            self.losses[images, step] = losses.detach()
+            if self.callback is not None:
+                self.callback(TTTStep(step, images, losses.detach(), pooled, _weights(models, images)))
+            done = None if stopper is None else stopper(losses.detach(), pooled, loss)
+            if done is not None and done.any():
+                self._finish(models.take(done.nonzero()[:, 0].to(device)), images[done], pooled[done])
+                self.taken[images[done]] = step
+                if done.all():
+                    return
+            # Summed over images: each image's weights then get exactly its own gradient.
+            losses.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if done is not None and done.any():
+                kept = (~done).nonzero()[:, 0].to(device)
+                images, old = images[~done], models
+                models = old.take(kept)
+                optimizer = _hand_over(optimizer, old, models, kept)
+                loss.keep(kept)
+                stopper.keep(kept)
+        with torch.no_grad():
+            pooled = models(now)["pooled"]
+        self._finish(models, images, pooled)
+        if (cosines := loss.cosine(pooled)) is not None:
+            self.cosines[images] = cosines
 
-    @staticmethod
-    def _state(
-        machines: Machines, start: dict[str, Tensor], leaves: dict[str, Tensor], index: int
-    ) -> Callable[[], dict[str, Tensor]]:
-        first = {name: weight[index if machines.shared.own else 0] for name, weight in start.items()}
-        return partial(machines.state_dict, first, leaves)
+    def _start(self, seeds: Sequence[int]) -> Weights:
+        """Return the weights that models start from, `(1 or B, ...)` by name."""
+        if self.distinct:
+            drawn = {seed: draw_weights(self.model, seed) for seed in dict.fromkeys(seeds)}
+            return {name: torch.stack([drawn[seed][name] for seed in seeds]) for name in drawn[seeds[0]]}
+        if self.start is None:
+            given = {name: weight.detach().float() for name, weight in self.model.named_parameters()}
+            weights = draw_weights(self.model, seeds[0]) if self.config.start == "random" else given
+            # What was made in inference mode cannot be differentiated through.
+            self.start = {name: (x.clone() if x.is_inference() else x)[None] for name, x in weights.items()}
+        return self.start
 
     def _stopper(self, num_images: int) -> Any:
         config, texts = self.config, self.text_embeds
@@ -206,100 +210,165 @@ class _Fit:
         classify = None if texts is None else (lambda embeds: (embeds @ texts.T).argmax(dim=-1))
         return Stopper(config.stop, config.stop_threshold or 0.0, config.stop_patience, num_images, classify)
 
-    def _set_optimizer(self, machines: Machines) -> None:
-        leaves = list(machines.leaves().values())
-        if self.optimizer is not None and self.config.carry_over:
-            self._hand_over(leaves, None)
-            return
-        self.optimizer = torch.optim.Adam(leaves, lr=self.config.learning_rate, fused=True)
-        never = 2**31
-        self.scheduler = torch.optim.lr_scheduler.StepLR(
-            self.optimizer, self.config.lr_decay_every or never, self.config.lr_decay
-        )
-
-    def _hand_over(self, leaves: list[Tensor], kept: Tensor | None) -> None:
-        """Adam's moments go on with other leaves, of the machines `kept`."""
-        assert self.optimizer is not None
-        (group,) = self.optimizer.param_groups
-        for old, new in zip(group["params"], leaves, strict=True):
-            state = self.optimizer.state.pop(old, {})
-            if kept is not None:
-                state = {name: value[kept] if value.ndim else value for name, value in state.items()}
-            self.optimizer.state[new] = state
-        group["params"] = leaves
-
-    def _keep(self, kept: Tensor, machines: Machines) -> None:
-        machines.keep(kept)
-        self._hand_over(list(machines.leaves().values()), kept)
-
-    def _step(self, machines: Machines) -> None:
-        assert self.optimizer is not None
-        self.optimizer.step()
-        self.scheduler.step()
-        if not self.config.accumulate_gradients:
-            for leaf in machines.leaves().values():
-                if leaf.requires_grad:  # the gradients of the others are overwritten
-                    leaf.grad = None
-
-    def _call_back(
-        self,
-        step: int,
-        rows: slice,
-        fitted: Tensor,
-        loss: Tensor,
-        pooled: Tensor,
-        machines: Machines,
-        start: dict[str, Tensor],
-    ) -> None:
-        def state_dict(image: int) -> dict[str, Tensor]:
-            index = image - rows.start
-            position = (fitted == index).nonzero()[0, 0]
-            one = {name: leaf.detach()[position] for name, leaf in machines.leaves().items()}
-            return self._state(machines, start, one, index)()
-
-        assert self.callback is not None
-        self.callback(TTTStep(step, fitted + rows.start, loss.detach(), pooled.detach(), state_dict))
+    def _finish(self, models: StackedModels, images: Tensor, pooled: Tensor) -> None:
+        models.release()
+        self.embeds[images] = pooled
+        self.models |= {image: (models, place) for place, image in enumerate(images.tolist())}
 
 
-def _leaves(machines: Machines, fitted: Tensor, chosen: Tensor, *, copy: bool = False) -> dict[int, dict[str, Tensor]]:
-    """What the chosen machines `(B',)` have learnt, by image."""
-    stacked = {name: leaf.detach() for name, leaf in machines.leaves().items()}
-    taken = {}
-    for position in chosen.nonzero()[:, 0]:
-        one = {name: leaf[position] for name, leaf in stacked.items()}
-        taken[int(fitted[position])] = {name: leaf.clone() for name, leaf in one.items()} if copy else one
-    return taken
+def _hand_over(
+    optimizer: torch.optim.Optimizer, old: StackedModels, new: StackedModels, kept: Tensor
+) -> torch.optim.Optimizer:
+    """Return an optimiser of the models kept that goes on with their state."""
+    successor = torch.optim.Adam(new.learnt(), lr=optimizer.param_groups[0]["lr"], fused=True)
+    for before, after in zip(old.learnt(), new.learnt(), strict=True):
+        state = optimizer.state[before]
+        successor.state[after] = {name: value[kept] if value.ndim else value for name, value in state.items()}
+    return successor
 
 
-def _select(entry: tuple[Tensor | None, Any], kept: Tensor, num: int, selected: dict[int, Any]) -> Any:
-    """The machines `kept` of `num`: of locations and of what was prepared for them."""
-    where, still = entry
-    where = where[kept] if where is not None and where.ndim == 2 else where
-    if still is not None:
-        if id(still) not in selected:
-            # The old one stays referenced, so that its id stays its own.
-            selected[id(still)] = still, tuple(part[kept] if len(part) == num else part for part in still)
-        still = selected[id(still)][1]
-    return where, still
+def _weights(models: StackedModels, images: Tensor) -> Callable[[int], Weights]:
+    return lambda image: models.weights(images.tolist().index(image))
 
 
 class _Sampler:
-    """A fresh random subset of the grid's cells at every call, from each image's own seed."""
+    """Draws a fresh random subset of the grid's cells at every call, from each image's own seed."""
 
-    def __init__(self, seeds: Sequence[int], num_all: int, num_sampled: int | None):
+    def __init__(self, seeds: Sequence[int], num_cells: int, num_sampled: int | None, device: torch.device):
         # Drawn on the CPU, so that a seed means the same on every device. Images of one seed share one stream.
-        unique = dict.fromkeys(seeds)
-        self.generators = {seed: torch.Generator().manual_seed(seed) for seed in unique}
-        self.seeds, self.num_all, self.num_sampled = seeds, num_all, num_sampled
+        self.generators = {seed: torch.Generator().manual_seed(seed) for seed in seeds}
+        self.seeds, self.num_cells, self.num_sampled, self.device = seeds, num_cells, num_sampled, device
 
-    def __call__(self, device: torch.device, images: Tensor) -> Tensor | None:
-        """`(n,)` where all images share a seed, else `(B', n)` for the images asked; None for the full grid."""
+    def __call__(self, images: Tensor) -> Tensor | None:
+        """Return `(n,)` where all images share a seed, else `(B', n)` for these images; None for the full grid."""
         if self.num_sampled is None:
             return None
         drawn = {
-            seed: torch.randperm(self.num_all, generator=generator)[: self.num_sampled]
+            seed: torch.randperm(self.num_cells, generator=generator)[: self.num_sampled]
             for seed, generator in self.generators.items()
         }
         if len(drawn) == 1:
-            return next(iter(drawn.values())).to(device)
-        return torch.stack([drawn[self.seeds[index]] for index in images.tolist()]).to(device)
+            return next(iter(drawn.values())).to(self.device)
+        return torch.stack([drawn[self.seeds[index]] for index in images.tolist()]).to(self.device)
+
+
+# --- memory ---
+
+
+def group_size(
+    model: APMModel, config: TTTConfig, targets: TTTTargets, max_memory: int | None, *, distinct: bool
+) -> int:
+    """Return how many images are fitted at a time: as many as fit the memory, one at least."""
+    if max_memory is None:
+        on_gpu = model.device.type == "cuda"
+        max_memory = (torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available) // 2
+    elif max_memory < 1:
+        raise ValueError(f"max_memory: expected a positive number of bytes, got {max_memory}")
+    return max(1, max_memory // bytes_per_image(model, config, targets, distinct=distinct))
+
+
+def bytes_per_image(model: APMModel, config: TTTConfig, targets: TTTTargets, *, distinct: bool) -> int:
+    """Estimate what fitting one image takes; `distinct` where every image has a seed, so weights, of its own."""
+    architecture, learning = model.config, learning_layers(model, config, list(targets.tensors()))
+    learnt = 0
+    for name, parameter in model.named_parameters():
+        how, part = learning.get(name.rpartition(".")[0]), name.rpartition(".")[2]
+        low_rank = how == "low_rank" and part == "weight"
+        if how == "all" or low_rank or (how and part == "bias"):
+            learnt += config.rank * len(parameter) if low_rank else parameter.numel()
+    every = sum(parameter.numel() for parameter in model.parameters())
+    num_cells = architecture.num_locations if targets.grid is None else targets.grid[0] * targets.grid[1]
+    num_queried = config.num_locations or num_cells
+    ahead = min(PREPARED_STEPS, config.steps) if config.num_locations else 1
+    widths = [*architecture.hidden_sizes, architecture.feature_size]
+    images = architecture.num_channels * architecture.image_size**2 * 2
+    images += num_cells * (2 * architecture.local_patch_width + architecture.feature_size * (targets.grid is not None))
+    # Weights, gradients and Adam's two moments; activations, their gradients and what Linear and ReLU save of them.
+    elements = 4 * learnt + 2 * every * (distinct and config.start == "random")
+    return 4 * (elements + num_queried * (4 * sum(widths) + ahead * max(widths)) + images)
+
+
+# --- what may be wrong with the arguments, each with a message of its own ---
+
+
+def _seeds(
+    num_images: int, config: TTTConfig, generator: torch.Generator | None, seeds: Sequence[int] | None
+) -> list[int]:
+    if seeds is not None:
+        if generator is not None:
+            raise ValueError("seeds, generator: expected one of them, got both")
+        if len(seeds) != num_images:
+            raise ValueError(f"seeds: expected {num_images}, one an image, got {len(seeds)}")
+        return [int(seed) for seed in seeds]
+    seed = config.seed
+    if generator is not None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    return [seed] * num_images
+
+
+def check_inputs(
+    model: APMModel,
+    targets: TTTTargets,
+    config: TTTConfig,
+    pixel_values: Tensor | None,
+    trigger_column: Tensor | None,
+    text_embeds: Tensor | None,
+) -> None:
+    """Raise a `ValueError` for inputs that do not fit the model or each other, or are not finite."""
+    architecture, named, num_images = model.config, targets.tensors(), len(targets)
+    width, side = architecture.feature_size, architecture.image_size
+    num_cells = architecture.num_locations if targets.grid is None else targets.grid[0] * targets.grid[1]
+    if num_images == 0:
+        raise ValueError("targets: expected at least one image, got none")
+    for name, shape in (("image_embeds", f"(B, {width})"), ("features", f"(B, rows, cols, {width})")):
+        if name in named and named[name].shape[-1] != width:
+            raise ValueError(f"targets: expected shape {shape} with B >= 1, got {tuple(named[name].shape)}")
+    levels = (architecture.num_levels, architecture.level_width)
+    if targets.levels is not None and (targets.levels.shape[1], targets.levels.shape[-1]) != levels:
+        raise ValueError(
+            f"levels: expected shape (B, {levels[0]}, rows, cols, {levels[1]}), got {tuple(targets.levels.shape)}"
+        )
+    if targets.rgb is not None and not architecture.use_rgb_head:
+        raise ValueError("rgb: expected a model with use_rgb_head=True, got one without")
+    if config.num_locations is not None and config.num_locations > num_cells:
+        raise ValueError(
+            f"num_locations: expected at most the grid's {num_cells} locations, got {config.num_locations}"
+        )
+    if config.stop == "stable" and text_embeds is None:
+        raise ValueError("text_embeds: expected class embeddings (K, F) for stop='stable', got none")
+    if config.stop == "cosine" and targets.image_embeds is None:
+        raise ValueError("image_embeds: expected targets to compare with for stop='cosine', got none")
+    if text_embeds is not None and (text_embeds.ndim != 2 or text_embeds.shape[1] != width):
+        raise ValueError(f"text_embeds: expected shape (K, {width}), got {tuple(text_embeds.shape)}")
+    if trigger_column is None and architecture.trigger_source == "embedding":
+        raise ValueError("trigger_column: expected (B, D) for trigger_source='embedding', got none")
+    if pixel_values is None and trigger_column is None:
+        raise ValueError("adapt: expected pixel_values or trigger_column, got neither")
+    if pixel_values is None and architecture.local_patch:
+        raise ValueError("pixel_values: expected the images, since local_patch=True puts them into the query")
+    if trigger_column is not None and config.fit == "trigger":
+        raise ValueError("fit='trigger': expected pixel_values to fold, got the trigger_column")
+    shapes = {
+        "pixel_values": (architecture.num_channels, side, side),
+        "trigger_column": (architecture.trigger_width,),
+    }
+    for name, values in {"pixel_values": pixel_values, "trigger_column": trigger_column, **named}.items():
+        if values is None:
+            continue
+        label = "targets" if name == "image_embeds" else name
+        if name in shapes and values.shape[1:] != shapes[name]:
+            expected = ", ".join(map(str, shapes[name]))
+            raise ValueError(f"{name}: expected shape (B, {expected}), got {tuple(values.shape)}")
+        if len(values) != num_images:
+            raise ValueError(f"{label}: expected {num_images} images, as many as targets, got {len(values)}")
+        bad = ~values.flatten(1).isfinite().all(dim=1)
+        if bad.any():
+            raise ValueError(f"{label}: expected finite numbers, got NaN or infinity in images {_indices(bad)}")
+    if targets.image_embeds is not None:
+        empty = (targets.image_embeds == 0).all(dim=-1).view(num_images, -1).any(dim=1)
+        if empty.any():
+            raise ValueError(f"targets: expected embeddings with a direction, got zeros in images {_indices(empty)}")
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()

@@ -1,14 +1,14 @@
-"""Photos in, the teacher's and the adapted machines' predictions out, side by side.
+"""Classify photos with the teacher and with adapted models, side by side.
 
-Source: arXiv:2410.20535, section 4: the teacher's embedding of an image is taken once, a machine is fitted to it, and
-the machine's pooled feature is classified zero-shot. A machine fitted to the end repeats its teacher, so the teacher's
-own answer always stands beside it.
+Source: arXiv:2410.20535, section 4: the teacher's embedding of an image is taken once, a model is fitted to it, and
+the model's pooled feature is classified zero-shot. A model fitted to the end repeats its teacher, so the teacher's
+own prediction always stands beside it.
 
 Legend: B images, K classes, F feature width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from ..distillation import matching_image_processor
 from ..modeling_apm import APMModel, APMPreTrainedModel
 from ..teachers import DEFAULT_TEMPLATES, Teacher
 from ..zero_shot import class_embeds, classify
-from .adaptation import Adapted, TTTConfig, adapt
+from .adaptation import adapt
+from .adapted import Adapted
+from .settings import TTTConfig
+from .stacked import redraw
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,10 @@ class TTTClassification:
     """Predictions for B images, on the CPU.
 
     Args:
-        teacher_logits, logits: `(B, K)`, of the teacher and of the adapted machines, for the same class embeddings;
+        teacher_logits, logits: `(B, K)`, of the teacher and of the adapted models, for the same class embeddings;
             NaN where a fit diverged.
-        target_cosine: `(B,)`, cosine between the adapted machines' pooled features and the teacher's embeddings.
-        adapted: the fits; the machines can be queried where they were kept.
+        target_cosine: `(B,)`, cosine between the adapted models' pooled features and the teacher's embeddings.
+        adapted: the fits; the models can be queried where they were kept.
     """
 
     teacher_logits: Tensor
@@ -42,24 +45,24 @@ class TTTClassification:
 
     @property
     def agreement(self) -> Tensor:
-        """`(B,)`, whether both predict the same class."""
+        """Tell for each image whether both predict the same class: `(B,)`."""
         agrees = self.logits.argmax(dim=-1) == self.teacher_logits.argmax(dim=-1)
         return agrees & self.logits.isfinite().all(dim=-1)
 
 
 class TTTClassifier:
-    """Adapts to every image and classifies it. Texts are encoded once.
+    """Adapts to every image and classifies it. Texts are encoded, and random weights drawn, once.
 
     Args:
         teacher: gives the targets and the class embeddings.
         class_names: the K classes; of several with one name the first is predicted.
-        model: the machine to adapt; None is a fresh `clip-ttt` as wide as the teacher.
-        image_processor: the machine's; by default it shows what the teacher sees.
+        model: the APM to adapt; None is a fresh `clip-ttt` as wide as the teacher.
+        image_processor: the model's; by default one that shows it what the teacher is given.
         config: how to adapt.
         templates: prompts, averaged per class.
 
     Raises:
-        ValueError: for a machine of another width than the teacher.
+        ValueError: for a model of another width than the teacher.
     """
 
     def __init__(
@@ -82,30 +85,34 @@ class TTTClassifier:
                 f"got {model.config.feature_size}"
             )
         self.teacher, self.model, self.config = teacher, model, config
+        self.drawn = redraw(getattr(model, "apm", model), config.seed) if config.start == "random" else None
         self.image_processor = image_processor or matching_image_processor(teacher, model.config.image_size)
         self.class_names = list(class_names)
         self.text_embeds = class_embeds(teacher, self.class_names, templates)  # (K, F)
 
     def __call__(
-        self, images: Sequence[Any], *, seeds: Sequence[int] | None = None, keep_machines: bool = False
+        self, images: Sequence[Any], *, seeds: Sequence[int] | None = None, keep_models: bool = False
     ) -> TTTClassification:
-        """Predictions for B images, PIL or anything else the image processors take.
+        """Classify B images, PIL or anything else the image processors take.
 
-        The adapted machines can be queried only where they are kept: they may take far more memory than the images.
+        The adapted models can be queried only where they are kept: they may take far more memory than the images.
         """
         targets = self.teacher.encode_images(list(images)).image_embeds
         assert targets is not None
         inputs = self.image_processor(list(images), return_tensors="pt")
         trigger = targets if self.model.config.trigger_source == "embedding" else None
+        model, config = self.model, self.config
+        if self.drawn is not None and seeds is None:
+            model, config = self.drawn, replace(config, start="model")
         adapted = adapt(
-            self.model,
+            model,
             inputs["pixel_values"],
             targets,
-            config=self.config,
+            config=config,
             seeds=seeds,
             trigger_column=trigger,
             text_embeds=self.text_embeds if self.config.stop == "stable" else None,
-            keep_machines=keep_machines,
+            keep_models=keep_models,
         )
         embeds, targets = adapted.image_embeds.cpu(), targets.cpu()
         scale, texts = self.teacher.logit_scale, self.text_embeds.cpu()

@@ -1,4 +1,4 @@
-"""How an image is adapted to: every setting of a fit, and the published recipes as presets.
+"""Settings of a fit, and the published recipes as presets.
 
 Source: arXiv:2410.20535, section 4.
 """
@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
-from .layers import FITS
-from .targets import STOPS
-
+FITS = ("all", "last_layers", "low_rank", "heads", "trigger", "output_bias")
 STARTS = ("random", "model")
+STOPS = ("plateau", "cosine", "stable")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TTTConfig:
-    """How an image is adapted to. The presets are in `TTTConfig.preset`.
+    """Settings of a fit. The presets are in `TTTConfig.preset`.
 
     Args:
         steps: gradient steps per image, at most.
@@ -25,31 +24,22 @@ class TTTConfig:
         num_locations: grid locations whose features are pooled at each step, a fresh random subset each time; the
             subset's mean is an unbiased estimate of the grid's. None pools all of them: the exact limit.
         fit: what learns. `"all"`: every weight (paper). `"last_layers"`: the last hidden layer, the feature head and
-            attention's values and output. `"low_rank"`: the same, but the hidden layer and the head learn a product
-            of rank `rank` whose first factor is fixed: it sums the inputs in `rank` blocks, so that the columns of a
-            block move together, which is nearly what Adam does to them anyway. `"heads"`: the feature head and
-            attention's values and output. `"trigger"`: the convolution alone. `"output_bias"`: one vector, a control:
-            it copies its target and adapts nothing.
+            attention's values and output. `"low_rank"`: the same, but the hidden layer and the head learn a low-rank
+            update whose first factor is fixed: it sums the inputs in `rank` blocks, so that the columns of a block
+            move together, which is nearly what Adam does to them anyway. `"heads"`: the feature head and attention's
+            values and output. `"trigger"`: the convolution alone. `"output_bias"`: one vector, a control: it copies
+            its target and adapts nothing.
         rank: see `fit="low_rank"`; reduced to a divisor of the layer's width.
-        alpha: layers of low rank move so many times as far as their weights would; layers below stand still, and
-            this makes up for them.
+        alpha: of low-rank updates: a step moves a layer's outputs by `learning_rate` * `alpha` of their size, whatever
+            the architecture.
         start: `"random"` draws new weights, `"model"` starts from the given model's.
         seed: of the weights drawn and of the locations sampled. One seed serves all images of a call.
-        initializer_range: standard deviation of weights drawn; None is the model's own, with biases at zero. A number
-            draws the biases too, as the release does.
         stop: label-free rule by which an image stops before `steps`. `"plateau"`: its loss has not fallen by the
-            fraction `stop_threshold` within `stop_patience` steps. `"cosine"`: the cosine to its target has been at
-            least `stop_threshold` for `stop_patience` steps. `"stable"`: its predicted class has been the same for
-            `stop_patience` steps (`adapt` then takes `text_embeds`). None: never.
+            fraction `stop_threshold` within `stop_patience` steps. `"cosine"`: the cosine to its (mean) target has
+            been at least `stop_threshold` for `stop_patience` steps. `"stable"`: its predicted class has been the same
+            for `stop_patience` steps (`adapt` then takes `text_embeds`). None: never.
         stop_threshold, stop_patience: see `stop`.
         dtype: of the products, `"float32"` or `"bfloat16"`; weights, losses, optimiser and pooling stay float32.
-        lr_decay_every: steps after which the learning rate is multiplied by `lr_decay`; None never.
-        lr_decay: see `lr_decay_every`.
-        accumulate_gradients: never zero the gradients while an image is fitted (release).
-        carry_over: hand Adam's moments and the learning rate on from image to image (release). Images are then fitted
-            one after the other, and a result depends on the images before it.
-        num_copies: copies of the image in the batch of one step (release: 8). The mean loss of identical copies is the
-            loss of one, so the copies are not computed.
 
     Raises:
         ValueError: for a value outside its range; says what was expected.
@@ -63,29 +53,22 @@ class TTTConfig:
     alpha: float = 1.0
     start: str = "random"
     seed: int = 0
-    initializer_range: float | None = None
     stop: str | None = None
     stop_threshold: float | None = None
     stop_patience: int = 5
     dtype: str = "float32"
-    lr_decay_every: int | None = None
-    lr_decay: float = 0.1
-    accumulate_gradients: bool = False
-    carry_over: bool = False
-    num_copies: int = 1
 
     def __post_init__(self) -> None:
         for name, known in (("start", STARTS), ("fit", FITS), ("dtype", tuple(DTYPES)), ("stop", (None, *STOPS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {list(known)}, got {getattr(self, name)!r}")
-        for name in ("steps", "num_locations", "rank", "stop_patience", "lr_decay_every", "num_copies"):
+        for name in ("steps", "num_locations", "rank", "stop_patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
-        for name in ("learning_rate", "alpha", "initializer_range", "lr_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}: expected a positive finite number, got {value}")
+        for name in ("learning_rate", "alpha"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a positive finite number, got {getattr(self, name)}")
         if self.stop in ("plateau", "cosine"):
             if self.stop_threshold is None or not 0 < self.stop_threshold < 1:
                 raise ValueError(
@@ -94,13 +77,12 @@ class TTTConfig:
                 )
         elif self.stop_threshold is not None:
             raise ValueError(f"stop_threshold: expected None for stop={self.stop!r}, got {self.stop_threshold}")
-        if self.stop is not None and self.carry_over:
-            raise ValueError("stop: expected None with carry_over, whose schedule counts whole fits")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "TTTConfig":
-        """`"paper"`: the paper's recipe. `"reference"`: what the release computes, quirks included. `"fast"`: the best
-        point measured on the curve of quality against cost (docs/test_time_training.md).
+        """Return `"paper"`, the paper's recipe, or `"fast"`, the best one measured for its cost.
+
+        docs/test_time_training.md has the measurements.
 
         Raises:
             ValueError: for an unknown preset or a value outside its range.
@@ -112,13 +94,8 @@ class TTTConfig:
 
 PRESETS: dict[str, TTTConfig] = {
     "paper": TTTConfig(),
-    "reference": TTTConfig(
-        steps=1200,
-        initializer_range=0.01,
-        lr_decay_every=200,
-        accumulate_gradients=True,
-        carry_over=True,
-        num_copies=8,
+    "fast": TTTConfig(
+        steps=200, learning_rate=1e-3, num_locations=8, fit="low_rank", alpha=100.0,
+        stop="cosine", stop_threshold=0.99, stop_patience=1,
     ),
-    "fast": TTTConfig(steps=30, learning_rate=2e-4, num_locations=4, fit="low_rank", rank=8, alpha=5.0),
 }
