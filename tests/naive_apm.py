@@ -135,7 +135,7 @@ def naive_pooling(config: APMConfig, weights: dict[str, Tensor], features: Tenso
         "out_proj.weight": weights["pooler.out_proj.weight"],
         "out_proj.bias": weights["pooler.out_proj.bias"],
     }
-    query = weights["pooler.query"][None, None]
+    query = weights["pooler.query"]
     pooled, _ = torch.func.functional_call(attention, parameters, (query, inputs, inputs))
     return pooled[0, 0]
 
@@ -159,6 +159,12 @@ def naive_apm(
     def linear(name: str, inputs: Tensor) -> Tensor:
         return weights[f"{name}.weight"] @ inputs + weights[f"{name}.bias"]
 
+    def first_linear(name: str, inputs: Tensor) -> Tensor:
+        """One Linear over the concatenated [feature ; trigger ; local patch ; position]."""
+        parts = [f"{name}.{part}.weight" for part in ("features", "trigger", "patch", "column", "row")]
+        weight = torch.cat([weights[part] for part in parts if part in weights], dim=1)
+        return weight @ inputs + weights[f"{name}.trigger.bias"]
+
     features, colours, pooled, hidden_states = [], [], [], [[] for _ in config.hidden_sizes]
     for image, column in enumerate(trigger_column):
         for y, x in coordinates[image]:
@@ -166,14 +172,15 @@ def naive_apm(
             if config.local_patch:
                 parts.append(naive_local_patch(pixel_values[image], y, x, config.patch_size))
             query = torch.cat([*parts, naive_position_code(y, x, grid, grid, config.position_size)])
-            hidden = query
-            for i in range(len(config.hidden_sizes)):
-                hidden = activation(linear(f"decoder.layers.{i}", hidden))
+            hidden = activation(first_linear("decoder.query", query))
+            hidden_states[0].append(hidden)
+            for i in range(1, len(config.hidden_sizes)):
+                hidden = activation(linear(f"decoder.layers.{i - 1}", hidden))
                 hidden_states[i].append(hidden)
             features.append(linear("decoder.feature_head", hidden))
             if config.use_rgb_head:
-                rgb = torch.cat([features[-1], query])
-                for i in range(len(config.rgb_hidden_sizes) + 1):
+                rgb = first_linear("decoder.rgb_head.query", torch.cat([features[-1], query])).relu()
+                for i in range(len(config.rgb_hidden_sizes)):
                     rgb = linear(f"decoder.rgb_head.layers.{i}", rgb).relu()
                 colours.append(rgb)
         answers = torch.stack(features[-len(coordinates[image]) :])

@@ -202,3 +202,33 @@ def test_auto_config_knows_apm():
     config = AutoConfig.for_model("apm", feature_size=24)
     assert type(config) is APMConfig
     assert config.feature_size == 24
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"tie_word_embeddings": False}, {"use_cache": False}, {"output_attentions": True}, {"torch_dtype": "bfloat16"}],
+    ids=str,
+)
+def test_fields_that_transformers_gives_every_model_are_accepted(fields):
+    assert APMConfig.preset("tiny", **fields).feature_size == 144
+
+
+def test_a_file_keeps_fields_of_its_user_and_of_the_trainer(tmp_path):
+    config = APMConfig.preset("tiny", feature_size=20)
+    config.use_cache, config.my_note = False, {"photos": [1, 2]}
+    config.save_pretrained(tmp_path)
+    loaded = APMConfig.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    again = APMConfig.from_pretrained(tmp_path)
+    assert again.my_note == {"photos": [1, 2]} and again.feature_size == 20
+    with pytest.raises(ValueError, match="no field 'my_note'"):
+        APMConfig(my_note=1)
+
+
+def test_the_width_of_the_features_has_the_name_that_other_code_looks_for():
+    config = APMConfig.preset("tiny", feature_size=20)
+    assert config.hidden_size == 20
+    config.hidden_size = 24
+    assert config.feature_size == 24 and "hidden_size" not in config.to_dict()
+    with pytest.raises(ValueError, match="did you mean 'hidden_sizes'"):
+        APMConfig(hidden_size=24)

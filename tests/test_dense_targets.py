@@ -56,6 +56,25 @@ def test_a_moved_image_is_the_image_moved_and_reflected_at_its_edges():
     torch.testing.assert_close(half[:, :-1], (pixels[0, 0, :, :-1] + pixels[0, 0, :, 1:]) / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [(3.75, -0.5), (-700.0, 9.0)], ids=["near", "beyond both edges"])
+def test_a_moved_image_is_where_it_belongs_whatever_its_dtype(dtype, shift):
+    """448 pixels a side: the places of a half-precision grid would be whole pixels apart, or NaN by reflection."""
+    pixels = noise(2, 3, 448, 448).to(dtype)
+    window = moved(pixels, *shift)
+    expected = moved(pixels.double(), *shift)
+    assert window.dtype == dtype
+    # Positions are float32: a pixel and its neighbour, a few units apart, mix by some 1e-4 more or less.
+    torch.testing.assert_close(window.double(), expected, rtol=torch.finfo(dtype).eps, atol=2e-3)
+
+
+def test_autocast_leaves_the_places_of_a_moved_image_alone():
+    pixels = noise(1, 3, 448, 448)
+    with torch.autocast("cpu", torch.bfloat16):
+        window = moved(pixels, 3.75, -0.5)
+    assert torch.equal(window, moved(pixels, 3.75, -0.5))
+
+
 @pytest.mark.parametrize("factor", [0, TEACHER_PATCH + 1])
 def test_a_factor_is_at_least_one_and_at_most_a_patch(clip, factor):
     with pytest.raises(ValueError, match=f"factor: expected 1 to {TEACHER_PATCH}, the patch size, got {factor}"):

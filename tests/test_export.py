@@ -1,9 +1,10 @@
-"""Exported graphs answer as the model, at any number of images and places, where nothing of this package is loaded."""
+"""Exported graphs compute what the model computes, for any number of images and locations, without this package."""
 
 import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,11 @@ import torch
 from torch import Tensor
 
 from apm_hf import APMForImageClassification, APMImageProcessor, APMModel
-from apm_hf import export as export_module
 from apm_hf.cli import main
-from apm_hf.export import available_graphs, export_model, export_onnx, export_program, read_description
+from apm_hf.export import export_model, read_description
 from naive_apm import assert_close, random_coordinates, small_config, small_images, small_model
 
-# Every module that a graph may hold, in three machines; `rich` is asked about the same places for all images.
+# Every module that a graph may hold, in three models; `rich` takes the same coordinates for all images.
 RICH = {
     "local_patch": True,
     "local_patch_scales": [1, 2],
@@ -34,19 +34,30 @@ import numpy as np
 import onnxruntime
 
 cases = np.load("cases.npz")
-answers = {}
+outputs = {}
 for case in sorted({name.partition(" ")[0] for name in cases}):
     path = case.partition("@")[0]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     given = {i.name: cases[f"{case} {i.name}"] for i in session.get_inputs()}
     names = [output.name for output in session.get_outputs()]
-    answers |= {f"{case} {name}": value for name, value in zip(names, session.run(names, given))}
-np.savez("answers.npz", **answers)
+    outputs |= {f"{case} {name}": value for name, value in zip(names, session.run(names, given))}
+np.savez("outputs.npz", **outputs)
 assert not {"torch", "apm_hf", "transformers"} & set(sys.modules)
 """
 
+TORCH_ALONE = """
+import sys
+import torch
 
-def answers_of(model: APMModel, pixels: Tensor | None, places: Tensor, column: Tensor | None = None) -> dict:
+inputs = torch.load("inputs.pt")
+fold, query = (torch.export.load(f"{name}.pt2").module() for name in ("fold", "query"))
+given = {"coordinates": inputs["coordinates"]} | fold(pixel_values=inputs["pixel_values"])
+torch.save(query(**given), "outputs.pt")
+assert not {"apm_hf", "transformers"} & set(sys.modules)
+"""
+
+
+def outputs_of(model: APMModel, pixels: Tensor | None, places: Tensor, column: Tensor | None = None) -> dict:
     with torch.no_grad():
         outputs = model(pixels, places, trigger_column=column)
     return {
@@ -67,7 +78,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     rich_model().save_pretrained(folder / "apm")
     APMImageProcessor(size={"height": 12, "width": 12}).save_pretrained(folder / "apm")
-    assert main(["export", str(folder / "apm"), str(folder / "rich"), "--graphs", "fold", "query"]) == 0
+    assert main(["export", str(folder / "apm"), str(folder / "rich")]) == 0
     export_model(small_model(), folder / "plain", graphs=["model"], per_image=True)
     narrow = small_model(**EMBEDDING).bfloat16().train()
     export_model(narrow, folder / "embedding", opset=20)
@@ -75,7 +86,14 @@ def exported(tmp_path_factory):
     return folder
 
 
-def test_onnx_graphs_answer_as_the_model_without_torch_and_without_this_package(exported, environment):
+def run_alone(code: str, folder: Path, environment: dict[str, str]) -> None:
+    """Run code in a process that looks neither at the current folder nor at PYTHONPATH."""
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def test_onnx_graphs_are_the_model_without_torch_and_without_this_package(exported, environment):
     cases, expected = {}, {}
 
     def add(case: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor | None]) -> None:
@@ -91,20 +109,17 @@ def test_onnx_graphs_answer_as_the_model_without_torch_and_without_this_package(
         add(f"rich/fold.onnx@{size}", {"pixel_values": pixels}, {"trigger_column": column})
         places = random_coordinates(num_locations, seed=size, reach=1.3)
         given = {"trigger_column": column, "coordinates": places, "pixel_values": pixels}
-        add(f"rich/query.onnx@{size}", given, answers_of(rich, pixels, places))
+        add(f"rich/query.onnx@{size}", given, outputs_of(rich, pixels, places))
         given = {"trigger_column": torch.randn(batch_size, 16), "coordinates": places}
-        add(f"embedding/query.onnx@{size}", given, answers_of(embedding, None, places, given["trigger_column"]))
+        add(f"embedding/query.onnx@{size}", given, outputs_of(embedding, None, places, given["trigger_column"]))
         places = random_coordinates(batch_size, num_locations, seed=size)
         given = {"pixel_values": pixels, "coordinates": places}
-        add(f"plain/model.onnx@{size}", given, answers_of(plain, pixels, places))
+        add(f"plain/model.onnx@{size}", given, outputs_of(plain, pixels, places))
     np.savez(exported / "cases.npz", **cases)
-    # -I: neither the current folder nor PYTHONPATH is looked at.
-    command = [sys.executable, "-I", "-c", OUTSIDE]
-    done = subprocess.run(command, cwd=exported, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    with np.load(exported / "answers.npz") as answers:
-        assert sorted(answers) == sorted(expected)
-        for name, values in answers.items():
+    run_alone(OUTSIDE, exported, environment)
+    with np.load(exported / "outputs.npz") as outputs:
+        assert sorted(outputs) == sorted(expected)
+        for name, values in outputs.items():
             assert_close(torch.from_numpy(values), expected[name])
 
 
@@ -138,52 +153,65 @@ def test_the_description_names_inputs_and_outputs_with_their_axes(exported):
     assert [opset.version for opset in opsets if not opset.domain] == [20]
 
 
-def test_a_program_of_torch_answers_as_the_model(tmp_path):
-    model = small_model()
-    assert 0 <= export_program(model, tmp_path / "model.pt2") < 1e-5
-    program = torch.export.load(tmp_path / "model.pt2").module()
+def test_torch_graphs_are_the_model_without_this_package(tmp_path, environment):
+    model = small_model(teacher_heads={"other": {"feature_size": 64}})
+    export_model(model, tmp_path / "out", format="torch", graphs=["model", "fold", "query"])
+    sizes = {path.stem: path.stat().st_size for path in (tmp_path / "out").glob("*.pt2")}
+    used = sum(p.nbytes for name, p in model.named_parameters() if ".teacher_heads." not in name)
+    assert sizes["fold"] < used < min(sizes["query"], sizes["model"])  # a fold needs no other layers
+    program = torch.export.load(tmp_path / "out" / "model.pt2")
+    assert not any("teacher_heads" in name for name in program.state_dict)
     for batch_size, num_locations in [(1, 1), (4, 11)]:
         pixels, places = small_images(batch_size), random_coordinates(num_locations)
-        expected = answers_of(model, pixels, places)
-        answers = program(pixels, places)
-        assert list(answers) == ["features", "rgb", "pooled"]
-        for name, values in answers.items():
+        expected = outputs_of(model, pixels, places)
+        outputs = program.module()(coordinates=places, pixel_values=pixels)
+        assert list(outputs) == ["features", "rgb", "pooled"]
+        for name, values in outputs.items():
             assert_close(values, expected[name])
+    torch.save({"pixel_values": pixels, "coordinates": places}, tmp_path / "out" / "inputs.pt")
+    run_alone(TORCH_ALONE, tmp_path / "out", environment)
+    for name, values in torch.load(tmp_path / "out" / "outputs.pt").items():
+        assert_close(values, expected[name])
 
 
 @pytest.mark.parametrize("wrong", [1e-3, torch.nan])
-def test_a_graph_that_answers_otherwise_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, wrong):
-    right = export_module._Fold.forward
-
-    def forward(self, pixel_values):
-        return {name: values * (1 + wrong) for name, values in right(self, pixel_values).items()}
-
-    monkeypatch.setattr(export_module._Fold, "forward", forward)
-    with pytest.raises(RuntimeError, match="fold: trigger_column: expected the model's values"):
+def test_a_graph_that_is_not_the_model_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, wrong):
+    fold = APMModel.fold
+    monkeypatch.setattr(APMModel, "fold", lambda *args: fold(*args) * (1 + wrong * torch.compiler.is_compiling()))
+    with pytest.raises(RuntimeError, match="fold: trigger_column: expected the model's values, got an error of "):
         export_model(small_model(), tmp_path / "out", format="torch", graphs=["fold"])
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
-    embedding = small_model(**EMBEDDING)
-    assert available_graphs(embedding) == ("query",)
+def test_a_graph_that_differs_on_the_grid_alone_is_an_error(tmp_path, monkeypatch):
+    forward = APMModel.forward
+
+    def shifted(self, pixel_values=None, coordinates=None, **options):
+        outputs = forward(self, pixel_values, coordinates, **options)
+        outputs.pooler_output = outputs.pooler_output + (0.1 if coordinates is None else 0)
+        return outputs
+
+    monkeypatch.setattr(APMModel, "forward", shifted)
+    with pytest.raises(RuntimeError, match="query: pooled: expected the model's values, got an error of "):
+        export_model(small_model(), tmp_path / "out", format="torch", graphs=["query"])
+
+
+def test_what_cannot_be_exported_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    out = tmp_path / "out"
     cases = [
-        (lambda: export_model(embedding, tmp_path / "out", graphs=["fold"]), "trigger_source='embedding', got 'fold'"),
-        (lambda: export_model(small_model(), tmp_path / "out", graphs=["unfold"]), "got 'unfold'"),
-        (lambda: export_model(small_model(), tmp_path / "out", format="tflite"), "format: expected one of"),
-        (lambda: export_model(small_model(), tmp_path / "out", opset=17), "opset: expected 18 or later, got 17"),
-        (lambda: export_onnx(small_model(), tmp_path / "fold.onnx", "fold", opset=99), "opset: .*, got 99"),
-        (
-            lambda: export_model(APMForImageClassification(small_config()), tmp_path / "out"),
-            "expected an APMModel .* got APMForImageClassification",
-        ),
+        (small_model(**EMBEDDING), {"graphs": ["fold"]}, r"trigger_source='embedding', got \['fold'\]"),
+        (small_model(), {"graphs": ["query", "unfold"]}, r"graphs: expected some of .*, got \['unfold'\]"),
+        (small_model(), {"format": "tflite"}, "format: expected one of"),
+        (small_model(), {"graphs": ["fold"], "opset": 17}, "opset: expected one that torch writes, .*, got 17"),
+        (small_model(), {"graphs": ["fold"], "opset": 99}, "opset: expected one that torch writes, .*, got 99"),
+        (APMForImageClassification(small_config()), {}, "expected an APMModel .* got APMForImageClassification"),
     ]
-    for call, message in cases:
+    for model, options, message in cases:
         with pytest.raises(ValueError, match=message):
-            call()
+            export_model(model, out, **options)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r'pip install "apm_hf\[export\]"'):
-        export_model(small_model(), tmp_path / "out")
+        export_model(small_model(), out)
     assert not list(tmp_path.iterdir())
 
 

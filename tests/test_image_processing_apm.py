@@ -13,8 +13,10 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
+from apm_hf import APMModel
 from apm_hf.image_processing_apm import APMImageProcessor
 from apm_hf.image_processing_pil_apm import APMImageProcessorKwargs, APMImageProcessorPil, read_image
+from fixtures_tiny import STUDENT_SIZE, student_config
 
 needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
 BACKENDS = [APMImageProcessorPil, pytest.param(APMImageProcessor, marks=needs_torchvision, id="APMImageProcessor")]
@@ -308,6 +310,164 @@ def test_the_input_is_left_alone(backend, photo):
     assert np.array_equal(photo, copies[0]) and torch.equal(tensor, copies[1])
 
 
+# --- how many channels ------------------------------------------------------------------------------------------
+
+
+def statistics(num_channels):
+    """Options for so many channels, each with a mean and a deviation of its own."""
+    return {
+        "image_mean": [0.1 + 0.05 * channel for channel in range(num_channels)],
+        "image_std": [0.2 + 0.03 * channel for channel in range(num_channels)],
+    }
+
+
+def with_channels(photo, num_channels):
+    """`(40, 30, C)` uint8: other pictures in other channels, the fourth with zeros that transparency would read."""
+    channels = [np.roll(photo[..., number % 3], 7 * number, axis=0) for number in range(num_channels)]
+    if num_channels > 3:
+        channels[3] = np.where(channels[3] < 90, 0, channels[3])
+    return np.stack(channels, axis=-1)
+
+
+@pytest.mark.parametrize("convert", [True, False])
+@pytest.mark.parametrize("num_channels", [1, 2, 4, 5, 7])
+def test_as_many_channels_come_out_as_mean_and_std_have_entries(backend, photo, num_channels, convert):
+    options = statistics(num_channels)
+    array = with_channels(photo, num_channels)
+    processor = backend(do_resize=False, do_convert_rgb=convert, **options)
+    expected = ((array / 255 - options["image_mean"]) / options["image_std"]).transpose(2, 0, 1)[None]
+    first = np.ascontiguousarray(array.transpose(2, 0, 1))
+    for image in (array, first, torch.from_numpy(array), torch.from_numpy(first), array / 255, first[None]):
+        for grouping in (True, False):
+            pixel_values = processor(image, disable_grouping=not grouping, return_tensors="np")["pixel_values"]
+            assert pixel_values.dtype == np.float32
+            np.testing.assert_allclose(pixel_values, expected, atol=1e-5)
+    batch = processor([array, first], return_tensors="np", input_data_format=None)["pixel_values"]
+    np.testing.assert_allclose(batch, np.concatenate([expected, expected]), atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", ["uint8", "float"])
+@pytest.mark.parametrize("num_channels", [2, 4, 5])
+def test_channels_are_resized_each_by_itself(backend, photo, num_channels, depth):
+    """PIL and others would take four channels for RGBA and weigh three of them by the last."""
+    array = with_channels(photo, num_channels)
+    array = array if depth == "uint8" else array / 255
+    options = {"size": 23, "do_center_crop": True, "crop_size": 20, "do_pad": True, "pad_size": 21}
+    means = statistics(num_channels)
+    together = backend(**options, **means)(array, return_tensors="pt")["pixel_values"][0]
+    for number in range(num_channels):
+        own = {name: [values[number]] for name, values in means.items()}
+        alone = backend(**options, **own)(array[..., number], return_tensors="pt")["pixel_values"][0]
+        assert alone.shape == (1, 21, 21) and alone.std() > 0.1
+        torch.testing.assert_close(together[number : number + 1], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "RGBX"])
+def test_grey_is_what_pil_makes_of_colours(backend, photo, mode):
+    grey = backend(**RAW, image_mean=[0.5], image_std=[0.5])
+    image = Image.fromarray(photo).convert(mode)
+    expected = np.array(image.convert("RGB").convert("L"))
+    given = [image, np.array(image.convert("RGB")), torch.from_numpy(np.array(image.convert("RGB")))]
+    for image in given:
+        pixel_values = grey(image, return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(pixel_values[0, 0], expected)
+        assert pixel_values.shape == (1, 1, 40, 30)
+
+
+def test_grey_of_what_is_transparent_is_grey_on_white(backend, photo):
+    grey = backend(**RAW, image_mean=[0.5], image_std=[0.5])
+    rgba = np.dstack([photo, photo[::-1, :, 0]])
+    on_white = 255 + (photo @ [0.299, 0.587, 0.114] - 255) * rgba[..., 3] / 255
+    for image in (rgba, Image.fromarray(rgba), rgba.astype(np.uint16) * 257):
+        np.testing.assert_allclose(grey(image, return_tensors="np")["pixel_values"][0, 0], on_white, atol=0.51)
+    deep = grey(np.arange(40 * 30, dtype=np.uint16).reshape(40, 30) * 50, return_tensors="np")["pixel_values"]
+    assert len(np.unique(deep)) == 1200, "grey keeps its depth"
+
+
+def test_pil_images_of_four_bands_come_as_they_are_where_four_are_wanted(backend, photo):
+    rgba = np.dstack([photo, photo[::-1, :, 0]])
+    processor = backend(**RAW, **statistics(4))
+    bands = processor(Image.fromarray(rgba), return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(bands, rgba.transpose(2, 0, 1))
+    cmyk = Image.fromarray(photo).convert("CMYK")
+    bands = processor(cmyk, do_convert_rgb=False, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(bands, np.array(cmyk).transpose(2, 0, 1))
+
+
+def test_any_number_of_channels_passes_where_nothing_is_converted_or_normalized_by_channel(backend, photo):
+    array = with_channels(photo, 4)
+    for options in ({"do_normalize": False}, {"do_min_max": True}, {"image_mean": 0.5, "image_std": 0.5}):
+        processor = backend(size=16, do_convert_rgb=False, **options)
+        assert processor(array, return_tensors="pt")["pixel_values"].shape == (1, 4, 16, 16)
+        assert processor(photo[..., 0], return_tensors="pt")["pixel_values"].shape == (1, 1, 16, 16)
+        wide = processor(photo.transpose(1, 2, 0), input_data_format="channels_first", return_tensors="pt")
+        assert wide["pixel_values"].shape == (1, 30, 16, 16)
+
+
+def test_the_number_of_channels_tells_layouts_apart(backend, photo, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("transformers.image_utils.logger.warning", warnings.append)
+    strip = with_channels(photo, 4)[:3]  # (3, 30, 4)
+    processor = backend(**RAW, **statistics(4))
+    np.testing.assert_array_equal(processor(strip, return_tensors="np")["pixel_values"][0], strip.transpose(2, 0, 1))
+    assert not warnings
+    strip = with_channels(photo, 4)[:4]
+    np.testing.assert_array_equal(processor(strip, return_tensors="np")["pixel_values"][0], strip)
+    assert "ambiguous" in warnings[0]
+
+
+@pytest.mark.parametrize("num_channels", [1, 4])
+def test_a_model_of_other_channels_is_fed_by_its_processor(backend, photo, tmp_path, num_channels):
+    size = {"height": STUDENT_SIZE, "width": STUDENT_SIZE}
+    backend(size=size, **statistics(num_channels)).save_pretrained(tmp_path)
+    processor = backend.from_pretrained(tmp_path)
+    assert list(processor.image_mean) == statistics(num_channels)["image_mean"]
+    model = APMModel(student_config(num_channels=num_channels))
+    inputs = processor([with_channels(photo, num_channels)] * 2, return_tensors="pt")
+    assert len(model(**inputs).last_hidden_state) == 2
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        ("photo", statistics(4), r"4 channels \(as `image_mean` has entries\) on the first or last axis, got shape"),
+        ("grey", statistics(4), r"4 channels \(as .* entries\), got 1 in shape \(40, 30\)"),
+        ("photo", statistics(2), "2 channels .* on the first or last axis"),
+        ("PIL", statistics(4), r"4 channels .*, got 3 in shape \(40, 30, 3\) read as channels_last"),
+        ("five", {}, "1, 3 or 4 channels on the first or last axis"),
+        ("five", {"input_data_format": "channels_last"}, "1, 3 or 4 channels, got 5"),
+        ("five", statistics(1), "1, 3 or 4 channels on the first or last axis"),
+        ("five", statistics(4) | {"input_data_format": "channels_last"}, "4 channels .*, got 5"),
+        ("photo", statistics(1) | {"do_convert_rgb": False}, "1 channel .* on the first or last axis"),
+        ("five", {"do_convert_rgb": False, "do_normalize": False}, "1, 3 or 4 channels on the first or last axis"),
+        ("palette", {"do_convert_rgb": False}, "`do_convert_rgb=False`, got palette indices, mode P"),
+        (
+            "four",
+            statistics(4) | {"do_flip_channel_order": True},
+            "3 channels with `do_flip_channel_order=True`, got 4",
+        ),
+    ],
+)
+def test_channels_that_do_not_fit_are_named_in_one_line(backend, photo, image, options, message):
+    image = {
+        "photo": photo,
+        "grey": photo[..., 0],
+        "PIL": Image.fromarray(photo),
+        "palette": Image.fromarray(photo).convert("P"),
+        "four": with_channels(photo, 4),
+        "five": with_channels(photo, 5),
+    }[image]
+    with pytest.raises(ValueError, match=f"^images: expected .*{message}") as raised:
+        backend(size=8)(image, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_images_of_one_batch_have_as_many_channels(backend, photo):
+    processor = backend(do_resize=False, do_convert_rgb=False, do_normalize=False)
+    with pytest.raises(ValueError, match=r"^images\[1\]: expected 3 channels, as the first image has, got 1\.$"):
+        processor([photo, photo[..., 0]])
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -359,7 +519,7 @@ def test_errors_name_the_place_in_batches_and_nests(backend, photo):
 
 def test_without_conversion_only_three_channels_pass(backend, photo):
     for image in (photo[..., 0], np.dstack([photo, photo[..., 0]]), Image.fromarray(photo).convert("L")):
-        with pytest.raises(ValueError, match="expected 3 channels with `do_convert_rgb=False`, got [14]"):
+        with pytest.raises(ValueError, match=r"expected 3 channels \(as `image_mean` has entries\).*, got .*40, 30"):
             backend(size=8, do_convert_rgb=False)(image)
     hsv = Image.fromarray(photo).convert("HSV")
     np.testing.assert_array_equal(raw_pixels(backend, hsv, do_convert_rgb=False), np.array(hsv))
@@ -371,8 +531,11 @@ def test_without_conversion_only_three_channels_pass(backend, photo):
         ({"input_data_format": "channels_middle"}, "channels_middle"),
         ({"input_data_format": "channels_first"}, "1, 3 or 4 channels, got 40"),
         ({"data_format": "channels_last"}, "must be 'channels_first'"),
-        ({"image_mean": [0.5, 0.5]}, "one number or three"),
+        ({"image_mean": [0.5, 0.5]}, r"as many finite ones as images have channels.*\(0.5, 0.5\) and \(0.229,"),
+        ({"image_mean": [], "image_std": []}, "as many finite ones as images have channels"),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, "as many finite ones as images have channels"),
         ({"image_std": [1.0, 0.0, 1.0]}, "the std positive"),
+        ({"image_std": [1.0, float("inf"), 1.0]}, "the std positive"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(backend, photo, options, message):
@@ -447,11 +610,16 @@ def test_without_torchvision_the_name_stands_for_the_pil_backend():
         {"do_min_max": True, "do_flip_channel_order": True},
         {"size": {"shortest_edge": 24}, "do_center_crop": True, "crop_size": 20},
         {"do_resize": False, "image_mean": 0.5, "image_std": 0.25},
+        {"size": 16, "image_mean": [0.5], "image_std": [0.2]},
+        {"size": 50, "image_mean": [0.5] * 4, "image_std": [0.2] * 4, "do_pad": True, "pad_size": 51},
         {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 51, "width": 33}},
     ],
 )
 def test_the_backends_agree_up_to_resampling(photo, options):
+    four = with_channels(photo, 4)
     images = [photo, photo / 255, Image.fromarray(photo[..., 0]), photo.astype(np.uint16) * 257]
+    if np.size(options.get("image_mean")) == 4:
+        images = [four, four / 255, four.astype(np.uint16) * 257]
     for image in images:
         by_pil, by_torchvision = (
             backend(**options)(image, return_tensors="pt")["pixel_values"]

@@ -1,5 +1,6 @@
 """The task heads: logits and losses against hand-written ones, and every head there and back on disk."""
 
+import inspect
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     AutoModelForZeroShotImageClassification,
     BertConfig,
+    BertModel,
     ChineseCLIPConfig,
     ChineseCLIPModel,
     CLIPConfig,
@@ -177,6 +179,13 @@ def test_segmenter_says_what_it_expected():
         model(small_images(), labels=torch.zeros(3, 3, 3, dtype=torch.long))
 
 
+@pytest.mark.parametrize("build", [classifier, segmenter])
+def test_heads_accept_options_of_transformers_that_mean_nothing_here(build):
+    options = {"output_attentions": True, "interpolate_pos_encoding": True}
+    model = build()
+    assert_close(model(small_images(), **options).logits, model(small_images()).logits)
+
+
 # ---- classifiers on disk
 
 LINEAR_HEADS = {
@@ -207,11 +216,15 @@ def test_linear_head_may_start_from_a_bare_model_and_be_taken_off_again(model_cl
     model, report = model_class.from_pretrained(tmp_path / "base", num_labels=4, output_loading_info=True)
     assert set(report["missing_keys"]) == {"classifier.weight", "classifier.bias"}
     assert model.classifier.weight.std().item() == pytest.approx(0.3, rel=0.5)
+    assert not report["unexpected_keys"]  # the RGB head is not missed
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in model.apm.state_dict().items())
     model.save_pretrained(tmp_path / "head")
     bare = AutoModel.from_pretrained(tmp_path / "head")
-    assert type(bare) is APMModel
-    assert_same_answers(bare(small_images()), base(small_images()))
+    assert type(bare) is APMModel and not bare.config.use_rgb_head
+    outputs, expected = bare(small_images()), base(small_images())
+    assert outputs.rgb is None and expected.rgb is not None
+    assert_close(outputs.last_hidden_state, expected.last_hidden_state)
+    assert_close(outputs.pooler_output, expected.pooler_output)
 
 
 # ---- zero-shot image classification
@@ -274,8 +287,7 @@ def teacher(build) -> PreTrainedModel:
 
 
 def text_features(dual_encoder: PreTrainedModel) -> Tensor:
-    outputs = dual_encoder.get_text_features(input_ids=INPUT_IDS, attention_mask=ATTENTION_MASK)
-    return outputs if isinstance(outputs, Tensor) else outputs.pooler_output
+    return dual_encoder.get_text_features(input_ids=INPUT_IDS, attention_mask=ATTENTION_MASK).pooler_output
 
 
 def joined(build, **fields) -> APMForZeroShotImageClassification:
@@ -286,7 +298,7 @@ def joined(build, **fields) -> APMForZeroShotImageClassification:
 def test_text_features_equal_the_teachers(build):
     model, expected = joined(build), text_features(teacher(build))
     assert (expected[0] - expected[1]).abs().max() > 0.1
-    assert_close(model.get_text_features(INPUT_IDS, ATTENTION_MASK), expected, 1e-6)
+    assert_close(text_features(model), expected, 1e-6)
 
 
 @each_teacher
@@ -299,7 +311,7 @@ def test_logits_are_cosines_times_the_teachers_temperature(build):
         for text in range(3):
             cosine = images[image] @ texts[text] / images[image].norm() / texts[text].norm()
             expected = cosine * math.exp(dual_encoder.logit_scale.item())
-            assert_close(outputs.logits_per_image[image, text], expected, 1e-4)
+            torch.testing.assert_close(outputs.logits_per_image[image, text], expected, atol=1e-4, rtol=1e-4)
     assert_close(outputs.logits_per_text, outputs.logits_per_image.T)
     assert_close(outputs.image_embeds, images / images.norm(dim=1, keepdim=True))
     assert_close(outputs.text_embeds, texts / texts.norm(dim=1, keepdim=True))
@@ -334,17 +346,17 @@ def test_zero_shot_inputs_may_be_named_in_any_order():
 
 def test_padding_is_masked():
     model = joined(vision_text_dual_encoder)
-    full = model.get_text_features(INPUT_IDS[2:, :2])
-    assert_close(model.get_text_features(INPUT_IDS[2:], ATTENTION_MASK[2:]), full)
-    assert (model.get_text_features(INPUT_IDS[2:]) - full).abs().max() > 0.1
+    full = model.get_text_features(INPUT_IDS[2:, :2]).pooler_output
+    assert_close(model.get_text_features(INPUT_IDS[2:], ATTENTION_MASK[2:]).pooler_output, full)
+    assert (model.get_text_features(INPUT_IDS[2:]).pooler_output - full).abs().max() > 0.1
 
 
 def test_further_inputs_reach_the_text_tower():
     model = joined(vision_text_dual_encoder)
     token_types = torch.ones_like(INPUT_IDS)
     answers = model(INPUT_IDS, small_images(), ATTENTION_MASK, token_type_ids=token_types)
-    expected = F.normalize(model.get_text_features(INPUT_IDS, ATTENTION_MASK, token_type_ids=token_types), dim=-1)
-    assert_close(answers.text_embeds, expected)
+    expected = model.get_text_features(INPUT_IDS, ATTENTION_MASK, token_type_ids=token_types).pooler_output
+    assert_close(answers.text_embeds, F.normalize(expected, dim=-1))
     plain = model(INPUT_IDS, small_images(), ATTENTION_MASK).text_embeds
     assert (answers.text_embeds - plain).abs().max() > 0.01
 
@@ -356,7 +368,41 @@ def test_zero_shot_pools_the_locations_asked_for(pooling):
     expected = F.normalize(model.apm(small_images(), coordinates).pooler_output, dim=-1)
     outputs = model(INPUT_IDS, small_images(), ATTENTION_MASK, coordinates=coordinates)
     assert_close(outputs.image_embeds, expected)
-    assert_close(model.get_image_features(small_images()), model.apm(small_images()).pooler_output)
+    assert_close(model.get_image_features(small_images()).pooler_output, model.apm(small_images()).pooler_output)
+
+
+def test_features_come_as_those_of_other_dual_encoders():
+    model = joined(clip)
+    texts = model.get_text_features(INPUT_IDS, ATTENTION_MASK, output_hidden_states=True)
+    assert texts.last_hidden_state.shape == (3, 5, 32) and len(texts.hidden_states) == 3
+    images = model.get_image_features(small_images(), output_hidden_states=True)
+    assert images.last_hidden_state.shape == (2, 9, 16) and len(images.hidden_states) == 2
+    in_tuple = model.get_text_features(INPUT_IDS, ATTENTION_MASK, return_dict=False)
+    assert torch.equal(in_tuple[1], texts.pooler_output)
+    assert torch.equal(model.get_image_features(small_images(), return_dict=False)[1], images.pooler_output)
+
+
+def test_zero_shot_model_is_called_and_configured_as_other_dual_encoders():
+    model = joined(clip)
+    assert next(iter(inspect.signature(model.forward).parameters)) == model.main_input_name == "input_ids"
+    assert model.text_model.config is model.config.text_config
+    options = {"output_attentions": True, "interpolate_pos_encoding": True}
+    outputs = model(INPUT_IDS, small_images(), ATTENTION_MASK, **options)
+    assert_same_answers(outputs, model(INPUT_IDS, small_images(), ATTENTION_MASK))
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        assert model.text_model.config._attn_implementation == implementation
+
+
+def test_an_apm_is_the_vision_tower_of_another_dual_encoder(tmp_path):
+    text_model = BertModel(BertConfig(**TEXT))
+    model = randomise(VisionTextDualEncoderModel(vision_model=small_model(), text_model=text_model))
+    model.save_pretrained(tmp_path)
+    loaded = VisionTextDualEncoderModel.from_pretrained(tmp_path)
+    assert type(loaded.vision_model) is APMModel
+    expected = model(input_ids=INPUT_IDS, pixel_values=small_images()).logits_per_image
+    assert expected.shape == (2, 3) and expected.std() > 1e-3
+    assert_close(loaded(input_ids=INPUT_IDS, pixel_values=small_images()).logits_per_image, expected)
 
 
 def test_contrastive_loss_matches_every_image_with_its_text():
@@ -376,7 +422,7 @@ def test_joining_copies_the_weights():
     originals = {parameter.data_ptr() for source in (apm, dual_encoder) for parameter in source.parameters()}
     assert originals.isdisjoint(parameter.data_ptr() for parameter in model.parameters())
     assert apm.config.text_config is None
-    assert_same_answers(model.apm(small_images()), apm(small_images()), 1e-6)
+    assert_close(model.apm(small_images()).last_hidden_state, apm(small_images()).last_hidden_state, 1e-6)
 
 
 def test_joining_keeps_the_precision_of_the_apm():
@@ -431,7 +477,7 @@ def test_unusual_text_towers_work_or_are_refused(build):
     except ValueError as error:
         assert "expected" in str(error) or "does not have" in str(error)
     else:
-        assert_close(model.get_text_features(INPUT_IDS, ATTENTION_MASK), text_features(dual_encoder), 1e-6)
+        assert_close(text_features(model), text_features(dual_encoder), 1e-6)
 
 
 def test_temperature_that_a_checkpoint_lacks_is_the_configurations(tmp_path):
@@ -448,7 +494,7 @@ def test_text_towers_attention_may_be_chosen(implementation, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = APMForZeroShotImageClassification.from_pretrained(tmp_path, attn_implementation=implementation)
     assert loaded.text_model.config._attn_implementation == implementation
-    assert_close(loaded.get_text_features(INPUT_IDS, ATTENTION_MASK), text_features(teacher(clip)))
+    assert_close(text_features(loaded), text_features(teacher(clip)))
 
 
 @each_teacher

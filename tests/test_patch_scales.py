@@ -54,17 +54,16 @@ def test_each_scale_has_its_own_weights():
     """The query is the concatenation of the windows, in the order of the scales."""
     model, images = machine(local_patch_scales=[1, 4]), noise(1, 3, 32, 32)
     coordinates = noise(1, 5, 2).tanh()
-    layer, config = model.decoder.layers[0], model.config
+    layer, config = model.decoder.query.patch, model.config
     assert config.local_patch_width == 2 * 3 * 64
     windows = torch.cat([sample_patches(images, coordinates, 8, scale) for scale in (1, 4)], dim=-1)
     with torch.no_grad():
         first = model(images, coordinates, output_hidden_states=True).hidden_states[0]
         blank = model(images * 0, coordinates, trigger_column=model.fold(images), output_hidden_states=True)
-        without = layer.weight[:, config.trigger_width : config.trigger_width + config.local_patch_width]
         query = model(images, coordinates, trigger_column=model.fold(images), output_hidden_states=True)
         torch.testing.assert_close(query.hidden_states[0], first)
     # Where both are positive, the layer's answers differ by just the windows' share.
-    share = F.linear(windows, without)
+    share = layer(windows).detach()
     both = (first > 0) & (blank.hidden_states[0] > 0)
     assert both.sum() > 20
     torch.testing.assert_close((first - blank.hidden_states[0])[both], share[both], atol=1e-4, rtol=1e-4)

@@ -11,6 +11,7 @@ from apm_hf.position_encoding import (
     coordinates_to_indices,
     grid_coordinates,
     position_code,
+    sample_patches,
     sincos_code,
 )
 from naive_apm import naive_grid_coordinates, naive_position_code
@@ -96,6 +97,19 @@ def test_code_is_never_computed_in_less_than_float32(given, returned):
     code = sincos_code(torch.arange(200).to(given), 8)
     assert code.dtype == returned
     torch.testing.assert_close(code[:, 0].double(), torch.arange(200.0).double().sin(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_coordinates_are_taken_for_the_places_they_name(dtype):
+    """Rounded coordinates are exact numbers; what is worked out from them is not rounded again."""
+    coordinates, pixels = grid_coordinates(32, 32).to(dtype), torch.rand(1, 3, 448, 448)
+    for derive in (
+        lambda places: coordinates_to_indices(places, 32, 32),
+        lambda places: position_code(places, 32, 32, 64),
+        lambda places: sample_patches(pixels, places[None], 14),
+    ):
+        derived = derive(coordinates)
+        assert derived.dtype == torch.float32 and torch.equal(derived, derive(coordinates.float()))
 
 
 def test_coordinates_live_on_the_device_asked_for():

@@ -143,6 +143,27 @@ def test_resized_maps_are_those_of_transformers_other_models(backend, monkeypatc
         image_processor.post_process_semantic_segmentation(outputs, sizes[:1])
 
 
+def test_scores_are_the_resized_logits_of_their_maps(backend, monkeypatch):
+    monkeypatch.setattr(processing, "STRIP_ELEMENTS", 5 * 17 * 4)  # more strips than one
+    outputs, size = SimpleNamespace(logits=torch.randn(1, 5, 6, 6)), (31, 17)
+    squeezed, cropped = (processor(backend, GEOMETRIES[name]) for name in ("squeezed", "cropped"))
+    (unresized,) = squeezed.post_process_semantic_segmentation(outputs, return_segmentation_scores=True)
+    assert torch.equal(unresized.segmentation_scores, outputs.logits[0])
+    (result,) = squeezed.post_process_semantic_segmentation(outputs, [size], return_segmentation_scores=True)
+    expected = F.interpolate(outputs.logits, size, mode="bilinear")[0]
+    torch.testing.assert_close(result.segmentation_scores, expected)
+    for answers, options in ((unresized, {}), (result, {"target_sizes": [size]})):
+        (labels,) = squeezed.post_process_semantic_segmentation(outputs, **options)
+        assert torch.equal(answers.segmentation, labels) and torch.equal(
+            answers.segmentation, answers.segmentation_scores.argmax(dim=0)
+        )
+    (result,) = cropped.post_process_semantic_segmentation(
+        outputs, [size], outside=IGNORE_INDEX, return_segmentation_scores=True
+    )
+    unseen = result.segmentation == IGNORE_INDEX
+    assert unseen.any() and torch.equal(result.segmentation_scores.isnan(), unseen.expand(5, -1, -1))
+
+
 def test_pictures_that_a_crop_cuts_are_refused_unless_told_what_to_write_there(backend):
     image_processor = processor(backend, GEOMETRIES["cropped"])
     outputs = SimpleNamespace(logits=torch.randn(1, 5, 6, 6))

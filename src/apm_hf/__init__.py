@@ -4,7 +4,10 @@ Importing this package registers `apm` with transformers' Auto classes, and a pi
 """
 
 import transformers
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
+
+# At its top level transformers 5.17 refuses this class without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_apm import APMConfig
 from .image_processing_apm import APMImageProcessor

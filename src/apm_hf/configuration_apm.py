@@ -51,12 +51,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Fields in configuration files that transformers and its Trainer write beside those declared here.
-_WRITTEN_BY_LIBRARIES = (
-    set(vars(PreTrainedConfig()))
-    | set(vars(GenerationConfig()))
-    | {"auto_map", "custom_pipelines", "model_type", "num_labels", "quantization_config", "tie_word_embeddings"}
-)
+# What transformers and its Trainer write into configurations, or give to them, beside the declared fields.
+_WRITTEN_BY_LIBRARIES = set(vars(GenerationConfig())) | {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+}
 
 
 def _wrong_types_are_value_errors(cls):
@@ -131,6 +139,7 @@ class APMConfig(PreTrainedConfig):
 
     model_type = "apm"
     sub_configs = {"text_config": AutoConfig}
+    attribute_map = {"hidden_size": "feature_size"}  # what other code calls the width of `last_hidden_state`
 
     image_size: int = 448
     patch_size: int = 14
@@ -160,8 +169,7 @@ class APMConfig(PreTrainedConfig):
     distilled_from: list[dict] | None = None
 
     def __post_init__(self, **kwargs):
-        _refuse_misspelt(kwargs)
-        _warn_of_unknown(kwargs)
+        _check_typed(kwargs, all_are_fields=True)
         self.hidden_sizes = list(self.hidden_sizes)
         self.rgb_hidden_sizes = list(self.rgb_hidden_sizes)
         self.local_patch_scales = list(self.local_patch_scales)
@@ -238,14 +246,17 @@ class APMConfig(PreTrainedConfig):
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(f"model_type: expected {cls.model_type!r}, got a configuration of {kind!r}")
-        _refuse_misspelt(kwargs)
+        _check_typed(kwargs, all_are_fields=False)  # some may be meant for a model
         known = {field.name for field in fields(cls)} | _WRITTEN_BY_LIBRARIES
-        unknown = {name: value for name, value in config_dict.items() if name not in known and name[0] != "_"}
+        unknown = {
+            name: value for name, value in config_dict.items() if name not in known and not name.startswith("_")
+        }
         config_dict = {name: value for name, value in config_dict.items() if name not in unknown}
         wants_unused = kwargs.get("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, **{**kwargs, "return_unused_kwargs": True})
-        _warn_of_unknown(unknown)
-        for name, value in unknown.items():  # of a later version, or the user's own
+        if unknown:  # of a later version, or the user's own
+            logger.warning(f"APMConfig keeps fields that it does not know: {', '.join(sorted(unknown))}")
+        for name, value in unknown.items():
             setattr(config, name, value)
         config.validate_architecture()  # with the fields that the caller set
         return (config, unused) if wants_unused else config
@@ -305,7 +316,7 @@ class APMConfig(PreTrainedConfig):
         return statistics
 
     def with_head(self, name: str) -> "APMConfig":
-        """Return the architecture whose main, and only, head is the one of the teacher `name`: see [`APMModel.with_head`].
+        """Return the architecture with the head of the teacher `name` alone: see [`APMModel.with_head`].
 
         Raises:
             ValueError: for an unknown name.
@@ -365,19 +376,16 @@ class APMConfig(PreTrainedConfig):
         return self.trigger_width + self.local_patch_width + self.position_size
 
 
-def _refuse_misspelt(names: Iterable[str]) -> None:
-    """Raise a `ValueError` for a name that is no field but resembles one."""
+def _check_typed(names: Iterable[str], *, all_are_fields: bool) -> None:
+    """Raise a `ValueError` for a name that is misspelt, or, where all should be fields, for any that is none."""
     known = {field.name for field in fields(APMConfig)}
     for name in names:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        if name not in known | _WRITTEN_BY_LIBRARIES and name[0] != "_" and close:
+        if name in known | _WRITTEN_BY_LIBRARIES or name.startswith("_"):
+            continue
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.6 if all_are_fields else 0.8):
             raise ValueError(f"APMConfig has no field {name!r}; did you mean {close[0]!r}?")
-
-
-def _warn_of_unknown(names: Iterable[str]) -> None:
-    unknown = sorted(name for name in names if name not in _WRITTEN_BY_LIBRARIES and name[0] != "_")
-    if unknown:
-        logger.warning(f"APMConfig keeps fields that nothing here reads: {', '.join(unknown)}")
+        if all_are_fields:
+            raise ValueError(f"APMConfig has no field {name!r}; its fields are {sorted(known)}")
 
 
 def check_statistics(where: str, feature_size: int, mean: Any, std: Any) -> None:

@@ -9,9 +9,11 @@ Legend: B images, N levels, C width of the vision tower, F width of the teacher'
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .position_encoding import cell_centres
 from .teachers import Teacher, TeacherOutput
 
 
@@ -51,19 +53,25 @@ def encode_densely(
 
 
 def moved(pixel_values: Tensor, down: float, right: float) -> Tensor:
-    """What a window that lies `down` and `right` pixels away sees of the image; reflected beyond its edges.
+    """Return what a window that lies `down` and `right` pixels away sees of the image; reflected beyond its edges.
 
     Args:
-        pixel_values: `(B, C, H, W)`.
+        pixel_values: `(B, C, H, W)`, of any floating-point dtype.
         down, right: in pixels, fractions too (bilinear).
 
     Returns:
-        `(B, C, H, W)`.
+        `(B, C, H, W)`, of the same dtype; positions and sampling are at least float32.
     """
     height, width = pixel_values.shape[-2:]
-    theta = pixel_values.new_tensor([[1, 0, 2 * right / width], [0, 1, 2 * down / height]])
-    grid = F.affine_grid(theta.expand(len(pixel_values), -1, -1), list(pixel_values.shape), align_corners=False)
-    return F.grid_sample(pixel_values, grid, padding_mode="reflection", align_corners=False)
+    # Half precision would shift pixels by whole ones: places and sampling take float32 at least. They are sums alone,
+    # since autocast would round the product of matrices that `affine_grid` is.
+    pixels = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
+    y = cell_centres(height, device=pixels.device) + 2 * down / height
+    x = cell_centres(width, device=pixels.device) + 2 * right / width
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)  # (H, W, 2); grid_sample takes (x, y)
+    grid = grid.to(pixels.dtype).expand(len(pixels), -1, -1, -1)
+    window = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    return window.to(pixel_values.dtype)
 
 
 def _finer(values: Tensor, factor: int) -> Tensor:

@@ -4,7 +4,7 @@ Options, defaults, reading and errors are those of `image_processing_pil_apm`, a
 resampling of the two libraries (about one 8-bit level). Built on
 https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/image_processing_backends.py
 
-Legend: B images, (H, W) the input's and (S_h, S_w) the output's height and width.
+Legend: B images, C channels, (H, W) the input's and (S_h, S_w) the output's height and width.
 """
 
 from typing import Any
@@ -14,40 +14,28 @@ from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_transforms import group_images_by_shape, reorder_images
-from transformers.image_utils import ChannelDimension, SizeDict
-from transformers.processing_utils import Unpack
+from transformers.image_utils import SizeDict
 from transformers.utils import is_torchvision_available
 
-from .image_processing_pil_apm import APMImageProcessorBase, APMImageProcessorKwargs, APMImageProcessorPil, read_image
+from .image_processing_pil_apm import APMImageProcessorBase, APMImageProcessorKwargs, APMImageProcessorPil
 
 
 class APMImageProcessor(APMImageProcessorBase, TorchvisionBackend):
-    """Turn images into APM's `pixel_values` `(B, 3, S_h, S_w)`, float32, with torchvision.
+    """Turn images into APM's `pixel_values` `(B, C, S_h, S_w)`, float32, with torchvision.
 
     Takes and refuses what [`APMImageProcessorPil`] does, with the same options. Tensors stay on their device unless
     `device` is given; images of one size are processed together there (`disable_grouping=False` does so on the CPU).
     """
 
-    def process_image(
-        self,
-        image: Any,
-        do_convert_rgb: bool | None = None,
-        input_data_format: str | ChannelDimension | None = None,
-        do_rescale: bool | None = True,
-        device: torch.device | str | None = None,
-        **kwargs: Unpack[APMImageProcessorKwargs],
-    ) -> Tensor:
-        """One image as `(3, H, W)`, `uint8` or `float32`; see [`read_image`]."""
-        pixels = read_image(
-            image,
-            input_data_format=input_data_format,
-            do_convert_rgb=bool(do_convert_rgb),
-            do_rescale=bool(do_rescale),
-        )
-        return pixels.contiguous() if device is None else pixels.contiguous().to(device)
+    valid_kwargs = APMImageProcessorKwargs
+
+    def process_image(self, image: Any, *, device: torch.device | str | None = None, **options: Any) -> Tensor:
+        """Read one image as `(C, H, W)`, `uint8` or `float32`; see [`read_image`]."""
+        pixels = self.read(image, **options).contiguous()
+        return pixels if device is None else pixels.to(device)
 
     def resize(self, image: Tensor, size: SizeDict, resample: Any = None, **kwargs: Any) -> Tensor:
-        """Resize `(N, 3, H, W)`; deeper images are clamped as 8-bit ones are, for bicubic overshoots at edges."""
+        """Resize `(N, C, H, W)`; deeper images are clamped as 8-bit ones are, for bicubic overshoots at edges."""
         resized = super().resize(image, size, resample=resample, **kwargs)
         if not resized.is_floating_point():
             return resized
@@ -55,7 +43,7 @@ class APMImageProcessor(APMImageProcessorBase, TorchvisionBackend):
         return resized.clamp(min=0).minimum(white)
 
     def min_max(self, images: Tensor) -> Tensor:
-        """Scale every image of `(N, 3, H, W)` to [0, 1] by its own minimum and maximum; zeros if they are equal."""
+        """Scale every image of `(N, C, H, W)` to [0, 1] by its own minimum and maximum; zeros if they are equal."""
         images = images.to(torch.float32)
         low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
         return (images - low) / torch.where(high > low, high - low, 1)
@@ -87,7 +75,7 @@ class APMImageProcessor(APMImageProcessorBase, TorchvisionBackend):
         groups, places = group_images_by_shape(images, disable_grouping=disable_grouping)
         if do_resize:
             groups = {key: self.resize(stack, size, resample=resample) for key, stack in groups.items()}
-        for key, stack in groups.items():  # (N, 3, H, W)
+        for key, stack in groups.items():  # (N, C, H, W)
             if do_center_crop:
                 stack = self.center_crop(stack, crop_size)
             if do_min_max:

@@ -11,17 +11,24 @@ How pixels are read, whatever they come in (`read_image`). The type decides the 
 * Floating point and PIL mode `F`: fractions of full scale if the maximum is at most 1 (multiplied by 255), 8-bit
   values if it lies in [2, 255]. Rounding errors of 0.1 % beyond a range are clamped; anything else is a ValueError.
   With `do_rescale=False` fractions stay fractions, as elsewhere in transformers.
-* Transparency is composited on white, EXIF orientation applied, one channel repeated; 4 array channels are RGBA.
+* EXIF orientation is applied.
+
+`image_mean` and `image_std` have an entry for each of the C channels that come out; one number for all means three:
+
+* C = 3, RGB: transparency is composited on white, one channel repeated; four channels of an array are RGBA.
+* C = 1, grey: as PIL's mode `L` has it, transparency on white.
+* Any other C: the image must have as many channels; none of them is taken for transparency.
+* `do_convert_rgb=False` converts nothing: the image must have C channels, or any number if C is not told by entries
+  or nothing is normalized.
 
 Label maps travel both ways: `segmentation_maps` become `labels` as the picture becomes `pixel_values`, and
-`post_process_semantic_segmentation` puts a model's answer back where it was seen.
+`post_process_semantic_segmentation` puts a model's output back where it was seen.
 
-Legend: B images, C channels (1, 3 or 4), (H, W) the input's and (S_h, S_w) the output's height and width, K classes.
+Legend: B images, C channels, (H, W) the input's and (S_h, S_w) the output's height and width, K classes.
 """
 
 import io
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +58,8 @@ BACKENDS = {
     "torchvision": "image_processing_apm.APMImageProcessor",
     "pil": "image_processing_pil_apm.APMImageProcessorPil",
 }
-CHANNEL_COUNTS = (1, 3, 4)
+CONVERTIBLE = (1, 3, 4)  # channels of images that become grey or RGB
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # red, green and blue in PIL's mode L, ITU-R 601-2
 MODES_WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa")
 FLOAT_SLACK = 1e-3  # of full scale: what interpolation and half precision add to a correct image
 IGNORE_INDEX = 255  # no label, as for the models' losses
@@ -81,18 +89,22 @@ def read_image(
     input_data_format: str | ChannelDimension | None = None,
     do_convert_rgb: bool = True,
     do_rescale: bool = True,
+    num_channels: int | None = 3,
 ) -> Tensor:
     """Read one PIL image, array or tensor by the rules at the top of this file.
 
     Args:
         image: a PIL image of any mode, or a NumPy array or torch tensor `(H, W)`, `(H, W, C)` or `(C, H, W)`.
-        input_data_format: `"channels_first"` or `"channels_last"`. Without it the channels are the axis that has 1, 3
-            or 4 entries; where both ends do, as in `(3, 40, 4)`, the first axis is taken and a warning logged.
-        do_convert_rgb: convert to RGB; otherwise the image must already have three channels, taken as they are.
+        input_data_format: `"channels_first"` or `"channels_last"`. Without it the channels are the axis that has an
+            accepted number of entries; where both ends do, as in `(3, 40, 4)`, the first axis is taken and a warning
+            logged. Accepted are 1, 3 and 4 where the image is converted or `num_channels` is None.
+        do_convert_rgb: convert to RGB or grey; otherwise the image must already have the channels wanted.
         do_rescale: whether a rescaling by 1/255 follows; otherwise floating-point fractions stay in [0, 1].
+        num_channels: C, the channels wanted: 3 is RGB, 1 grey, other numbers are not converted to. None, without
+            `do_convert_rgb`, takes any number.
 
     Returns:
-        `(3, H, W)` on the image's device: `uint8`, or `float32` in [0, 255] for deeper images ([0, 1] for fractions
+        `(C, H, W)` on the image's device: `uint8`, or `float32` in [0, 255] for deeper images ([0, 1] for fractions
         with `do_rescale=False`).
 
     Raises:
@@ -104,18 +116,28 @@ def read_image(
         image = _array_to_tensor(image)
     if not isinstance(image, Tensor):
         raise ValueError(f"expected a PIL image, NumPy array or torch tensor, got {type(image).__name__}.")
-    pixels, white = _scale_pixels(_channels_first(image.detach(), input_data_format), do_rescale)
-    if len(pixels) != 3 and not do_convert_rgb:
-        raise ValueError(f"expected 3 channels with `do_convert_rgb=False`, got {len(pixels)}.")
+    convert = do_convert_rgb and num_channels in (1, 3)
+    accepted = CONVERTIBLE if convert else None if num_channels is None else (num_channels,)
+    pixels, white = _scale_pixels(_channels_first(image.detach(), input_data_format, accepted), do_rescale)
+    return _convert_channels(pixels, white, num_channels) if convert else pixels
+
+
+def _convert_channels(pixels: Tensor, white: float, num_channels: int | None) -> Tensor:
+    """Convert grey, RGB or RGBA pixels `(1, 3 or 4, H, W)` in [0, white] to grey or RGB, `(1 or 3, H, W)`."""
+    if len(pixels) == num_channels:
+        return pixels
+    if len(pixels) == 1:
+        return pixels.expand(3, -1, -1)  # (1, H, W) -> (3, H, W)
+    colours = pixels[:3].float()
     if len(pixels) == 4:
-        colours, alpha = pixels[:3].float(), pixels[3:].float() / white
-        on_white = white - alpha * (white - colours)
-        return on_white if pixels.is_floating_point() else on_white.round().to(torch.uint8)
-    return pixels.expand(3, -1, -1)  # (1, H, W) or (3, H, W) -> (3, H, W)
+        colours = white - pixels[3:].float() / white * (white - colours)
+    if num_channels == 1:
+        colours = (colours * colours.new_tensor(LUMA)[:, None, None]).sum(dim=0, keepdim=True)
+    return colours if pixels.is_floating_point() else (colours + 0.5).to(torch.uint8)
 
 
 def _pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """Upright pixels `(H, W)` or `(H, W, C)`, RGBA if anything may be transparent, at their own depth."""
+    """Return upright pixels `(H, W)` or `(H, W, C)` at their own depth; converted, RGBA if any may be transparent."""
     if 0 in image.size:
         raise ValueError(f"expected at least one pixel, got a PIL image of size {image.size}.")
     try:
@@ -135,6 +157,8 @@ def _pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
         if do_convert_rgb and isinstance(image.info.get("transparency"), int):
             array[array == image.info["transparency"]] = 65535
         return array
+    if not do_convert_rgb and image.mode in ("P", "PA"):
+        raise ValueError(f"expected pixels with `do_convert_rgb=False`, got palette indices, mode {image.mode}.")
     if do_convert_rgb and image.mode != "F":
         if image.mode == "La":
             image = image.convert("LA")
@@ -152,24 +176,29 @@ def _array_to_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _channels_first(image: Tensor, input_data_format: str | ChannelDimension | None) -> Tensor:
-    """`(H, W)`, `(H, W, C)` or `(C, H, W)` -> `(C, H, W)`."""
+def _channels_first(
+    image: Tensor, input_data_format: str | ChannelDimension | None, accepted: tuple[int, ...] | None
+) -> Tensor:
+    """Bring `(H, W)`, `(H, W, C)` or `(C, H, W)` to `(C, H, W)`; None accepts any C."""
     shape = tuple(image.shape)
     if image.ndim not in (2, 3):
         raise ValueError(f"expected shape (H, W), (H, W, C) or (C, H, W), or a batch with one axis more, got {shape}.")
     if 0 in shape:
         raise ValueError(f"expected at least one pixel, got shape {shape}.")
+    counts, wanted = accepted or CONVERTIBLE, "1, 3 or 4 channels"
+    if counts != CONVERTIBLE:
+        wanted = f"{counts[0]} channel{'s' if counts[0] > 1 else ''} (as `image_mean` has entries)"
     if image.ndim == 2:
-        return image[None]
-    if input_data_format is not None:
+        image, layout = image[None], ChannelDimension.FIRST  # (H, W) -> (1, H, W)
+    elif input_data_format is not None:
         layout = ChannelDimension(input_data_format)
-    elif shape[0] in CHANNEL_COUNTS or shape[2] in CHANNEL_COUNTS:
-        layout = infer_channel_dimension_format(image, num_channels=CHANNEL_COUNTS)
+    elif shape[0] in counts or shape[2] in counts:
+        layout = infer_channel_dimension_format(image, num_channels=counts)
     else:
-        raise ValueError(f"expected 1, 3 or 4 channels on the first or last axis, got shape {shape}.")
+        raise ValueError(f"expected {wanted} on the first or last axis, got shape {shape}.")
     pixels = image if layout == ChannelDimension.FIRST else image.permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
-    if len(pixels) not in CHANNEL_COUNTS:
-        raise ValueError(f"expected 1, 3 or 4 channels, got {len(pixels)} in shape {shape} read as {layout.value}.")
+    if accepted and len(pixels) not in accepted:
+        raise ValueError(f"expected {wanted}, got {len(pixels)} in shape {shape} read as {layout.value}.")
     return pixels
 
 
@@ -246,15 +275,16 @@ class _SeenSide:
         return 2 * (centres - self.start) / self.length - 1
 
 
-def _resized_argmax(logits: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """`(H, W)`, classes at the rows `y` `(H,)` and columns `x` `(W,)`, in [-1, 1], of bilinear logits `(K, h, w)`."""
+def _resized(logits: Tensor, y: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """Resize logits `(K, h, w)` bilinearly to rows `y` `(H,)` and columns `x` `(W,)`, in [-1, 1], in strips of rows.
+
+    Yields:
+        `(K, rows, W)`, float32; all rows together are H.
+    """
     logits, y, x = logits[None].float(), y.to(logits.device, torch.float32), x.to(logits.device, torch.float32)
-    strips = []
     for rows in y.split(max(1, STRIP_ELEMENTS // (logits.shape[1] * len(x)))):
         grid = torch.stack(torch.meshgrid(rows, x, indexing="ij")[::-1], dim=-1)  # grid_sample takes (x, y)
-        strip = F.grid_sample(logits, grid[None], padding_mode="border", align_corners=False)
-        strips.append(strip[0].argmax(dim=0))
-    return torch.cat(strips)
+        yield F.grid_sample(logits, grid[None], padding_mode="border", align_corners=False)[0]
 
 
 class APMImageProcessorBase(BaseImageProcessor):
@@ -292,20 +322,42 @@ class APMImageProcessorBase(BaseImageProcessor):
                     return load_image(os.fspath(image))
                 with open(image, "rb") as file:  # PIL would keep files of many frames open
                     return PIL.Image.open(io.BytesIO(file.read()))
-            # The second is Pillow's for a decompression bomb, which is none of the system's.
+            # The last is Pillow's for a decompression bomb, which is none of the system's.
             except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-                reason = re.sub(r"<_io.*>", "its content", str(error))
-                raise ValueError(f"expected a readable image, got {str(image)[:200]!r}: {reason[:300]}") from error
+                unknown = isinstance(error, PIL.UnidentifiedImageError)  # its text names a buffer, not the file
+                reason = "PIL cannot identify its content" if unknown else str(error)[:300]
+                raise ValueError(f"expected a readable image, got {str(image)[:200]!r}: {reason}") from error
         return image
 
-    def _prepare_image_like_inputs(
-        self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Unpack[APMImageProcessorKwargs]
-    ) -> list[Any]:
-        """Flatten the input into images `(3, H, W)`; an error names the image it comes from."""
-        prepared = []
+    def read(self, image: Any, **options: Any) -> Tensor:
+        """Read one image as `(C, H, W)`, `uint8` or `float32`, C being what the options say; see [`read_image`]."""
+        means = [options.get(name) for name in ("image_mean", "image_std")]
+        entries = [len(values) for values in means if isinstance(values, list | tuple)]
+        num_channels, convert = entries[0] if entries else None, bool(options.get("do_convert_rgb"))
+        if convert:
+            num_channels = num_channels or 3
+        elif options.get("do_min_max") or not options.get("do_normalize"):
+            num_channels = None
+        pixels = read_image(
+            image,
+            input_data_format=options.get("input_data_format"),
+            do_convert_rgb=convert,
+            do_rescale=bool(options.get("do_rescale", True)),
+            num_channels=num_channels,
+        )
+        if options.get("do_flip_channel_order") and len(pixels) != 3:
+            raise ValueError(f"expected 3 channels with `do_flip_channel_order=True`, got {len(pixels)}.")
+        return pixels
+
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[Any]:
+        """Flatten the input into images `(C, H, W)`; an error names the image it comes from."""
+        prepared: list[Any] = []
         for label, image in _flatten(images):
             try:
-                prepared.append(self.process_image(self.fetch_images(image), *args, **kwargs))
+                pixels = self.process_image(self.fetch_images(image), **kwargs)
+                if prepared and len(pixels) != (num_channels := len(prepared[0])):
+                    raise ValueError(f"expected {num_channels} channels, as the first image has, got {len(pixels)}.")
+                prepared.append(pixels)
             except ValueError as error:
                 raise ValueError(f"{label}: {error}") from error
         return prepared
@@ -346,9 +398,14 @@ class APMImageProcessorBase(BaseImageProcessor):
         return BatchFeature({**batch, "labels": labels}, tensor_type=kwargs.get("return_tensors"))
 
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, *, outside: int | None = None
-    ) -> list[Tensor]:
-        """Label maps of the pictures that a model has seen through this processor.
+        self,
+        outputs: Any,
+        target_sizes: Any = None,
+        *,
+        outside: int | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[Any]:
+        """Make label maps of the pictures that a model has seen through this processor.
 
         Resizing, centre crop and padding are undone, by the processor's own options; logits are resized bilinearly.
 
@@ -357,34 +414,48 @@ class APMImageProcessorBase(BaseImageProcessor):
             target_sizes: (height, width) of each picture; None leaves the map of what was seen as it is.
             outside: label for pixels that the centre crop cut off, e.g. 255. None refuses pictures with such pixels:
                 `pipeline("image-segmentation")` has names for the classes alone.
+            return_segmentation_scores: return the resized logits as well.
 
         Returns:
-            B maps `(height, width)`, int64, on the logits' device.
+            B maps `(height, width)`, int64, on the logits' device; with scores B times a `BatchFeature` of such a
+            `segmentation` and of `segmentation_scores` `(K, height, width)`, NaN for pixels outside.
 
         Raises:
             ValueError: not one size for each map, or cut-off pixels without `outside`.
         """
         logits = outputs.logits
         if target_sizes is None:
-            return list(logits.argmax(dim=1))
-        if len(target_sizes) != len(logits):
+            pairs = list(zip(logits.argmax(dim=1), logits, strict=True))
+        elif len(target_sizes) == len(logits):
+            sizes = [(int(height), int(width)) for height, width in target_sizes]
+            pairs = [
+                self._as_seen(image_logits, size, outside, return_segmentation_scores)
+                for image_logits, size in zip(logits, sizes, strict=True)
+            ]
+        else:
             raise ValueError(f"target_sizes: expected {len(logits)} (height, width), got {len(target_sizes)}.")
-        options = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
-        maps = []
-        for image_logits, size in zip(logits, target_sizes, strict=True):
-            height, width = (int(side) for side in size)
-            rows, cols = self._seen_sides(height, width, **options)
-            y, x = rows.places(height), cols.places(width)
-            unseen = (y.abs() > 1)[:, None] | (x.abs() > 1)  # (H, W)
-            if outside is None and unseen.any():
-                raise ValueError(
-                    f"target_sizes: the centre crop cuts {int(unseen.sum())} pixels off a picture of "
-                    f"({height}, {width}), and nothing is known about them; expected `outside`, the label to give "
-                    "them, or an image processor with do_center_crop=False whose `size` has a height and a width."
-                )
-            labels = _resized_argmax(image_logits, y, x)
-            maps.append(labels if outside is None else labels.masked_fill(unseen.to(labels.device), outside))
-        return maps
+        if not return_segmentation_scores:
+            return [labels for labels, _ in pairs]
+        return [BatchFeature({"segmentation": labels, "segmentation_scores": scores}) for labels, scores in pairs]
+
+    def _as_seen(
+        self, logits: Tensor, size: tuple[int, int], outside: int | None, with_scores: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Put logits `(K, h, w)` back on a picture `(H, W)`: its labels `(H, W)` and, with scores, `(K, H, W)`."""
+        options: dict[str, Any] = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        y, x = (side.places(cells) for side, cells in zip(self._seen_sides(*size, **options), size, strict=True))
+        unseen = (y.abs() > 1)[:, None] | (x.abs() > 1)  # (H, W)
+        if outside is None and unseen.any():
+            raise ValueError(
+                f"target_sizes: the centre crop cuts {int(unseen.sum())} pixels off a picture of {size}, and nothing "
+                "is known about them; expected `outside`, the label to give them, or an image processor with "
+                "do_center_crop=False whose `size` has a height and a width."
+            )
+        unseen, scores = unseen.to(logits.device), None
+        labels = torch.cat([strip.argmax(dim=0) for strip in _resized(logits, y, x)])
+        if with_scores:  # resized once more, so that labels alone never need memory for all classes
+            scores = torch.cat(list(_resized(logits, y, x)), dim=1).masked_fill(unseen, torch.nan)
+        return labels if outside is None else labels.masked_fill(unseen, outside), scores
 
     def _seen_sides(
         self,
@@ -400,10 +471,7 @@ class APMImageProcessorBase(BaseImageProcessor):
         **kwargs: Any,
     ) -> tuple[_SeenSide, _SeenSide]:
         """Which rows and which columns of a picture the model sees: the geometry of both backends' `_preprocess`."""
-        resized = (height, width)
-        if do_resize:
-            plane = np.zeros((1, height, width), dtype=np.uint8)  # transformers turns `size` into a height and width
-            resized = PilBackend.resize(self, plane, size, resample=PILImageResampling.NEAREST).shape[1:]
+        resized = self._resized_size(height, width, size) if do_resize else (height, width)
         if do_pad and pad_size is None:
             raise ValueError("pad_size: expected a size for label maps, since a batch's largest image tells it else.")
         sides = []
@@ -417,69 +485,66 @@ class APMImageProcessorBase(BaseImageProcessor):
             sides.append(_SeenSide(start, length, pixels))
         return sides[0], sides[1]
 
+    def _resized_size(self, height: int, width: int, size: SizeDict) -> tuple[int, int]:
+        """Let transformers turn `size` into the height and width that an image is resized to."""
+        plane = np.zeros((1, height, width), dtype=np.uint8)
+        height, width = PilBackend.resize(self, plane, size, resample=PILImageResampling.NEAREST).shape[1:]
+        return height, width
+
     def _validate_preprocess_kwargs(self, **kwargs: Unpack[APMImageProcessorKwargs]) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
         if kwargs.get("data_format") not in (None, "channels_first", ChannelDimension.FIRST):
             raise ValueError(f"`data_format` must be 'channels_first', got {kwargs['data_format']!r}.")
         if kwargs.get("do_normalize"):
-            mean, std = np.atleast_1d(kwargs["image_mean"]), np.atleast_1d(kwargs["image_std"])
-            if len(mean) not in (1, 3) or len(std) not in (1, 3) or not (std > 0).all():
+            mean, std = np.asarray(kwargs["image_mean"]), np.asarray(kwargs["image_std"])
+            counts = {values.size for values in (mean, std) if values.ndim}
+            if len(counts) > 1 or 0 in counts or not (np.isfinite(mean).all() and 0 < std.min() <= std.max() < np.inf):
                 raise ValueError(
-                    "`image_mean` and `image_std` must be one number or three, the std positive, "
-                    f"got {kwargs['image_mean']} and {kwargs['image_std']}."
+                    "`image_mean` and `image_std` must be one number or as many finite ones as images have channels, "
+                    f"the std positive, got {kwargs['image_mean']} and {kwargs['image_std']}."
                 )
 
 
 class APMImageProcessorPil(APMImageProcessorBase, PilBackend):
-    """Turn images into APM's `pixel_values` `(B, 3, S_h, S_w)`, float32, with PIL and NumPy.
+    """Turn images into APM's `pixel_values` `(B, C, S_h, S_w)`, float32, with PIL and NumPy.
 
     Takes a PIL image of any mode, a path or URL, a NumPy array or torch tensor `(H, W)`, `(H, W, C)` or `(C, H, W)`, a
-    4-D batch of those, or lists of any of these; see the top of this file for how pixels are read and
-    [`APMImageProcessorKwargs`] for the options. Steps: RGB, resize, centre crop, rescale and normalize (or min-max
-    instead of both), channel order, padding. Every option may also be given per call.
+    4-D batch of those, or lists of any of these; see the top of this file for how pixels and channels are read and
+    [`APMImageProcessorKwargs`] for the options. Steps: channels, resize, centre crop, rescale and normalize (or
+    min-max instead), channel order, padding. Every option may also be given per call.
 
     Raises:
-        ValueError: an unreadable or empty image, not an image at all, a channel count other than 1, 3 or 4, NaN or
+        ValueError: an unreadable or empty image, not an image at all, a number of channels that does not fit, NaN or
             infinite pixels, or values outside their range; the message names the image's place in the batch.
     """
 
-    def process_image(
-        self,
-        image: Any,
-        do_convert_rgb: bool | None = None,
-        input_data_format: str | ChannelDimension | None = None,
-        do_rescale: bool | None = True,
-        **kwargs: Unpack[APMImageProcessorKwargs],
-    ) -> np.ndarray:
-        """One image as `(3, H, W)`, `uint8` or `float32`; see [`read_image`]."""
-        pixels = read_image(
-            image,
-            input_data_format=input_data_format,
-            do_convert_rgb=bool(do_convert_rgb),
-            do_rescale=bool(do_rescale),
-        )
-        return pixels.cpu().numpy()
+    def process_image(self, image: Any, **options: Any) -> np.ndarray:
+        """Read one image as `(C, H, W)`, `uint8` or `float32`; see [`read_image`]."""
+        return self.read(image, **options).cpu().numpy()
 
     def resize(
         self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """Resize `(3, H, W)` with PIL at the image's own depth; transformers' resizing has 8 bits only."""
+        """Resize `(C, H, W)` with PIL at the image's own depth, where transformers has 8 bits only, and by channels.
+
+        PIL would take four channels for RGBA and weigh the first three by the last.
+        """
         if image.dtype == np.uint8:
-            return super().resize(image, size, resample=resample, **kwargs)
-        plane = np.zeros((1, *image.shape[1:]), dtype=np.uint8)  # transformers turns `size` into a height and width
-        height, width = super().resize(plane, size, resample=PILImageResampling.NEAREST).shape[1:]
+            resize = super().resize
+            return np.concatenate([resize(plane[None], size, resample=resample, **kwargs) for plane in image])
+        height, width = self._resized_size(image.shape[1], image.shape[2], size)
         white = 1.0 if image.max() <= 1 else 255.0
-        planes = [PIL.Image.fromarray(channel).resize((width, height), resample=resample) for channel in image]
-        return np.stack([np.asarray(channel) for channel in planes]).clip(0, white)  # bicubic overshoots at edges
+        resized = [PIL.Image.fromarray(channel).resize((width, height), resample=resample) for channel in image]
+        return np.stack([np.asarray(channel) for channel in resized]).clip(0, white)  # bicubic overshoots at edges
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
-        """Crop `(3, H, W)`, zeros around a smaller image: an odd row or column of them last, as torchvision has it."""
+        """Crop `(C, H, W)`, zeros around a smaller image: an odd row or column of them last, as torchvision has it."""
         rows, cols = max(0, (size.height or 0) - image.shape[1]), max(0, (size.width or 0) - image.shape[2])
         image = np.pad(image, ((0, 0), (rows // 2, rows - rows // 2), (cols // 2, cols - cols // 2)))
         return super().center_crop(image, size, **kwargs)
 
     def min_max(self, image: np.ndarray) -> np.ndarray:
-        """Scale `(3, H, W)` to [0, 1] by its minimum and maximum; zeros if they are equal."""
+        """Scale `(C, H, W)` to [0, 1] by its minimum and maximum; zeros if they are equal."""
         image = image.astype(np.float32)
         low, high = image.min(), image.max()
         return (image - low) / (high - low if high > low else np.float32(1))

@@ -9,13 +9,14 @@ Locations never see each other, so any subset of them can be queried, in any ord
 Source: Modi & Rawat, NeurIPS 2024, arXiv:2410.20535, Fig. 1.
 
 Legend: B images, L locations, D trigger width, Q local-patch width, P position width, H a layer's width, F feature
-width, N levels, K classes or texts, T tokens, (rows, cols) the grid. Locations are row-major; coordinates are (y, x) in
-[-1, 1] at the places of `torch.nn.functional.grid_sample(align_corners=False)`.
+width, N levels, K classes or texts, T tokens, (rows, cols) the grid. Locations are row-major; coordinates are (y, x)
+in [-1, 1] at the places of `torch.nn.functional.grid_sample(align_corners=False)`.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -26,19 +27,13 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_apm import APMConfig
-from .position_encoding import (
-    coordinates_to_indices,
-    grid_coordinates,
-    grid_patches,
-    sample_patches,
-    sincos_code,
-)
+from .position_encoding import axis_codes, grid_coordinates, grid_patches, sample_patches
 
 # Without gradients, locations are decoded in chunks whose widest activation stays below this many elements. On the
 # CPU it should also stay in the cache (8 MiB in float32), unless the chunk were less than a row of the grid.
@@ -110,8 +105,11 @@ class APMQuery(nn.Module):
             patches: `(B, L, Q)`, with `config.local_patch`.
             features: `(B, L, F)`, in the RGB head.
         """
-        hidden = self.trigger(trigger_column[:, None, None]) + self.row(row_code)  # (B, R, 1, H)
-        hidden = (hidden + self.column(column_code)).flatten(1, 2)  # (B, R, C, H) -> (B, L, H)
+        # Layers see three axes at most: adapters take four for an image.
+        row = self.row(row_code.squeeze(2))[:, :, None]  # (1 or B, R, 1, H)
+        column = self.column(column_code.flatten(1, 2)).unflatten(1, column_code.shape[1:3])  # (1 or B, 1 or R, C, H)
+        hidden = self.trigger(trigger_column)[:, None, None] + row + column
+        hidden = hidden.flatten(1, 2)  # (B, R, C, H) -> (B, L, H)
         if self.patch is not None:
             hidden = hidden + self.patch(patches)
         if self.features is not None:
@@ -157,6 +155,7 @@ class APMFeatureSpace(nn.Module):
         self.statistics = (mean, std)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.empty(len(mean)), persistent=False)
+        self.fill()
 
     def fill(self) -> None:
         """Write the numbers into the buffers, which loading leaves undefined."""
@@ -168,24 +167,23 @@ class APMFeatureSpace(nn.Module):
         return torch.addcmul(self.mean, features, self.std)
 
 
-def _feature_space(mean: list[float] | None, std: list[float] | float | None) -> nn.Module:
+def _feature_space(mean: Any, std: Any) -> APMFeatureSpace | nn.Identity:
     return nn.Identity() if mean is None or std is None else APMFeatureSpace(mean, std)
 
 
 class APMMeanPooling(nn.Module):
     """The mean over locations, which may come in chunks."""
 
-    def forward(
-        self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Tensor, ...] = ()
-    ) -> tuple[Tensor, ...]:
-        """Add the features `(B, L, F)` of a chunk to the state: their sum `(B, F)` and count `(1,)`."""
+    def forward(self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+        """Add the features `(B, L, F)` of a chunk to the state: their sum `(B, F)` and their number."""
         dtype = torch.promote_types(features.dtype, torch.float32)
-        total, count = features.sum(dim=1, dtype=dtype), features.new_full((1,), features.shape[1], dtype=dtype)
+        total, count = features.sum(dim=1, dtype=dtype), features.shape[1]
         return (state[0] + total, state[1] + count) if state else (total, count)
 
-    def finish(self, state: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def finish(self, state: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         """Return the pooled features `(B, F)`."""
-        return (state[0] / state[1]).to(dtype)
+        total, count = state
+        return (total / count).to(dtype)
 
 
 class APMAttentionPooling(nn.Module):
@@ -198,7 +196,9 @@ class APMAttentionPooling(nn.Module):
         super().__init__()
         self.num_heads = config.pooling_num_heads
         self.query = nn.Parameter(torch.empty(1, 1, feature_size))
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(feature_size, feature_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(feature_size, feature_size) for _ in range(4)
+        )
 
     def forward(
         self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Tensor, ...] = ()
@@ -212,7 +212,7 @@ class APMAttentionPooling(nn.Module):
                 `(B, heads, 1, 1)` twice and `(B, heads, 1, F / heads)`.
         """
         half = features.shape[-1] // 2
-        codes = [sincos_code(columns, half), sincos_code(rows, half)]  # the column's half comes first
+        codes = axis_codes(half, columns, rows)  # the column's half comes first
         code = torch.cat(torch.broadcast_tensors(*codes), dim=-1).flatten(1, 2)  # (1 or B, L, F)
         inputs = features + code.to(features.dtype)
         # (B, L, F) -> (B, heads, L, F / heads)
@@ -238,7 +238,7 @@ class APMAttentionPooling(nn.Module):
         return self.out_proj((weighted / total).flatten(1).to(dtype))  # (B, heads, 1, F / heads) -> (B, F)
 
 
-def _pooling(config: APMConfig, kind: str, feature_size: int) -> nn.Module:
+def _pooling(config: APMConfig, kind: str, feature_size: int) -> APMMeanPooling | APMAttentionPooling:
     return APMAttentionPooling(config, feature_size) if kind == "attention" else APMMeanPooling()
 
 
@@ -271,6 +271,12 @@ class APMDecoder(GradientCheckpointingLayer):
         self.rgb_head = APMRGBHead(config) if config.use_rgb_head else None
         self.teacher_heads = nn.ModuleDict({name: APMTeacherHead(config, name) for name in config.teacher_heads or ()})
 
+    def teacher_head(self, name: str) -> APMTeacherHead:
+        """Return the head of an additional teacher."""
+        head = self.teacher_heads[name]
+        assert isinstance(head, APMTeacherHead)
+        return head
+
     def forward(
         self, trigger_column: Tensor, rows: Tensor, columns: Tensor, patches: Tensor | None, outputs: Sequence[str]
     ) -> tuple[Tensor, ...]:
@@ -287,26 +293,26 @@ class APMDecoder(GradientCheckpointingLayer):
             One `(B, L, ...)` for each of `outputs`.
         """
         half, dtype = self.position_size // 2, trigger_column.dtype
-        codes = sincos_code(rows, half).to(dtype), sincos_code(columns, half).to(dtype)
+        codes = [code.to(dtype) for code in axis_codes(half, rows, columns)]  # (1 or B, R, 1 or C, P / 2)
         hidden = self.activation(self.query(trigger_column, *codes, patches))
         hidden_states = [hidden]
         for layer in self.layers:
             hidden_states.append(self.activation(layer(hidden_states[-1])))
         hidden = hidden_states[-1]
-        features = self.feature_head(hidden) if {"features", "rgb"} & set(outputs) else None
-        decoded = []
+        features = self.feature_head(hidden) if {"features", "rgb"} & set(outputs) else hidden
+        decoded: list[Tensor] = []
         for output in outputs:
             kind, _, name = output.partition(".")
             if kind == "features":
                 decoded.append(features)
-            elif kind == "rgb":
+            elif kind == "rgb" and self.rgb_head is not None:
                 decoded.append(self.rgb_head(features, trigger_column, *codes, patches))
-            elif kind == "levels":
+            elif kind == "levels" and self.level_head is not None:
                 decoded.append(self.level_head(hidden).unflatten(-1, (self.num_levels, -1)))  # (B, L, N, level_size)
             elif kind == "hidden_states":
                 decoded.append(hidden_states[int(name)])
             else:
-                decoded.append(self.teacher_heads[name].projection(hidden))
+                decoded.append(self.teacher_head(name).projection(hidden))
         return tuple(decoded)
 
 
@@ -317,7 +323,7 @@ class APMPreTrainedModel(PreTrainedModel):
     config_class = APMConfig
     base_model_prefix = "apm"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: tuple[str, ...] = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["APMDecoder", "APMAttentionPooling"]
     # The choice of attention is the text tower's, where a head has one.
@@ -365,9 +371,9 @@ class APMPreTrainedModel(PreTrainedModel):
             module.fill()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the first module that sees the input: the fold, or the trigger's Linear where nothing is folded."""
-        model = getattr(self, "apm", self)
-        return model.trigger if model.config.trigger_source == "conv" else model.decoder.query.trigger
+        """Return the first module that sees the input: the fold, or what an embedding goes through."""
+        model: Any = getattr(self, "apm", self)
+        return model.trigger
 
 
 class APMModel(APMPreTrainedModel):
@@ -390,6 +396,10 @@ class APMModel(APMPreTrainedModel):
 
     def __init__(self, config: APMConfig):
         super().__init__(config)
+        self.grid_size = config.grid_size
+        widths = [head["feature_size"] for head in (config.teacher_heads or {}).values()]
+        self.widest = max(*config.hidden_sizes, config.feature_size, config.local_patch_width, *widths)
+        self.trigger: nn.Module = nn.Identity()  # what an embedding goes through
         if config.trigger_source == "conv":
             self.trigger = nn.Conv2d(
                 config.num_channels, config.trigger_channels, config.patch_size, stride=config.patch_size
@@ -451,9 +461,9 @@ class APMModel(APMPreTrainedModel):
             output_hidden_states = bool(self.config.output_hidden_states)
         heads = tuple(self.decoder.teacher_heads if heads is None else heads)
         # The name of each output of the decoder, with its pooling and the map to its teacher's space.
-        features = {"features": (self.pooler, self.feature_space)}
+        features: dict[str, tuple[Any, Any]] = {"features": (self.pooler, self.feature_space)}
         for name in heads:
-            head = self.decoder.teacher_heads[name]
+            head = self.decoder.teacher_head(name)
             features[f"teacher_features.{name}"] = head.pooler, head.space
         outputs = list(features)
         outputs += ["rgb"] * (self.decoder.rgb_head is not None) + ["levels"] * (self.decoder.level_head is not None)
@@ -461,8 +471,9 @@ class APMModel(APMPreTrainedModel):
         outputs += [f"hidden_states.{index}" for index in range(num_layers)]
 
         trigger_column = self._trigger_column(trigger_column, pixel_values)
-        states: dict[str, tuple[Tensor, ...]] = dict.fromkeys(features, ())
-        chunks = _Chunks(self.config.num_locations if coordinates is None else coordinates.shape[-2])
+        coordinates = self._coordinates(coordinates, trigger_column)
+        states: dict[str, tuple[Any, ...]] = dict.fromkeys(features, ())
+        chunks = _Chunks(self.config.num_locations if coordinates is None else coordinates.shape[1])
         for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, chunk_size):
             decoded = dict(zip(outputs, self.decoder(trigger_column, rows, columns, patches, outputs), strict=True))
             for name, (pooler, space) in features.items():
@@ -517,7 +528,8 @@ class APMModel(APMPreTrainedModel):
     ) -> Tensor:
         """Return `forward(...).pooler_output`, `(B, F)`, without computing colours or levels or keeping features."""
         trigger_column = self._trigger_column(trigger_column, pixel_values)
-        state: tuple[Tensor, ...] = ()
+        coordinates = self._coordinates(coordinates, trigger_column)
+        state: tuple[Any, ...] = ()
         dtype = trigger_column.dtype
         for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, None):
             (features,) = self.decoder(trigger_column, rows, columns, patches, ("features",))
@@ -542,9 +554,8 @@ class APMModel(APMPreTrainedModel):
         """
         statistics = self.config.set_feature_statistics(mean, std, head=head)
         space = APMFeatureSpace(*statistics.values()).to(device=self.device, dtype=self.dtype)
-        space.fill()
         if head:
-            self.decoder.teacher_heads[head].space = space
+            self.decoder.teacher_head(head).space = space
         else:
             self.feature_space = space
 
@@ -557,7 +568,7 @@ class APMModel(APMPreTrainedModel):
             ValueError: for an unknown name.
         """
         config, model = self.config.with_head(name), copy.deepcopy(self)
-        head = model.decoder.teacher_heads[name]
+        head = model.decoder.teacher_head(name)
         model.config, model.decoder.feature_head = config, head.projection
         model.pooler, model.feature_space = head.pooler, head.space
         model.decoder.rgb_head, model.decoder.teacher_heads = None, nn.ModuleDict()
@@ -576,7 +587,8 @@ class APMModel(APMPreTrainedModel):
             raise ValueError(f"trigger_column: expected a tensor, got {type(trigger_column).__name__}")
         if trigger_column.ndim != 2 or trigger_column.shape[1] != width:
             raise ValueError(f"trigger_column: expected shape (B, {width}), got {tuple(trigger_column.shape)}")
-        return trigger_column.to(self.dtype)  # inputs may stay float32 beside bfloat16 weights
+        trigger_column = trigger_column.to(self.dtype)  # inputs may stay float32 beside bfloat16 weights
+        return self.trigger(trigger_column) if self.config.trigger_source == "embedding" else trigger_column
 
     def _locations(
         self,
@@ -590,36 +602,30 @@ class APMModel(APMPreTrainedModel):
         if config.local_patch:
             if pixel_values is None:
                 raise ValueError("pixel_values: expected the images, since local_patch=True puts them into the query")
-            pixel_values = self._check_pixels(pixel_values)
-            if len(pixel_values) != len(trigger_column):
-                raise ValueError(
-                    f"pixel_values: expected {len(trigger_column)} images, one a column, got {len(pixel_values)}"
-                )
+            images = self._check_pixels(pixel_values)
+            num_columns, num_images = trigger_column.shape[0], images.shape[0]
+            if num_images != num_columns:
+                raise ValueError(f"pixel_values: expected {num_columns} images, one a column, got {num_images}")
         patches = None
         if coordinates is None:  # rows and columns of the grid
-            index = torch.arange(config.grid_size, dtype=torch.float32, device=device)
+            index = torch.arange(self.grid_size, dtype=torch.float32, device=device)
             rows, columns = index[None, :, None], index[None, None]
             if config.local_patch:
-                windows = [grid_patches(pixel_values, config.patch_size, s) for s in config.local_patch_scales]
+                windows = [grid_patches(images, config.patch_size, s) for s in config.local_patch_scales]
                 patches = torch.cat(windows, dim=-1)  # (B, L, Q)
         else:  # every location is a row of one
-            coordinates = self._check_coordinates(coordinates, trigger_column)
-            indices = coordinates_to_indices(coordinates, config.grid_size, config.grid_size)
-            rows, columns = indices[..., :1], indices[..., 1:]  # (1 or B, L, 1) twice
+            size = self.grid_size
+            rows, columns = (coordinates * (size / 2) + (size - 1) / 2).split(1, dim=-1)  # (1 or B, L, 1) twice
         step = self._chunk_rows(trigger_column, columns, chunk_size)
-        if step is None and (coordinates is None or not config.local_patch):
-            yield rows, columns, patches
-            return
-        num_rows = rows.shape[1]
-        for start in range(0, num_rows, step or num_rows):
-            chunk = slice(start, start + (step or num_rows))
+        for start in range(0, rows.shape[1], step) if step else (0,):  # a range would fix a traced number of rows
+            chunk = slice(start, start + step if step else None)
             if coordinates is None:
                 width = columns.shape[2]
-                cells = slice(start * width, chunk.stop * width)
+                cells = slice(start * width, chunk.stop * width if step else None)
                 yield rows[:, chunk], columns, None if patches is None else patches[:, cells]
             else:
                 if config.local_patch:
-                    where = (pixel_values, coordinates[:, chunk], config.patch_size)
+                    where = (images, coordinates[:, chunk], config.patch_size)
                     patches = torch.cat([sample_patches(*where, scale) for scale in config.local_patch_scales], dim=-1)
                 yield rows[:, chunk], columns[:, chunk], patches
 
@@ -632,13 +638,10 @@ class APMModel(APMPreTrainedModel):
         checkpointed = self.training and self.decoder.gradient_checkpointing
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not checkpointed):
             return None
-        config = self.config
-        additional = [head["feature_size"] for head in (config.teacher_heads or {}).values()]
-        widest = max(*config.hidden_sizes, config.feature_size, config.local_patch_width, *additional)
-        elements = max(1, len(trigger_column)) * widest  # of one location
+        elements = max(1, len(trigger_column)) * self.widest  # of one location
         size = CHUNK_ELEMENTS // elements
         if trigger_column.device.type == "cpu":
-            size = min(size, max(CACHED_ELEMENTS // elements, config.grid_size))
+            size = min(size, max(CACHED_ELEMENTS // elements, self.grid_size))
         return max(1, size // columns.shape[2])
 
     def _check_pixels(self, pixel_values: Tensor) -> Tensor:
@@ -653,11 +656,13 @@ class APMModel(APMPreTrainedModel):
             )
         return pixel_values.to(self.dtype)
 
-    def _check_coordinates(self, coordinates: Tensor, trigger_column: Tensor) -> Tensor:
-        """Return coordinates `(1 or B, L, 2)`, float32 or wider, beside the trigger column."""
+    def _coordinates(self, coordinates: Tensor | None, trigger_column: Tensor) -> Tensor | None:
+        """Return coordinates `(1 or B, L, 2)`, float32 or wider, beside the trigger column; None stays None."""
+        if coordinates is None:
+            return None
         if not isinstance(coordinates, Tensor):
             raise ValueError(f"coordinates: expected a tensor, got {type(coordinates).__name__}")
-        batch_size, shape = len(trigger_column), coordinates.shape
+        batch_size, shape = trigger_column.shape[0], coordinates.shape
         if (
             len(shape) not in (2, 3)
             or shape[-1] != 2
@@ -667,12 +672,21 @@ class APMModel(APMPreTrainedModel):
             raise ValueError(
                 f"coordinates: expected shape (L, 2) or ({batch_size}, L, 2), (y, x), with L >= 1, got {tuple(shape)}"
             )
-        # On an accelerator the check would have to wait for the device at every step; NaN then gives NaN.
-        if coordinates.device.type == "cpu" and not torch.compiler.is_compiling() and not coordinates.isfinite().all():
+        if not _are_finite(coordinates):
             raise ValueError("coordinates: expected finite numbers, (y, x), got NaN or infinite ones")
         dtype = torch.promote_types(coordinates.dtype, torch.float32)  # in bfloat16 places would move by whole pixels
         coordinates = coordinates.to(trigger_column.device, dtype).clamp(-FAR, FAR)
         return coordinates if coordinates.ndim == 3 else coordinates[None]  # (L, 2) -> (1, L, 2)
+
+
+def _are_finite(coordinates: Tensor) -> bool:
+    """Return False for numbers that are seen not to be finite; where looking would wait or break, NaN gives NaN."""
+    if coordinates.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(coordinates.abs().amax() < torch.inf)
+    except RuntimeError:  # under `torch.vmap` no values can be read
+        return True
 
 
 class _Chunks:
@@ -827,7 +841,9 @@ class APMForSemanticSegmentation(APMPreTrainedModel):
         height, width = output_size if output_size is not None else (grid, grid)
         if height < 1 or width < 1:
             raise ValueError(f"output_size: expected a positive (height, width), got {output_size}")
-        coordinates = None if output_size is None else grid_coordinates(height, width, device=self.device)
+        given = pixel_values if trigger_column is None else trigger_column
+        device = given.device if isinstance(given, Tensor) else None  # weights may lie elsewhere until they are used
+        coordinates = None if output_size is None else grid_coordinates(height, width, device=device)
         sources = (pixel_values, trigger_column, *self.apm.parameters())
         is_frozen = not any(source is not None and source.requires_grad for source in sources)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
@@ -858,6 +874,8 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
     feature needs: neither colours nor levels nor additional teachers' heads.
     """
 
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
     _keys_to_ignore_on_load_unexpected = _UNUSED_BY_HEADS
 
     def __init__(self, config: APMConfig):
@@ -868,9 +886,10 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
             )
         super().__init__(config.features_only())
         self.apm = APMModel(self.config)
-        self.text_model = _text_tower(config.text_config)
+        text_config = self.config.text_config
+        self.text_model = _text_tower(text_config)
         self.text_projection = (
-            nn.Linear(config.text_config.hidden_size, config.feature_size, bias=False)
+            nn.Linear(text_config.hidden_size, config.feature_size, bias=False)
             if config.text_projection
             else nn.Identity()
         )
@@ -933,14 +952,19 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
             model.text_projection.load_state_dict(projection.state_dict())
         return model.eval()
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """Return unnormalised text embeddings `(K, F)` for token ids `(K, T)`."""
-        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        return self.text_projection(outputs.pooler_output)
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Return the tower's output for token ids `(K, T)`; `pooler_output` is `(K, F)`, unnormalised."""
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
 
-    def get_image_features(self, pixel_values: Tensor, coordinates: Tensor | None = None) -> Tensor:
-        """Return unnormalised embeddings `(B, F)` of images `(B, C, S, S)`, pooled over the locations."""
-        return self.apm.pooled_features(pixel_values, coordinates)
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, coordinates: Tensor | None = None, **kwargs) -> APMModelOutput:
+        """Return the APM's output for images `(B, C, S, S)`; `pooler_output` is `(B, F)`, unnormalised."""
+        return self.apm(pixel_values, coordinates, return_dict=True, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -950,6 +974,8 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
         attention_mask: Tensor | None = None,
         coordinates: Tensor | None = None,
         return_loss: bool | None = None,
+        *,
+        interpolate_pos_encoding: bool | None = None,
         **kwargs,
     ) -> APMZeroShotOutput:
         """Compare every image with every text.
@@ -960,10 +986,12 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
             attention_mask: `(K, T)`, 1 for tokens, 0 for padding.
             coordinates: `(L, 2)` or `(B, L, 2)`, the locations that are pooled; None is the full grid.
             return_loss: also return the contrastive loss of B = K matching pairs (arXiv:2103.00020).
+            interpolate_pos_encoding: as in [`APMModel.forward`].
             **kwargs: additional inputs of the text tower, e.g. `token_type_ids`.
         """
-        image_embeds = F.normalize(self.get_image_features(pixel_values, coordinates), dim=-1)
-        text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask, **kwargs), dim=-1)
+        image_embeds = F.normalize(self.apm.pooled_features(pixel_values, coordinates), dim=-1)
+        text = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+        text_embeds = F.normalize(text.pooler_output, dim=-1)
         logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()
         loss = None
         if return_loss:

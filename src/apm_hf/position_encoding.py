@@ -25,8 +25,18 @@ def grid_coordinates(rows: int, cols: int, *, device: torch.device | str | None 
     return torch.stack([y, x], dim=-1).flatten(0, 1)  # (rows, cols, 2) -> (L, 2)
 
 
+def _not_half(coordinates: Tensor) -> Tensor:
+    """Return coordinates in float32 at least: in bfloat16, arithmetic on them would be off by whole cells."""
+    return coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
+
+
 def coordinates_to_indices(coordinates: Tensor, rows: int, cols: int) -> Tensor:
-    """Return real-valued cell indices `(..., 2)`, (row, column), of coordinates `(..., 2)`; 0 is the first centre."""
+    """Return real-valued cell indices `(..., 2)`, (row, column), at least float32: 0 is the first cell's centre.
+
+    Args:
+        coordinates: `(..., 2)`, (y, x) in [-1, 1], of any dtype.
+    """
+    coordinates = _not_half(coordinates)
     sizes = coordinates.new_tensor([rows, cols])
     return ((coordinates + 1) * sizes - 1) / 2
 
@@ -42,10 +52,15 @@ def sincos_code(indices: Tensor, size: int) -> Tensor:
         `(..., size)`: sin and cos interleaved, frequency k is 10000^(-2k/size); float32 or the dtype of the indices
         if wider.
     """
-    indices = indices.to(torch.promote_types(indices.dtype, torch.float32))
-    k = torch.arange(size // 2, dtype=indices.dtype, device=indices.device)
-    angles = indices[..., None] * MAX_PERIOD ** (-2 * k / size)  # (...) -> (..., size / 2)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # (..., size / 2, 2) -> (..., size)
+    return axis_codes(size, indices)[0]
+
+
+def axis_codes(size: int, *axes: Tensor) -> list[Tensor]:
+    """Return `sincos_code` of each of several tensors of indices, on one device."""
+    dtype = torch.promote_types(axes[0].dtype, torch.float32)
+    frequencies = MAX_PERIOD ** (torch.arange(0, -size, -2, dtype=dtype, device=axes[0].device) / size)  # (size / 2,)
+    angles = [indices[..., None] * frequencies for indices in axes]  # (...) -> (..., size / 2)
+    return [torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2) for angle in angles]  # -> (..., size)
 
 
 def position_code(coordinates: Tensor, rows: int, cols: int, size: int) -> Tensor:
@@ -68,7 +83,7 @@ def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, s
 
     Args:
         pixel_values: `(B, C, S, S)`.
-        coordinates: `(1 or B, L, 2)`, (y, x) in [-1, 1].
+        coordinates: `(1 or B, L, 2)`, (y, x) in [-1, 1], of any dtype; sampling takes float32 at least.
         patch_size: samples along a side of the window.
         scale: the window is `scale * patch_size` pixels wide, and its samples are means of `scale` x `scale` pixels;
             S is a multiple of it.
@@ -76,6 +91,7 @@ def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, s
     Returns:
         `(B, L, C * patch_size**2)`, channels first; at a cell's centre, with scale 1, it is the cell's own patch.
     """
+    coordinates = _not_half(coordinates)
     pixel_values = F.avg_pool2d(pixel_values, scale) if scale > 1 else pixel_values
     batch_size, _, height, width = pixel_values.shape
     offsets = torch.arange(patch_size, dtype=coordinates.dtype, device=coordinates.device) - (patch_size - 1) / 2
@@ -83,7 +99,6 @@ def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, s
     x = coordinates[..., 1, None] + offsets * (2 / width)
     y, x = torch.broadcast_tensors(y[..., :, None], x[..., None, :])  # (1 or B, L, patch, patch)
     window = torch.stack([x, y], dim=-1).flatten(2, 3).expand(batch_size, -1, -1, -1)  # grid_sample takes (x, y)
-    # Coordinates keep their precision: in bfloat16 a location would move by whole pixels.
     patches = F.grid_sample(pixel_values.to(window.dtype), window, align_corners=False)
     return patches.transpose(1, 2).flatten(2).to(pixel_values.dtype)  # (B, C, L, patch**2) -> (B, L, C * patch**2)
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .modeling_apm import APMModel
-from .modeling_apm import IGNORE_INDEX, APMForSemanticSegmentation
+from .modeling_apm import IGNORE_INDEX, APMForSemanticSegmentation, APMModel
 
 logger = logging.get_logger(__name__)
 

@@ -116,8 +116,6 @@ def prepare(accelerator: Any, student: APMModel, *others: Any) -> tuple[Any, ...
         plugin.auto_wrap_policy = None
         # FSDP2 warns of writing into views that a module answers, such as the trigger column; nobody here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        # Accelerate asks for a language model's embeddings, which transformers does not find here.
-        student.get_input_embeddings = lambda: None
     return accelerator.prepare(student, *others)
 
 

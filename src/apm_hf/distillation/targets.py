@@ -119,7 +119,7 @@ class TargetMaker:
         rows, cols = features.shape[1:3]
         coordinates = None
         if any(shift):
-            step = torch.tensor([2 * shift[0] / rows, 2 * shift[1] / cols])
+            step = torch.tensor([2 * shift[0] / rows, 2 * shift[1] / cols], dtype=torch.float32)
             coordinates = (grid_coordinates(rows, cols) + step).to(device)
         features = features.flatten(1, 2).to(device)  # (B, rows, cols, F) -> (B, L, F)
         if levels is not None:

@@ -25,8 +25,7 @@ from ...data.bad_images import SKIPPED
 from ...demo import demo_layers
 from ...demo_assets import DEMO_MODEL, DEMO_TEACHER
 from ...files import write_atomically
-from ...modeling_apm import APMModel
-from ...modeling_apm import IGNORE_INDEX
+from ...modeling_apm import IGNORE_INDEX, APMModel
 from ...photo_machine import photo_image_processor, photo_machine
 from ...processes import process_state
 from ...stopping import only_writer
