@@ -84,9 +84,9 @@ def adapt(
         targets = TTTTargets(image_embeds=targets)
     named = {"pixel_values": pixel_values, "trigger_column": trigger_column, "text_embeds": text_embeds}
     inputs = {name: as_float(name, values) for name, values in named.items()}
-    check_inputs(apm, targets, config, **inputs)
     num_images, device = len(targets), apm.device
     distinct, seeds = seeds is not None, _seeds(num_images, config, generator, seeds)
+    check_inputs(apm, targets, config, **inputs)
     inputs = {name: None if values is None else values.to(device) for name, values in inputs.items()}
     texts = inputs.pop("text_embeds")
 
@@ -347,7 +347,7 @@ def check_inputs(
         raise ValueError("adapt: expected pixel_values or trigger_column, got neither")
     if pixel_values is None and architecture.local_patch:
         raise ValueError("pixel_values: expected the images, since local_patch=True puts them into the query")
-    if trigger_column is not None and config.fit == "trigger":
+    if trigger_column is not None and config.fit == "trigger" and architecture.trigger_source == "conv":
         raise ValueError("fit='trigger': expected pixel_values to fold, got the trigger_column")
     shapes = {
         "pixel_values": (architecture.num_channels, side, side),
