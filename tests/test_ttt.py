@@ -145,7 +145,7 @@ def test_random_weights_are_fitted_as_given_ones_are(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("seeds", [None, [3, 1, 3]], ids=["one seed", "a seed an image"])
 def test_locations_drawn_are_pooled_and_those_of_the_last_step_are_in_the_embedding(variant, seeds):
-    # The indices of a 2 x 2 grid's centres are exact: where a code is 0 but for rounding, Adam makes whole steps of it.
+    # A 2 x 2 grid's indices are exact: where a code is 0 but for rounding, Adam makes whole steps of it.
     model, (_, targets), images = small_model(image_size=8, **VARIANTS[variant]), problem(), small_images(3, size=8)
     config = paper(num_locations=2, learning_rate=1e-2, steps=8)
     adapted = run(model, images, targets, config, seeds=seeds)
@@ -296,9 +296,7 @@ def test_the_argument_and_the_global_generator_are_left_as_they_were():
     given = images.clone(), targets.clone()
     for start in ("model", "random"):
         torch.manual_seed(0)
-        run(
-            model, images, targets, paper(start=start, learning_rate=0.1, num_locations=3)
-        )
+        run(model, images, targets, paper(start=start, learning_rate=0.1, num_locations=3))
         assert torch.rand(1) == expected
         assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
         assert [parameter.requires_grad for parameter in model.parameters()] == flags

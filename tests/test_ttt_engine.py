@@ -159,7 +159,8 @@ def naive_fit(model, image, target, config):
         optimizer.zero_grad()
         F.mse_loss(pooled, target).backward()
         optimizer.step()
-    return {name: weight.detach() for name, weight in current().items()}, set(learnt) | set(deltas) | {name.replace('.weight', '.bias') for name in deltas}
+    names = set(learnt) | set(deltas) | {name.replace(".weight", ".bias") for name in deltas}
+    return {name: weight.detach() for name, weight in current().items()}, names
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])

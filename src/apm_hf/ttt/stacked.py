@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..modeling_apm import APMAttentionPooling, APMModel
 from ..position_encoding import grid_coordinates, grid_patches, sample_patches, sincos_code
@@ -67,14 +68,14 @@ def draw_weights(model: APMModel, seed: int) -> Weights:
     return drawn
 
 
-def redraw(model: APMModel, seed: int) -> APMModel:
-    """Return a float32 copy of the model with the weights that `TTTConfig(start="random", seed=seed)` draws.
+def redraw(model: PreTrainedModel, seed: int) -> APMModel:
+    """Return a float32 copy of an APM, or of the one in a model with a head, with the weights that `TTTConfig(start="random", seed=seed)` draws.
 
     Drawing takes longer than a fast fit: who fits many times draws once, and fits this model with `start="model"`.
     """
-    model = copy.deepcopy(model).float()
-    model.load_state_dict(draw_weights(model, seed))
-    return model
+    apm: Any = copy.deepcopy(getattr(model, "apm", model)).float()
+    apm.load_state_dict(draw_weights(apm, seed))
+    return apm
 
 
 # --- layers of B models ---
@@ -149,12 +150,13 @@ class LowRankLinear(nn.Module):
     def __init__(self, linear: nn.Module, shape: tuple[int, int, int], alpha: float, size: Tensor | None):
         super().__init__()
         num_models, self.num_blocks, width = shape
-        options = {"dtype": torch.float32, "device": next(linear.parameters()).device}
+        device = next(linear.parameters()).device
         self.linear, self.alpha, self.size = linear, alpha, size
         self.has_bias = linear.bias is not None
-        self.delta = nn.Parameter(torch.zeros(num_models, self.num_blocks + self.has_bias, width, **options))
-        # Of the sums and of the constant input that stands for the bias.
-        self.scales = nn.Parameter(torch.full((num_models, 1, 2), torch.nan, **options), requires_grad=False)
+        zeros = torch.zeros(num_models, self.num_blocks + self.has_bias, width, dtype=torch.float32, device=device)
+        self.delta = nn.Parameter(zeros)
+        # Of the sums and of the constant input that stands for the bias, once they are measured.
+        self.scales = nn.Parameter(zeros.new_zeros(num_models, 1, 2), requires_grad=False)
         self.measured = False
 
     def prepare(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +191,7 @@ class LowRankLinear(nn.Module):
     def weights(self, index: int) -> Weights:
         """Return what one image's model adds to the weights that do not learn."""
         delta, (scale, constant) = self.delta[index].mT, self.scales[index, 0]  # (out, R + 1)
-        weight = self.linear.weight
+        weight: Any = self.linear.weight
         in_features = weight.shape[-1 if isinstance(self.linear, nn.Linear) else 1]
         update = scale * delta[:, : self.num_blocks].repeat_interleave(in_features // self.num_blocks, dim=1)
         return {"weight": update} | ({"bias": constant * delta[:, -1]} if self.has_bias else {})
@@ -278,9 +280,9 @@ class StackedModels(nn.Module):
         self.size, self.num_cols = model.config.grid_size, grid[1]
         self.axes = [_cell_indices(count, self.size, model.device) for count in grid]  # (rows,), (cols,)
         self.cells = self.patches = None
-        if trigger_column is None:
+        if trigger_column is None and pixel_values is not None:
             self.cells = grid_patches(pixel_values, model.config.patch_size).mT.contiguous()  # (B, Q, L)
-        if model.config.local_patch:
+        if model.config.local_patch and pixel_values is not None:
             self.patches = _local_patches(model, pixel_values, grid).to(self.dtype)  # (B, rows * cols, Q)
         self.trigger_column = trigger_column
         if trigger_column is None and "trigger" not in learning:
@@ -317,7 +319,7 @@ class StackedModels(nn.Module):
     def _frozen(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
         if len(weight) > 1:
             return StackedLinear(weight, bias, self.num_models, dtype, None)
-        layer = nn.Linear(*weight.shape[:0:-1], bias=bias is not None, device="meta")
+        layer = nn.Linear(weight.shape[2], weight.shape[1], bias=bias is not None, device="meta")
         layer.weight = nn.Parameter(weight[0].to(dtype), requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias[0].to(dtype), requires_grad=False)
@@ -334,7 +336,11 @@ class StackedModels(nn.Module):
         decoder.layers = nn.ModuleList(layers[count:])
 
     def prepare(self, places: list[Tensor | None]) -> None:
-        """Set the locations of the next steps, each `(n,)`, `(B, n)` or None for all, and compute frozen layers there."""
+        """Compute the first layers, where they are frozen, for the next steps' locations.
+
+        Args:
+            places: of each step: cells `(n,)` or `(B, n)`, or None for the whole grid.
+        """
         self.places, decoder = places, self.model.decoder
         if isinstance(decoder.query, FrozenLayers):
             where = None if places[0] is None else torch.cat([place for place in places if place is not None], dim=-1)
