@@ -308,7 +308,7 @@ def test_an_image_whose_fit_diverges_has_no_scores_and_leaves_the_others(teacher
         ),
         ({"preset": "fast"}, "preset, ttt_config: expected one of them, got both"),
         ({"ttt_config": None, "preset": "fastest"}, "preset: expected one of"),
-        ({"ttt_config": None, "preset": "reference"}, "carry_over: expected False"),
+        ({"ttt_config": None, "preset": "reference"}, "preset: expected one of"),
         ({"candidate_labels": []}, "candidate_labels: expected a list of at least one label, got \\(\\)"),
     ],
 )
