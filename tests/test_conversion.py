@@ -165,8 +165,8 @@ def test_narrow_floats_are_kept_to_the_bit(tmp_path):
     state = {name: tensor.bfloat16() for name, tensor in checkpoint("coco").items()}
     plain(state, tmp_path / "model.pth")
     model = AutoModel.from_pretrained(convert_checkpoint(tmp_path / "model.pth", tmp_path / "converted"))
-    assert model.decoder.layers[1].weight.dtype == torch.float32
-    assert torch.equal(model.decoder.layers[1].weight, state["fc2.weight"].float())
+    assert model.decoder.layers[0].weight.dtype == torch.float32
+    assert torch.equal(model.decoder.layers[0].weight, state["fc2.weight"].float())
 
 
 class Code:

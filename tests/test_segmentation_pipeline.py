@@ -223,14 +223,14 @@ def test_with_a_frozen_machine_the_classifier_alone_is_trained_and_queries_are_c
     pixel_values, labels = torch.randn(2, 3, STUDENT_SIZE, STUDENT_SIZE), torch.randint(3, (2, 12, 10))
     free, frozen = tiny_segmenter(), tiny_segmenter()
     frozen.apm.requires_grad_(False)
-    asked, forward = [], type(frozen.apm.decoder).forward
+    calls, forward = [], type(frozen.apm.decoder).forward
 
-    def spy(decoder, query, *arguments):
-        asked.append((decoder, query.num_locations, torch.is_grad_enabled()))
-        return forward(decoder, query, *arguments)
+    def spy(decoder, trigger_column, rows, columns, *arguments):
+        calls.append((decoder, rows.shape[1] * columns.shape[2], torch.is_grad_enabled()))
+        return forward(decoder, trigger_column, rows, columns, *arguments)
 
     monkeypatch.setattr(type(frozen.apm.decoder), "forward", spy)
-    monkeypatch.setattr("apm_hf.modeling_apm.CHUNK_ELEMENTS", 2 * 32 * 50)  # 16 of 120 locations at a time
+    monkeypatch.setattr("apm_hf.modeling_apm.CHUNK_ELEMENTS", 2 * 32 * 50)  # 50 of 120 locations at a time
     losses = [model(pixel_values, labels=labels, output_size=(12, 10)).loss for model in (free, frozen)]
     torch.testing.assert_close(*losses)
     for loss in losses:
@@ -239,9 +239,9 @@ def test_with_a_frozen_machine_the_classifier_alone_is_trained_and_queries_are_c
         torch.testing.assert_close(getattr(free.classifier, name).grad, getattr(frozen.classifier, name).grad)
     assert all(parameter.grad is None for parameter in frozen.apm.parameters())
     assert free.apm.decoder.feature_head.weight.grad.abs().max() > 0
-    assert [call[1:] for call in asked if call[0] is free.apm.decoder] == [(120, True)]
-    chunks = [call[1:] for call in asked if call[0] is frozen.apm.decoder]
-    assert len(chunks) > 1 and sum(count for count, _ in chunks) == 120 and not any(grad for _, grad in chunks)
+    assert [call[1:] for call in calls if call[0] is free.apm.decoder] == [(120, True)]
+    chunks = [call[1:] for call in calls if call[0] is frozen.apm.decoder]
+    assert chunks == [(50, False), (50, False), (20, False)]
 
 
 def test_gradients_reach_the_pixels_of_a_frozen_machine():
