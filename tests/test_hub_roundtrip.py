@@ -12,6 +12,8 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoModel, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import is_torchvision_available
 
 from apm_hf import (
     APMForImageClassification,
@@ -24,7 +26,16 @@ from apm_hf.hub import publish
 from apm_hf.model_cards import CardFacts, write_card
 from fixtures_hub import TOKEN, LoopbackHub, client_of
 from fixtures_pipelines import LABELS, label_map, scores
-from fixtures_tiny import STUDENT_SIZE, photo, randomise, save_clip, student, student_config, tokenizer
+from fixtures_tiny import (
+    STUDENT_SIZE,
+    photo,
+    randomise,
+    resampling_slack,
+    save_clip,
+    student,
+    student_config,
+    tokenizer,
+)
 
 HEADS = {"parts": APMForSemanticSegmentation, "classes": APMForImageClassification}
 NAMES = {"num_labels": 3, "id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
@@ -88,7 +99,8 @@ def answers(hub, published, environment, tmp_path_factory):
 
 def test_a_stranger_gets_the_same_answers_to_the_bit(answers, published):
     model = AutoModel.from_pretrained(published["apm"]).eval()
-    inputs = APMImageProcessorPil.from_pretrained(published["apm"])(photo(99), return_tensors="pt")
+    # The stranger's backend: where there is torchvision, that one; the next test has both.
+    inputs = AutoImageProcessor.from_pretrained(published["apm"])(photo(99), return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs, coordinates=torch.tensor([[0.0, 0.0], [-0.3, 0.7]]))
     for name in ("last_hidden_state", "rgb", "pooler_output"):
@@ -115,7 +127,7 @@ np.savez("arrays.npz", **arrays)
 
 def test_with_torchvision_a_stranger_gets_either_backend(hub, published, environment, tmp_path):
     photo(99).save(tmp_path / "photo.png")
-    stubs = {"PYTHONPATH": str(Path(__file__).with_name("stubs"))}
+    stubs = {} if is_torchvision_available() else {"PYTHONPATH": str(Path(__file__).with_name("stubs"))}
     done = subprocess.run(
         [sys.executable, "-c", WITH_TORCHVISION],
         cwd=tmp_path,
@@ -128,7 +140,8 @@ def test_with_torchvision_a_stranger_gets_either_backend(hub, published, environ
     expected = APMImageProcessorPil.from_pretrained(published["apm"])(photo(99), return_tensors="np")["pixel_values"]
     with np.load(tmp_path / "arrays.npz") as arrays:
         assert np.array_equal(arrays["pil"], expected) and np.array_equal(arrays["torchvision"], arrays["None"])
-        assert 0 < np.abs(arrays["torchvision"] - expected).max() < 0.03  # an 8-bit level, over a deviation of 0.22
+        slack = resampling_slack(APMImageProcessorPil(), backend="torchvision")
+        assert 0 < np.abs(arrays["torchvision"] - expected).max() < slack
 
 
 def test_the_cards_snippets_run_as_they_stand(answers):
