@@ -8,6 +8,7 @@ Legend: B images, K labels, F feature width. Imports inside methods: registering
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ _MAX_CACHED_TEXTS = 16
 
 
 class TestTimeTrainingPipeline(Pipeline):
-    """Scores labels for images: a machine is fitted to the teacher's embedding of each image, then classified.
+    """Scores labels for images: an APM is fitted to the teacher's embedding of each image, then classified.
 
-    A batch is adapted to at once. Its size changes scores by rounding alone, on the CPU only those of tiny machines.
+    A batch is adapted to at once; its size changes scores by rounding alone.
 
     Args:
         model: the APM, bare or with a head; never changed, but moved to `device`. `transformers.pipeline` takes a
@@ -33,11 +34,11 @@ class TestTimeTrainingPipeline(Pipeline):
         teacher: gives targets and class embeddings: a [`Teacher`], or a name or folder for [`load_teacher`].
         preset: recipe, `"fast"` by default; it starts from the weights of the model that is given.
         ttt_config: a [`TTTConfig`] instead, followed to the letter; `transformers.pipeline` has a `config` of its own.
-        **options: of [`Pipeline`], and defaults for those of a call. `image_processor`, the machine's, is by default
+        **options: of [`Pipeline`], and defaults for those of a call. `image_processor`, the model's, is by default
             its folder's, else one that shows what the teacher sees.
 
     Raises:
-        ValueError: no teacher, no APM, widths that differ, a preset and a configuration, or `carry_over`.
+        ValueError: no teacher, no APM, widths that differ, or a preset and a configuration.
     """
 
     __test__ = False  # pytest would take the class for a test
@@ -55,7 +56,7 @@ class TestTimeTrainingPipeline(Pipeline):
         from .distillation import matching_image_processor
         from .modeling_apm import APMModel, APMPreTrainedModel
         from .teachers import Teacher, load_teacher
-        from .ttt import TTTConfig
+        from .ttt import TTTConfig, redraw
 
         if not isinstance(teacher, Teacher | str | os.PathLike):
             raise ValueError(f"teacher: expected a Teacher, or a name or folder of one, got {type(teacher).__name__}")
@@ -63,8 +64,6 @@ class TestTimeTrainingPipeline(Pipeline):
             raise ValueError("preset, ttt_config: expected one of them, got both")
         start = "random" if model is None else "model"
         self.ttt_config = ttt_config or TTTConfig.preset(preset or "fast", start=start)
-        if self.ttt_config.carry_over:
-            raise ValueError("carry_over: expected False, since a score may not depend on the images before")
         if model is None:
             teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
             model = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size))
@@ -78,6 +77,10 @@ class TestTimeTrainingPipeline(Pipeline):
         matching = matching_image_processor(self.teacher, model.config.image_size)
         self.image_processor: Any = self.image_processor or matching
         self._text_embeds: dict[Any, Tensor] = {}
+        self._start, self._config = self.model, self.ttt_config
+        if self.ttt_config.start == "random":  # drawn once
+            self._start = redraw(getattr(self.model, "apm", self.model), self.ttt_config.seed)
+            self._config = replace(self.ttt_config, start="model")
 
     def __call__(self, images: Any, candidate_labels: Iterable[str] | None = None, **options: Any) -> Any:
         """Score the labels for an image, or for a list, generator or dataset of images.
@@ -135,7 +138,7 @@ class TestTimeTrainingPipeline(Pipeline):
         # One at a time here and below: a product of another batch size rounds otherwise, which would show in scores.
         targets = torch.cat([self.teacher.encode_images(image)["image_embeds"] for image in images]).to(self.device)
         adapted = adapt(
-            self.model, inputs["pixel_values"], targets, config=self.ttt_config, text_embeds=texts,
+            self._start, inputs["pixel_values"], targets, config=self._config, text_embeds=texts,
             trigger_column=targets if self.model.config.trigger_source == "embedding" else None, keep_models=False,
         )  # fmt: skip
         diverged = adapted.diverged[:, None]

@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of class names, one a line or a JSON list; else the teacher's classes",
     )
     add(parser, "--model", "the one to adapt; with --teacher alone, a fresh one as wide as the teacher")
-    add(parser, "--preset", "of the adaptation", choices=("fast", "paper", "reference"), default="fast")
+    add(parser, "--preset", "of the adaptation", choices=("fast", "paper"), default="fast")
     add(parser, "--steps", "instead of the preset's")
     parser.add_argument(
         "--template", metavar="TEXT", action="append", help="prompt with {} for the class name; may be repeated"
@@ -138,11 +138,12 @@ def _classify(classifier: "TTTClassifier", batch: list[tuple[str, Any]], top_k: 
     entries = []
     for index, (name, _) in enumerate(batch):
         losses = result.adapted.losses[index]
+        steps = int(result.adapted.steps[index])  # a stop rule may have ended the fit, but not before the first loss
         entries.append(
             {
                 "photo": name,
-                "steps": len(losses),
-                "loss": [float(losses[0]), float(losses[-1])],
+                "steps": steps,
+                "loss": [float(losses[0]), float(losses[min(steps, len(losses) - 1)])],
                 "cosine": result.target_cosine[index].item(),
                 "agrees": bool(result.agreement[index]),
                 "seconds": seconds,

@@ -48,8 +48,7 @@ class APMAdapted:
 
     Args:
         num_views: of which the target is made.
-        preset, overrides: the recipe, see [`TTTConfig.preset`]; its `start` is given here, and `carry_over` must be
-            off.
+        preset, overrides: the recipe, see [`TTTConfig.preset`]; its `start` is given here.
         start: `"random"` for a fresh `clip-ttt` as wide as the teacher, `"model"` for `model`.
         model: folder or Hub name of the machine to start from, with its image processor.
         target: `"views"`: the mean direction of the views, for one view the teacher's embedding as it is;
@@ -80,8 +79,6 @@ class APMAdapted:
     def __post_init__(self) -> None:
         check_views(self.num_views, self.keep)
         _check_choice(self, target=TARGETS, consensus=CONSENSUS, start=STARTS)
-        if self.config.carry_over:
-            raise ValueError("carry_over: expected False, since a prediction may not depend on the images before")
 
     @property
     def config(self) -> TTTConfig:

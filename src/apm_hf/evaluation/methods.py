@@ -106,8 +106,8 @@ class Recentred:
 
 
 _KEEP = 0.3  # of the views in a target: more than vote, since embeddings are averaged
-_STABLE = {"stop": "stable"}
-_PLATEAU = {"stop": "plateau", "stop_threshold": 0.05}
+_STABLE = {"stop": "stable", "stop_threshold": None, "stop_patience": 5}
+_PLATEAU = {"stop": "plateau", "stop_threshold": 0.05, "stop_patience": 5}
 _ON_VIEWS: dict[str, Any] = {"num_views": NUM_VIEWS, "baseline": "mean_views"}
 
 _FACTORIES: list[Callable[[], Any]] = [
@@ -123,14 +123,6 @@ _FACTORIES: list[Callable[[], Any]] = [
     partial(TPT),
     partial(APMAdapted),
     partial(APMAdapted, name="apm_paper", title="APM, the paper's recipe", preset="paper"),
-    # The release hands Adam's state on from image to image; here no image may depend on another.
-    partial(
-        APMAdapted,
-        name="apm_reference",
-        title="APM, the release's recipe",
-        preset="reference",
-        overrides={"carry_over": False},
-    ),
     partial(APMAdapted, name="apm_fast_stable", title="APM, fast, until the class is stable", overrides=_STABLE),
     partial(APMAdapted, name="apm_fast_plateau", title="APM, fast, until the loss stalls", overrides=_PLATEAU),
     partial(APMAdapted, name="apm_fast_views", title="APM, fast, on views", **_ON_VIEWS),

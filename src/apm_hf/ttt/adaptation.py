@@ -170,7 +170,8 @@ class _Fit:
                 self.callback(TTTStep(step, images, losses.detach(), pooled, _weights(models, images)))
             done = None if stopper is None else stopper(losses.detach(), pooled, loss)
             if done is not None and done.any():
-                self._finish(models.take(done.nonzero()[:, 0].to(device)), images[done], pooled[done])
+                stopped = models if done.all() else models.take(done.nonzero()[:, 0].to(device))
+                self._finish(stopped, images[done], pooled[done])
                 self.taken[images[done]] = step
                 if done.all():
                     return

@@ -280,7 +280,7 @@ class StackedModels(nn.Module):
         self.trigger_column = trigger_column
         if trigger_column is None and "trigger" not in learning:
             with torch.no_grad():
-                self.trigger_column = self.model.trigger(self.cells)
+                self.trigger_column, self.cells = self.model.trigger(self.cells), None
         self.places: list[Tensor | None] = []
 
     def _replace(self, name: str, layer: nn.Module, how: str | None, config: TTTConfig) -> None:
@@ -382,7 +382,7 @@ class StackedModels(nn.Module):
                 tensors += module.prepared
         copies: dict[int, Any] = {id(parameter): parameter for parameter in self.parameters()}
         for x in tensors:
-            if x is not None and len(x) == self.num_models:
+            if x is not None and len(x) == self.num_models > 1:  # else it is shared
                 chosen = x.detach()[images]
                 copies[id(x)] = nn.Parameter(chosen, x.requires_grad) if isinstance(x, nn.Parameter) else chosen
             elif x is not None:
