@@ -5,8 +5,10 @@
 Nothing of this project is imported: the package is out of reach, and all code comes with the models.
 """
 
+import json
 import re
 import sys
+from pathlib import Path
 
 sys.modules["apm_hf"] = None  # any import of it fails, installed or not
 
@@ -65,6 +67,8 @@ def save_again(name, auto_class):
         one.save_pretrained(folder)
     first, again = (auto_class.from_pretrained(place, **TRUST).state_dict() for place in (name, folder))
     assert first.keys() == again.keys() and all(torch.equal(value, again[key]) for key, value in first.items()), name
+    for file in ("config.json", "preprocessor_config.json"):  # the code beside them, not the repository's
+        assert "--" not in str(json.loads(Path(folder, file).read_text())["auto_map"]), file
     load(folder, auto_class)
     load(folder, AutoModel)
 
