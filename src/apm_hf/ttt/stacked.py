@@ -351,7 +351,7 @@ class StackedModels(nn.Module):
         outputs = decoder(self._trigger(), rows, columns, patches, self.outputs)
         decoded = {name: output.float() for name, output in zip(self.outputs, outputs, strict=True)}
         features, pooler, space = decoded["features"], self.model.pooler, self.model.feature_space
-        pooled = pooler.finish(pooler(features, rows, columns), features.dtype)
+        pooled, _ = pooler(features, rows, columns)
         return decoded | {"features": space(features), "pooled": space(pooled)}
 
     def _trigger(self) -> Tensor:
