@@ -84,9 +84,9 @@ def adapt(
         targets = TTTTargets(image_embeds=targets)
     named = {"pixel_values": pixel_values, "trigger_column": trigger_column, "text_embeds": text_embeds}
     inputs = {name: as_float(name, values) for name, values in named.items()}
-    check_inputs(apm, targets, config, **inputs)
     num_images, device = len(targets), apm.device
     distinct, seeds = seeds is not None, _seeds(num_images, config, generator, seeds)
+    check_inputs(apm, targets, config, **inputs)
     inputs = {name: None if values is None else values.to(device) for name, values in inputs.items()}
     texts = inputs.pop("text_embeds")
 
@@ -103,7 +103,8 @@ def adapt(
     diverged |= (losses.isnan() & (torch.arange(config.steps, device=device) < steps[:, None])).any(dim=1)
     if diverged.any():
         logger.warning(f"adapt: the fit diverged for images {_indices(diverged)}")
-    if config.stop == "cosine" and (short := (steps == config.steps) & ~diverged & (fit.cosines < config.stop_threshold)).any():
+    short = ~(fit.cosines >= (config.stop_threshold or 0.0)) & ~diverged
+    if config.stop == "cosine" and short.any():
         logger.warning(
             f"adapt: {config.steps} steps were too few for a cosine of {config.stop_threshold} to the targets of the "
             f"images {_indices(short)}"
@@ -156,13 +157,15 @@ class _Fit:
             outputs,
             loss.target_size(),
         )
-        optimizer = torch.optim.Adam(models.learnt(), lr=config.learning_rate, fused=True)
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(models.learnt(), lr=config.learning_rate, fused=True)
         stopper = self._stopper(len(seeds))
         images = torch.arange(group.start, group.stop)  # those still fitted
         for step in range(config.steps):
             now = step % PREPARED_STEPS
             if now == 0:
-                models.prepare([sampler(images - group.start) for _ in range(min(PREPARED_STEPS, config.steps - step))])
+                models.prepare(
+                    [sampler(images - group.start) for _ in range(min(PREPARED_STEPS, config.steps - step))]
+                )
             outputs = models(now)
             losses, pooled = loss(outputs, models.places[now]), outputs["pooled"].detach()
             self.losses[images, step] = losses.detach()
@@ -347,7 +350,7 @@ def check_inputs(
         raise ValueError("adapt: expected pixel_values or trigger_column, got neither")
     if pixel_values is None and architecture.local_patch:
         raise ValueError("pixel_values: expected the images, since local_patch=True puts them into the query")
-    if trigger_column is not None and config.fit == "trigger":
+    if trigger_column is not None and config.fit == "trigger" and architecture.trigger_source == "conv":
         raise ValueError("fit='trigger': expected pixel_values to fold, got the trigger_column")
     shapes = {
         "pixel_values": (architecture.num_channels, side, side),

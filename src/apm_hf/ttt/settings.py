@@ -95,7 +95,13 @@ class TTTConfig:
 PRESETS: dict[str, TTTConfig] = {
     "paper": TTTConfig(),
     "fast": TTTConfig(
-        steps=200, learning_rate=1e-3, num_locations=8, fit="low_rank", alpha=100.0,
-        stop="cosine", stop_threshold=0.99, stop_patience=1,
+        steps=200,
+        learning_rate=1e-3,
+        num_locations=8,
+        fit="low_rank",
+        alpha=100.0,
+        stop="cosine",
+        stop_threshold=0.99,
+        stop_patience=1,
     ),
 }
