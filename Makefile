@@ -19,6 +19,8 @@ demo: .venv/installed
 
 test: .venv/installed .venv/browser
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	# Once more with a stand-in for torchvision, which is not in this environment: the other image processor.
+	PYTHONPATH=tests/stubs $(BIN)/python -m pytest -q tests/test_image_processing_apm.py
 
 # About 6 GB of wheels; no part of CI.
 test-torchvision: .venv-torchvision/installed
