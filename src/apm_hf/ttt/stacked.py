@@ -69,7 +69,7 @@ def draw_weights(model: APMModel, seed: int) -> Weights:
 
 
 def redraw(model: PreTrainedModel, seed: int) -> APMModel:
-    """Return a float32 copy of an APM, or of the one in a model with a head, with the weights that `TTTConfig(start="random", seed=seed)` draws.
+    """Return a float32 copy of the bare model with the weights that `TTTConfig(start="random", seed=seed)` draws.
 
     Drawing takes longer than a fast fit: who fits many times draws once, and fits this model with `start="model"`.
     """
