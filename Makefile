@@ -4,13 +4,27 @@ BIN := .venv/bin
 # A folder of local wheels, where pip is configured with one (uv does not read pip's configuration).
 export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo "$$PIP_FIND_LINKS")
 
-.PHONY: demo test lint style bench docs assets clean
+# torchvision's wheels fit one release of torch each. timm, which needs torchvision, is tested with it.
+TORCH ?= 2.14.1
+TORCHVISION ?= 0.29.1
+TIMM ?= 1.0.31
+TORCHVISION_BIN := .venv-torchvision/bin
+# Every test file in which pictures become pixel values, through whichever backend there is.
+IMAGE_TESTS = $(shell grep -lE 'torchvision|load_teacher|save_clip|[Ii]mage_?[Pp]rocessor|DEMO_|photos?\b' tests/test_*.py)
+
+.PHONY: demo test test-torchvision lint style bench docs assets clean
 
 demo: .venv/installed
 	$(BIN)/apm demo --output_dir apm
 
 test: .venv/installed .venv/browser
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	# Once more with a stand-in for torchvision, which is not in this environment: the other image processor.
+	PYTHONPATH=tests/stubs $(BIN)/python -m pytest -q tests/test_image_processing_apm.py
+
+# About 6 GB of wheels; no part of CI.
+test-torchvision: .venv-torchvision/installed
+	$(TORCHVISION_BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(IMAGE_TESTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -38,9 +52,18 @@ assets: .venv/installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv-torchvision/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-torchvision
+	grep -v '^torch==' constraints.txt > .venv-torchvision/constraints.txt
+	$(TORCHVISION_BIN)/python -m pip install --quiet -c .venv-torchvision/constraints.txt \
+		uv torch==$(TORCH) torchvision==$(TORCHVISION)
+	$(TORCHVISION_BIN)/uv pip install --quiet --python $(TORCHVISION_BIN)/python \
+		-c .venv-torchvision/constraints.txt -e '.[dev]' torch==$(TORCH) timm==$(TIMM)
+	touch $@
+
 .venv/browser: .venv/installed
 	scripts/install_browser.sh
 	touch $@
 
 clean:
-	rm -rf .venv apm apm_report runs site
+	rm -rf .venv .venv-torchvision apm apm_report runs site

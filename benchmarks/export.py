@@ -1,10 +1,11 @@
-"""Exported graphs beside the model: size on disk, and speed of onnxruntime against torch in the same run.
+"""Measure exported graphs beside the model: size on disk, and speed of onnxruntime against torch in the same run.
 
     python benchmarks/export.py                                          # the demo's model
     python benchmarks/export.py --model clip-ttt --num_locations 1 64 1024 --threads 2
+    python benchmarks/export.py --model tiny --repeats 2                 # a quick try
 
-Rows: folding one image, then asking about so many places of it. `torch` is the model called with these places, `torch,
-grid` the model called without any, where it knows that they are its grid and computes less. All take turns, and the
+Rows: folding one image, then querying some locations of it. `torch` is the model called with these coordinates,
+`torch, grid` the model called without any, which computes less where they are its grid. All take turns, and the
 shortest of `--repeats` times counts. Presets have random weights.
 """
 
@@ -27,7 +28,7 @@ from apm_hf.position_encoding import grid_coordinates
 
 
 def shortest(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Milliseconds; after one call each that does not count, the candidates take turns."""
+    """Return milliseconds; after one call each that does not count, the candidates take turns."""
     times = {name: float("inf") for name in candidates}
     for repeat in range(repeats + 1):
         for name, call in candidates.items():
@@ -40,6 +41,7 @@ def shortest(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[
 
 @torch.inference_mode()
 def rows(model: APMModel, folder: Path, num_locations: list[int], repeats: int, threads: int) -> list[list[str]]:
+    """Return the rows of the table of times."""
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     fold, query = (
@@ -65,16 +67,14 @@ def rows(model: APMModel, folder: Path, num_locations: list[int], repeats: int, 
         given = {"trigger_column": column, "coordinates": places, "pixel_values": pixels}
         arrays = {entry.name: given[entry.name].numpy() for entry in query.get_inputs()}
 
-        def ask(where: torch.Tensor | None = places) -> object:
+        def in_torch(where: torch.Tensor | None = places) -> object:
             return model.query(column, where, pixel_values=pixels)
 
-        def run(arrays: dict = arrays) -> object:
-            return query.run(None, arrays)
-
-        candidates = {"torch": ask, "onnxruntime": run} | ({"torch, grid": lambda: ask(None)} if is_grid else {})
+        candidates = {"torch": in_torch, "onnxruntime": lambda arrays=arrays: query.run(None, arrays)}
+        candidates |= {"torch, grid": lambda: in_torch(None)} if is_grid else {}
         times = shortest(candidates, repeats)
         on_grid = f"{times['torch, grid']:.2f}" if is_grid else ""
-        table.append([f"query, {count} places", f"{times['torch']:.2f}", on_grid, f"{times['onnxruntime']:.2f}"])
+        table.append([f"query, {count} locations", f"{times['torch']:.2f}", on_grid, f"{times['onnxruntime']:.2f}"])
     return table
 
 

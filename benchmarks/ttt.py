@@ -59,8 +59,7 @@ def release_step(model: APMModel, pixel_values: Tensor, target: Tensor, optimize
             hidden = layer(hidden).relu()
         features.append(model.decoder.feature_head(hidden))
     index = torch.arange(config.grid_size, dtype=torch.float32, device=target.device)
-    state = model.pooler(torch.cat(features, dim=1), index[None, :, None], index[None, None])
-    pooled = model.pooler.finish(state, torch.float32)
+    pooled, _ = model.pooler(torch.cat(features, dim=1), index[None, :, None], index[None, None])
     F.mse_loss(pooled, target.expand(COPIES, -1)).backward()
     optimizer.step()
 

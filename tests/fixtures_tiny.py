@@ -100,6 +100,17 @@ def save_classifier(folder: Path) -> Path:
     return folder
 
 
+def resampling_slack(image_processor, *, backend: str | None = None) -> float:
+    """Bound how far pixel values of this processor, or of another backend of it, are from those resized with PIL.
+
+    torchvision resizes tensors with other roundings of the kernel's weights than PIL, and both round to 8 bits after
+    the rows and after the columns: up to two levels of 255, which normalization divides by the deviation. Whatever
+    comes before and after is the same arithmetic.
+    """
+    levels = 0 if (backend or image_processor.backend) == "pil" else 2
+    return levels / 255 / min(image_processor.image_std) + 1e-5
+
+
 def photo(seed: int, *, size: tuple[int, int] = (44, 36)) -> Image.Image:
     """Smooth blobs of colour, different for every seed; `size` is (width, height)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)

@@ -165,8 +165,8 @@ def test_narrow_floats_are_kept_to_the_bit(tmp_path):
     state = {name: tensor.bfloat16() for name, tensor in checkpoint("coco").items()}
     plain(state, tmp_path / "model.pth")
     model = AutoModel.from_pretrained(convert_checkpoint(tmp_path / "model.pth", tmp_path / "converted"))
-    assert model.decoder.layers[1].weight.dtype == torch.float32
-    assert torch.equal(model.decoder.layers[1].weight, state["fc2.weight"].float())
+    assert model.decoder.layers[0].weight.dtype == torch.float32
+    assert torch.equal(model.decoder.layers[0].weight, state["fc2.weight"].float())
 
 
 class Code:
@@ -228,6 +228,7 @@ BAD = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch 2.14, of the time that may take
 @pytest.mark.parametrize("what", BAD)
 def test_anything_else_is_one_error_that_says_what_was_expected_and_came(tmp_path, what):
     content, message = BAD[what]

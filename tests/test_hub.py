@@ -1,6 +1,7 @@
 """What is published, what is refused, and the card: the real client against a Hub on 127.0.0.1."""
 
 import ast
+import importlib
 import json
 import re
 import sys
@@ -11,13 +12,15 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import CLIPTextConfig
 
-from apm_hf import configuration_apm
+import apm_hf
 from apm_hf.hub import publish
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.model_cards import CardFacts, move_card, write_card, write_card_picture
+from apm_hf.modeling_apm import AUTO_CLASSES
 from fixtures_hub import TOKEN, Repository
-from fixtures_tiny import student
+from fixtures_tiny import TOWER, student, student_config
 
 NAME = "someone/apm-tiny"
 FACTS = CardFacts(
@@ -32,19 +35,12 @@ FACTS = CardFacts(
 )
 TRAVELLING = {
     "configuration_apm.py",
-    "configuration_apm_teachers.py",
     "image_processing_apm.py",
     "image_processing_pil_apm.py",
     "modeling_apm.py",
-    "modeling_apm_decoder.py",
-    "modeling_apm.py",
-    "modeling_apm_linear.py",
-    "modeling_apm_pooling.py",
     "position_encoding.py",
 }
-
-
-PATHS = [Path(configuration_apm.__file__).with_name(name) for name in sorted(TRAVELLING)]
+PATHS = [Path(apm_hf.__file__).with_name(name) for name in sorted(TRAVELLING)]
 
 
 @pytest.fixture
@@ -114,13 +110,13 @@ def test_a_pull_request_leaves_the_repository_as_it_is_and_needs_one(hub, traine
     [
         (lambda folder: (folder / "config.json").unlink(), "expected a saved model with a config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "apm", "patch_sise": 8}'), "patch_sise"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "apm", "patch_size": 5}'), "image_size"),
         (lambda folder: (folder / "model.safetensors").unlink(), "expected weights in model.safetensors, found none"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "expected a whole safetensors file, got"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "found no preprocessor_config.json"),
         (lambda folder: torch.save({}, folder / "model_15.pth"), "in safetensors only, got model_15.pth"),
     ],
-    ids=["no config", "torn config", "misspelt config", "no weights", "torn weights", "no processor", "pickle"],
+    ids=["no config", "torn config", "config that fits not", "no weights", "torn weights", "no processor", "pickle"],
 )
 def test_a_folder_without_a_whole_model_is_refused_before_the_hub_is_asked(hub, trained, spoil, message):
     spoil(trained)
@@ -129,7 +125,7 @@ def test_a_folder_without_a_whole_model_is_refused_before_the_hub_is_asked(hub, 
     assert hub.requests == []
 
 
-def test_a_machine_that_sees_no_pixels_needs_no_image_processor(hub, trained):
+def test_a_model_that_reads_no_pixels_needs_no_image_processor(hub, trained):
     (trained / "preprocessor_config.json").unlink()
     student(trigger_source="embedding").save_pretrained(trained)
     publish(trained, NAME, token=TOKEN)
@@ -176,14 +172,29 @@ def test_without_network_and_offline_the_hub_is_said_to_be_out_of_reach(hub, tra
 # --- the code that travels ---
 
 
-def test_what_travels_is_what_the_auto_classes_are_told():
-    for name, found in configuration_apm.travelling_classes().items():
-        told = configuration_apm.AUTO_MAP[name]
-        pairs = [(told, found)] if isinstance(told, str) else [(told[backend], found[backend]) for backend in told]
-        for path, one in pairs:
-            module, _, class_name = path.partition(".")
-            # Without torchvision the name of its image processor stands for the other one.
-            assert f"{module}.py" in TRAVELLING and class_name.removesuffix("Pil") == one.__name__.removesuffix("Pil")
+MODELS = {name: f"modeling_apm.{model_class.__name__}" for name, model_class in AUTO_CLASSES.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_names_the_code_of_every_auto_class_and_takes_it_along(name, tmp_path):
+    fields = {"text_config": CLIPTextConfig(**TOWER, vocab_size=12)} if "ZeroShot" in name else {}
+    AUTO_CLASSES[name](student_config(**fields)).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map == MODELS | {"AutoConfig": "configuration_apm.APMConfig"}
+    files = {path.name for path in tmp_path.glob("*.py")}
+    assert files == {"configuration_apm.py", "modeling_apm.py", "position_encoding.py"}
+
+
+@pytest.mark.parametrize("processor_class", [apm_hf.APMImageProcessor, apm_hf.APMImageProcessorPil])
+def test_a_saved_image_processor_names_both_backends_and_takes_them_along(processor_class, tmp_path):
+    processor_class().save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "preprocessor_config.json").read_text())["auto_map"]
+    backends = {
+        "torchvision": "image_processing_apm.APMImageProcessor",
+        "pil": "image_processing_pil_apm.APMImageProcessorPil",
+    }
+    assert auto_map == {"AutoImageProcessor": backends}
+    assert {path.name for path in tmp_path.glob("*.py")} == {f"{path.split('.')[0]}.py" for path in backends.values()}
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -200,12 +211,17 @@ def test_travelling_code_imports_nothing_that_stays_at_home(path):
             assert {module.split(".")[0] for module in modules} <= known
 
 
-def test_a_subclass_that_is_registered_keeps_its_own_entry(tmp_path):
-    model = student()
-    model.config.auto_map = {"AutoModel": "my_model.MyAPM", "AutoTokenizer": "elsewhere--tokens.Tokens"}
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert saved == {**configuration_apm.AUTO_MAP, "AutoModel": "my_model.MyAPM"}
+def test_a_subclass_is_saved_as_itself_and_other_entries_are_kept(tmp_path, monkeypatch):
+    code = "from apm_hf import APMModel\n\n\nclass MyAPM(APMModel):\n    pass\n"
+    (tmp_path / "my_model.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = importlib.import_module("my_model").MyAPM(student_config())
+    model.config.auto_map = {"AutoTokenizer": "elsewhere--tokens.Tokens"}
+    model.save_pretrained(tmp_path / "mine")
+    own = {"AutoModel": "my_model.MyAPM", "AutoConfig": "configuration_apm.APMConfig"}
+    auto_map = json.loads((tmp_path / "mine/config.json").read_text())["auto_map"]
+    assert auto_map == own | {"AutoTokenizer": "elsewhere--tokens.Tokens"}
+    assert (tmp_path / "mine/my_model.py").read_text() == code
 
 
 # --- the card -----------------------------------------------------------------------------------------------------
@@ -247,7 +263,7 @@ def test_the_weights_inherit_what_is_known_of_the_teachers_licences(tmp_path, li
     assert "The code is under Apache-2.0" in card.text
 
 
-def test_the_card_of_a_run_on_this_machine_names_no_path(tmp_path):
+def test_the_card_of_a_run_on_this_computer_names_no_path(tmp_path):
     for name in ("teacher", "photos", "run"):
         (tmp_path / name).mkdir()
     own = {"repo_id": tmp_path / "run", "teacher": tmp_path / "teacher", "dataset": tmp_path / "photos"}

@@ -105,8 +105,9 @@ def test_the_border_of_a_fine_map_sees_whole_patches_alone():
     column = torch.zeros(1, model.config.trigger_width)
     # Without positions, a constant image is the same everywhere unless a patch reaches over its edge.
     with torch.no_grad():
-        for layer in (model.decoder.layers[0], model.decoder.rgb_head.layers[0]):
-            layer.weight[:, -model.config.position_size :] = 0
+        for query in (model.decoder.query, model.decoder.rgb_head.query):
+            query.row.weight.zero_()
+            query.column.weight.zero_()
     features, _ = ask_map(model, constant, (20, 30), trigger_column=column)
     torch.testing.assert_close(features, features[:, :1, :1].expand_as(features))
 

@@ -47,10 +47,12 @@ from transformers import (
     ViTMAEForPreTraining,
     ViTModel,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from apm_hf import Teacher, load_teacher
 from apm_hf.data.scenes import SceneDataset
@@ -64,8 +66,9 @@ from apm_hf.teachers import families as teacher_families
 from apm_hf.teachers.images import plain_image_processor
 from apm_hf.teachers.vision import FamilyVision
 from apm_hf.zero_shot import classify
-from fixtures_tiny import LABELS, TOWER, WORDS, photo, randomise, student, tokenizer
+from fixtures_tiny import LABELS, TOWER, WORDS, photo, randomise, resampling_slack, student, tokenizer
 
+needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
 SIZE, PATCH, WIDTH, STRIDE = 32, 8, 16, 32
 VISION = TOWER | {"image_size": SIZE, "patch_size": PATCH}
 STAGES = {"hidden_sizes": [4, 8, 12, 16], "depths": [1, 1, 1, 1]}
@@ -366,20 +369,48 @@ def test_code_beside_a_model_is_never_run(tmp_path):
 
 
 def test_an_image_processor_may_be_given(tmp_path):
-    BUILD["dinov3_vit"]().save_pretrained(tmp_path)  # whose own needs torchvision
-    with pytest.raises(OSError, match="Could not load the image processor"):
+    BUILD["dinov3_vit"]().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="Could not load the image processor"):  # there is none
         load_teacher(tmp_path, device="cpu")
     given = ViTImageProcessorPil(size={"height": 48, "width": 48})
     teacher = load_teacher(tmp_path, device="cpu", image_processor=given)
     assert teacher.image_size == 48 and teacher.encode_images(photo(0)).features.shape[1:3] == (6, 6)
 
 
+@needs_torchvision
+def test_dinov3_has_an_image_processor_where_there_is_torchvision(tmp_path):
+    from transformers import DINOv3ViTImageProcessor  # of the torchvision backend alone
+
+    save("dinov3_vit", tmp_path)
+    DINOv3ViTImageProcessor(size={"height": 30, "width": 30}, resample=3).save_pretrained(tmp_path)
+    teacher, image = load_teacher(tmp_path, device="cpu"), photo(0, size=(50, 60))
+    assert type(teacher.image_processor) is DINOv3ViTImageProcessor and teacher.image_size == 24  # whole patches
+    by_pil = ViTImageProcessorPil(
+        size={"height": 24, "width": 24}, resample=3, image_mean=list(teacher.image_processor.image_mean),
+        image_std=list(teacher.image_processor.image_std),
+    )(image, return_tensors="pt")["pixel_values"]  # fmt: skip
+    # It resizes fractions, unrounded and unclipped: beside rounding, a kernel's overshoot at smooth edges.
+    difference = (teacher.pixel_values(image) - by_pil).abs()
+    assert difference.max() < resampling_slack(teacher.image_processor) and by_pil.std() > 0.5
+
+
 # Image processors
 
 
+def convnext_processor(backend):
+    """The class of ConvNeXt's image processor; that of torchvision cannot be imported without it."""
+    if backend == "pil":
+        return ConvNextImageProcessorPil
+    from transformers import ConvNextImageProcessor
+
+    return ConvNextImageProcessor
+
+
+@pytest.mark.parametrize("backend", ["pil", pytest.param("torchvision", marks=needs_torchvision)])
 @pytest.mark.parametrize(("side", "size"), [(64, (90, 71)), (64, (30, 50)), (384, (90, 71))])
-def test_convnexts_crop_is_done_by_the_usual_names(side, size):
-    theirs = ConvNextImageProcessorPil(size={"shortest_edge": side}, image_mean=[0.4, 0.5, 0.6], crop_pct=0.8)
+def test_convnexts_crop_is_done_by_the_usual_names(side, size, backend):
+    options = {"size": {"shortest_edge": side}, "image_mean": [0.4, 0.5, 0.6], "crop_pct": 0.8}
+    theirs = convnext_processor(backend)(**options)
     image = photo(0, size=size)
     pixels, expected = (p(image, return_tensors="pt").pixel_values for p in (plain_image_processor(theirs), theirs))
     torch.testing.assert_close(pixels, expected)
@@ -387,7 +418,7 @@ def test_convnexts_crop_is_done_by_the_usual_names(side, size):
 
 def test_naflex_is_shown_the_largest_square_it_has_patches_for(teacher_of):
     teacher = teacher_of("siglip2")
-    theirs = Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=16)
+    theirs = AutoImageProcessor.from_pretrained(teacher.name)  # of the backend that the teacher has taken, too
     inputs = theirs(photo(0, size=(50, 50)), return_tensors="pt")
     with torch.no_grad():
         expected = teacher.model.get_image_features(**inputs).pooler_output
@@ -447,7 +478,8 @@ def test_a_student_is_shown_the_crop_that_a_convolutional_teacher_sees(teacher_o
     assert teacher.pixel_values(Image.fromarray(pixels)).std() > 0.1
 
 
-# timm: it needs torchvision, so its models are stood in for by modules with the methods that are used
+# timm: it needs torchvision, so its models are stood in for by modules with the methods that are used. The real ones
+# follow, for `make test-torchvision`.
 
 
 class StubViT(nn.Module):
@@ -529,13 +561,15 @@ def test_models_of_timm_are_read_through_their_own_methods(wrapped):
     assert answers["levels"].shape == (2, 2, 2, 3, vision.hidden_size)
 
 
+NO_TIMM = "timm needs torchvision, which cannot be loaded beside the CPU build of torch"
+
+
 @pytest.mark.parametrize(
     "architecture", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "mobilenetv3_small_050"]
 )
 @torch.no_grad()
 def test_a_real_model_of_timm_is_a_teacher(tmp_path, architecture):
-    reason = "timm needs torchvision, which cannot be loaded beside the CPU build of torch"
-    pytest.importorskip("timm", reason=reason, exc_type=ImportError)
+    pytest.importorskip("timm", reason=NO_TIMM, exc_type=ImportError)
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     config = TimmWrapperConfig(architecture=architecture, num_labels=3, label_names=LABELS, **HEAD)
@@ -550,6 +584,32 @@ def test_a_real_model_of_timm_is_a_teacher(tmp_path, architecture):
     logits = model(teacher.pixel_values(photo(0))).logits
     torch.testing.assert_close(F.linear(output.image_embeds, head.weight, head.bias), logits)
     assert teacher.class_names == LABELS
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("crop_mode", "crop_pct", "reach"), [("center", 0.8, 0), ("squash", 0.8, 0), ("center", 0.95, 1)]
+)
+def test_timms_own_transforms_are_done_by_the_usual_names(tmp_path, crop_mode, crop_pct, reach, interpolation):
+    pytest.importorskip("timm", reason=NO_TIMM, exc_type=ImportError)
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    data = {"input_size": (3, 64, 64), "crop_mode": crop_mode, "crop_pct": crop_pct, "interpolation": interpolation}
+    data |= {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+    config = TimmWrapperConfig(architecture="test_convnext", num_labels=3, label_names=LABELS, pretrained_cfg=data)
+    TimmWrapperForImageClassification(config).save_pretrained(tmp_path)
+    transforms = AutoImageProcessor.from_pretrained(tmp_path).val_transforms
+    teacher = load_teacher(tmp_path, device="cpu")
+    for size in ((44, 36), (301, 200), (161, 160), (64, 64), (200, 333)):
+        pixels, expected = teacher.pixel_values(photo(0, size=size))[0], transforms(photo(0, size=size))
+        # Where an odd number of pixels is cropped away, timm rounds the half to an even start, transformers down: its
+        # crop may begin a pixel further on. Both resize pictures with PIL: the pixels are the same ones.
+        shifted = [
+            (expected[:, : 64 - down, : 64 - right] - pixels[:, down:, right:]).abs().max()
+            for down in range(reach + 1)
+            for right in range(reach + 1)
+        ]
+        assert min(shifted) < 1e-5
 
 
 # Any module

@@ -350,7 +350,7 @@ def test_the_cosine_rule_stops_where_the_target_is_reached():
     model, (images, targets) = wide_model(), wide_problem()
     config = TTTConfig(steps=200, learning_rate=1e-3, stop="cosine", stop_threshold=0.9, stop_patience=1)
     adapted = adapt(model, images, targets, config=config)
-    assert (adapted.steps < 200).all() and (F.cosine_similarity(adapted.image_embeds, targets) >= 0.9).all()
+    assert (adapted.steps < 200).all() and (F.cosine_similarity(adapted.image_embeds, targets) > 0.9 - 1e-5).all()
 
 
 def test_the_prediction_rule_stops_where_the_class_has_stayed():

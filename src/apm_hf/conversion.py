@@ -1,15 +1,13 @@
-"""Checkpoints of the authors' release -> model folders.
+"""Convert checkpoints of the authors' release to model folders.
 
-The release has two networks, which differ in the names of their tensors (both as observed, without a look at its
-source; its names stand left of ours in `RELEASE_NETWORKS` and `release_shapes`):
+The release has two networks, which differ in the names of their tensors (both as observed; its source was not read):
 
-* `coco`, the grid-distilled one (`model_15.pth`, our preset `dinov2-large`): fc1 to fc5, mean pooling. It was shown
+* `coco`, the grid-distilled one (`model_15.pth`, our preset `dinov2-large`): fc1 to fc5, mean pooling. Its inputs are
   images in BGR order, each scaled to [0, 1] by its own minimum and maximum.
 * `ttt`, the test-time-training one (our preset `clip-ttt`): fc1, fc4, fc5, and an attention pooling of 8 heads with a
-  learned query. It was shown images with ImageNet's mean and standard deviation, as the paper says, in BGR order, as
-  all that the release reads.
+  learned query. Its inputs are images with ImageNet's mean and standard deviation, as the paper says, in BGR order.
 
-Widths come from the shapes. What they cannot tell is where fc1's columns pass from the trigger column to the position
+Widths come from the shapes. What they do not tell is where fc1's columns pass from the trigger column to the position
 code: in the release both are 1024 wide, so halves are assumed unless the image's size is given.
 
 Legend: T trigger channels, D trigger width, P position width, F feature width, n rows and columns of the grid.
@@ -49,7 +47,7 @@ class ReleaseNetwork:
     Args:
         preset: our architecture with its widths.
         layers: its MLP's layers, in order.
-        image_options: of the image processor that shows images as it was shown them.
+        image_options: of the image processor that prepares its inputs.
     """
 
     preset: str
@@ -61,14 +59,15 @@ class ReleaseNetwork:
         return PRESETS[self.preset]["pooling"] == "attention"
 
     def modules(self) -> dict[str, str]:
-        """Its names of layers with a weight and a bias -> ours."""
+        """Map its names of layers with a weight and a bias to ours; `rename_tensors` splits the two queries."""
         names = {"conv1": "trigger", "feat_proj_head": "decoder.feature_head"}
-        names |= {layer: f"decoder.layers.{index}" for index, layer in enumerate(self.layers)}
-        names |= {f"rgb_head_{index + 1}": f"decoder.rgb_head.layers.{index}" for index in range(3)}
+        names |= {self.layers[0]: "decoder.query", "rgb_head_1": "decoder.rgb_head.query"}
+        names |= {layer: f"decoder.layers.{index}" for index, layer in enumerate(self.layers[1:])}
+        names |= {f"rgb_head_{index + 2}": f"decoder.rgb_head.layers.{index}" for index in range(2)}
         return names | ({"little_self_attention.out_proj": "pooler.out_proj"} if self.has_attention else {})
 
     def tensor_names(self) -> set[str]:
-        """Its names of tensors."""
+        """Return its names of tensors."""
         names = {f"{module}.{kind}" for module in self.modules() for kind in ("weight", "bias")}
         attention = {f"little_self_attention.in_proj_{kind}" for kind in ("weight", "bias")} | {"little_query"}
         return names | (attention if self.has_attention else set())
@@ -91,14 +90,14 @@ def convert_checkpoint(
     image_size: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Turn a checkpoint of the release into a model folder: weights, configuration and image processor.
+    """Convert a checkpoint of the release to a model folder: weights, configuration and image processor.
 
     Nothing in the file is executed. Weights are saved in float32.
 
     Args:
         path: a state dict that `torch.save` wrote, or a `.safetensors` file; it may be wrapped as
             `{"state_dict": ...}` or `{"model": ...}`, its names may begin with `module.`.
-        output_dir: the folder to write, new or empty; it appears whole or not at all.
+        output_dir: the folder to write, new or empty; it appears complete or not at all.
         image_size: side of the network's input in pixels; None takes fc1's columns for D and P in equal halves, as in
             the release (448).
         overwrite: files of a folder that is not empty may be replaced.
@@ -107,8 +106,8 @@ def convert_checkpoint(
         `output_dir`, for `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained`.
 
     Raises:
-        ValueError: for anything that is not one of the two networks, whole and finite; says what was expected and
-            came.
+        ValueError: for anything that is not one of the two networks, complete and finite; says what was expected
+            and what came.
         OSError: for a file that cannot be read.
     """
     weights = read_state_dict(path)
@@ -126,7 +125,7 @@ def convert_checkpoint(
         logger.info(f"left out, since the network never uses them: {', '.join(sorted(unused))}")
     with torch.device("meta"):
         model = APMModel(config)
-    model.load_state_dict(rename_tensors(network, weights), strict=True, assign=True)
+    model.load_state_dict(rename_tensors(network, config, weights), strict=True, assign=True)
     size = {"height": config.image_size, "width": config.image_size}
     with whole_folder(output_dir, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
@@ -136,7 +135,7 @@ def convert_checkpoint(
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Names and tensors of a checkpoint, unwrapped, on the CPU. Nothing in the file is executed.
+    """Read the names and tensors of a checkpoint, unwrapped, on the CPU. Nothing in the file is executed.
 
     Raises:
         ValueError: for a file that holds no state dict, or code.
@@ -177,7 +176,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def find_network(names: Iterable[str]) -> str:
-    """`"coco"` or `"ttt"`, by the names of a checkpoint's tensors; only the latter has an attention.
+    """Return `"coco"` or `"ttt"`, by the names of a checkpoint's tensors; only the latter has an attention.
 
     Raises:
         ValueError: for other names; says which are missing and which should not be there.
@@ -195,7 +194,7 @@ def find_network(names: Iterable[str]) -> str:
 
 
 def release_config(network: ReleaseNetwork, weights: dict[str, Tensor], image_size: int | None) -> APMConfig:
-    """The architecture that the shapes of a checkpoint describe; whether they agree with each other is not looked at.
+    """Return the architecture that the shapes of a checkpoint describe, without checking that they agree.
 
     Raises:
         ValueError: for shapes that describe no grid, or no architecture.
@@ -231,7 +230,7 @@ def release_config(network: ReleaseNetwork, weights: dict[str, Tensor], image_si
 
 
 def release_shapes(network: ReleaseNetwork, config: APMConfig) -> dict[str, tuple[int, ...]]:
-    """The release's names and shapes of all tensors of an architecture."""
+    """Return the release's names and shapes of all tensors of an architecture."""
     width, query_width, patch_size = config.feature_size, config.query_width, config.patch_size
     hidden, rgb = [query_width, *config.hidden_sizes], [width + query_width, *config.rgb_hidden_sizes, 3]
     linears = {layer: (hidden[index + 1], hidden[index]) for index, layer in enumerate(network.layers)}
@@ -247,15 +246,22 @@ def release_shapes(network: ReleaseNetwork, config: APMConfig) -> dict[str, tupl
     return shapes | {f"{name}.bias": shape[:1] for name, shape in linears.items()}
 
 
-def rename_tensors(network: ReleaseNetwork, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The release's tensors under our names, each in memory of its own, float32."""
-    named = {
-        f"{ours}.{kind}": weights[f"{theirs}.{kind}"]
-        for theirs, ours in network.modules().items()
-        for kind in ("weight", "bias")
-    }
+def rename_tensors(network: ReleaseNetwork, config: APMConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the release's tensors under our names, each in memory of its own, float32."""
+    named: dict[str, Tensor] = {}
+    # The columns of a query's weight; the position code begins with the column.
+    widths = {"trigger": config.trigger_width, "column": config.position_size // 2, "row": config.position_size // 2}
+    for theirs, ours in network.modules().items():
+        weight, bias = weights[f"{theirs}.weight"], weights[f"{theirs}.bias"]
+        if ours.endswith("query"):
+            own = {"features": config.feature_size} | widths if "rgb_head" in ours else widths
+            parts = weight.split(list(own.values()), dim=1)
+            named |= {f"{ours}.{name}.weight": part for name, part in zip(own, parts, strict=True)}
+            named[f"{ours}.trigger.bias"] = bias
+        else:
+            named |= {f"{ours}.weight": weight, f"{ours}.bias": bias}
     if network.has_attention:
-        named["pooler.query"] = weights["little_query"]
+        named["pooler.query"] = weights["little_query"][None, None]  # (F,) -> (1, 1, F)
         for kind in ("weight", "bias"):
             parts = weights[f"little_self_attention.in_proj_{kind}"].chunk(3)  # (3 * F, ...) -> q, k, v
             named |= {f"pooler.{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)}
@@ -263,7 +269,7 @@ def rename_tensors(network: ReleaseNetwork, weights: dict[str, Tensor]) -> dict[
 
 
 def _check_tensors(network: ReleaseNetwork, weights: dict[str, Tensor]) -> None:
-    """That all are dense, finite floating-point tensors with as many axes as the release's."""
+    """Raise unless all are dense, finite floating-point tensors with as many axes as the release's."""
     problems = []
     for name in sorted(network.tensor_names()):
         tensor, axes = weights[name], 4 if name == "conv1.weight" else 2 if name.endswith("weight") else 1
@@ -279,6 +285,7 @@ def _check_tensors(network: ReleaseNetwork, weights: dict[str, Tensor]) -> None:
 
 
 def _check_shapes(expected: dict[str, tuple[int, ...]], weights: dict[str, Tensor]) -> None:
+    """Raise unless all tensors have the expected shapes."""
     came = {name: tuple(weights[name].shape) for name in expected}
     wrong = [f"{name}: expected shape {expected[name]}, got {came[name]}" for name in expected]
     wrong = [line for line, name in zip(wrong, expected, strict=True) if came[name] != expected[name]]

@@ -174,16 +174,24 @@ def _feature_space(mean: Any, std: Any) -> APMFeatureSpace | nn.Identity:
 class APMMeanPooling(nn.Module):
     """The mean over locations, which may come in chunks."""
 
-    def forward(self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Any, ...] = ()) -> tuple[Any, ...]:
-        """Add the features `(B, L, F)` of a chunk to the state: their sum `(B, F)` and their number."""
+    def forward(
+        self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Any, ...] = ()
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Pool a chunk of locations with those before it.
+
+        Args:
+            features: `(B, L, F)`.
+            rows, columns: not used here.
+            state: the features' sum `(B, F)` and their number, in the chunks before.
+
+        Returns:
+            The pooled features `(B, F)` of all chunks so far, and the state after this one.
+        """
         dtype = torch.promote_types(features.dtype, torch.float32)
         total, count = features.sum(dim=1, dtype=dtype), features.shape[1]
-        return (state[0] + total, state[1] + count) if state else (total, count)
-
-    def finish(self, state: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-        """Return the pooled features `(B, F)`."""
-        total, count = state
-        return (total / count).to(dtype)
+        if state:
+            total, count = state[0] + total, state[1] + count
+        return (total / count).to(features.dtype), (total, count)
 
 
 class APMAttentionPooling(nn.Module):
@@ -201,15 +209,18 @@ class APMAttentionPooling(nn.Module):
         )
 
     def forward(
-        self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Tensor, ...] = ()
-    ) -> tuple[Tensor, ...]:
-        """Add a chunk of locations to the state.
+        self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Any, ...] = ()
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Pool a chunk of locations with those before it.
 
         Args:
             features: `(B, L, F)`.
             rows, columns: cell indices `(1 or B, R, 1)` and `(1 or B, 1 or R, C)`, L = R * C.
             state: highest score seen, sum of exp(score - highest) and the values' sum with these weights:
-                `(B, heads, 1, 1)` twice and `(B, heads, 1, F / heads)`.
+                `(B, heads, 1, 1)` twice and `(B, heads, 1, F / heads)`, in the chunks before.
+
+        Returns:
+            The pooled features `(B, F)` of all chunks so far, and the state after this one.
         """
         half = features.shape[-1] // 2
         codes = axis_codes(half, columns, rows)  # the column's half comes first
@@ -230,12 +241,8 @@ class APMAttentionPooling(nn.Module):
         if state:
             shrink = (state[0] - highest).exp()
             total, weighted = state[1] * shrink + total, state[2] * shrink + weighted
-        return highest, total, weighted
-
-    def finish(self, state: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """Return the pooled features `(B, F)`."""
-        _, total, weighted = state
-        return self.out_proj((weighted / total).flatten(1).to(dtype))  # (B, heads, 1, F / heads) -> (B, F)
+        pooled = self.out_proj((weighted / total).flatten(1).to(features.dtype))  # (B, heads, 1, F / heads) -> (B, F)
+        return pooled, (highest, total, weighted)
 
 
 def _pooling(config: APMConfig, kind: str, feature_size: int) -> APMMeanPooling | APMAttentionPooling:
@@ -473,17 +480,16 @@ class APMModel(APMPreTrainedModel):
         trigger_column = self._trigger_column(trigger_column, pixel_values)
         coordinates = self._coordinates(coordinates, trigger_column)
         states: dict[str, tuple[Any, ...]] = dict.fromkeys(features, ())
+        pooled: dict[str, Tensor] = {}
         chunks = _Chunks(self.config.num_locations if coordinates is None else coordinates.shape[1])
         for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, chunk_size):
             decoded = dict(zip(outputs, self.decoder(trigger_column, rows, columns, patches, outputs), strict=True))
             for name, (pooler, space) in features.items():
-                states[name] = pooler(decoded[name], rows, columns, states[name])
+                pooled[name], states[name] = pooler(decoded[name], rows, columns, states[name])
                 decoded[name] = space(decoded[name])
             chunks.add(decoded)
         whole = chunks.join()
-        pooled = {
-            name: space(pooler.finish(states[name], whole[name].dtype)) for name, (pooler, space) in features.items()
-        }
+        pooled = {name: space(pooled[name]) for name, (_, space) in features.items()}
         return APMModelOutput(
             last_hidden_state=whole["features"],
             pooler_output=pooled["features"],
@@ -530,11 +536,10 @@ class APMModel(APMPreTrainedModel):
         trigger_column = self._trigger_column(trigger_column, pixel_values)
         coordinates = self._coordinates(coordinates, trigger_column)
         state: tuple[Any, ...] = ()
-        dtype = trigger_column.dtype
         for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, None):
             (features,) = self.decoder(trigger_column, rows, columns, patches, ("features",))
-            state, dtype = self.pooler(features, rows, columns, state), features.dtype
-        return self.feature_space(self.pooler.finish(state, dtype))
+            pooled, state = self.pooler(features, rows, columns, state)
+        return self.feature_space(pooled)
 
     @torch.no_grad()
     def set_feature_statistics(

@@ -269,7 +269,7 @@ class MeanIoU:
 def segmentation_model(apm: APMModel, probe: LinearProbe, id2label: Mapping[int, str]) -> APMForSemanticSegmentation:
     """Join an APM and the probe fitted to its features, for `save_pretrained` and `pipeline("image-segmentation")`.
 
-    Weights are copied; the APM that is given stays as it is.
+    Weights are copied, except those that a segmentation does not need: of pooling and of other heads.
 
     Args:
         apm: its `feature_size` is the probe's F.
@@ -289,7 +289,8 @@ def segmentation_model(apm: APMModel, probe: LinearProbe, id2label: Mapping[int,
     config.label2id = {name: index for index, name in config.id2label.items()}
     with torch.random.fork_rng(devices=[]):  # every weight drawn here is replaced below
         model = APMForSemanticSegmentation(config).to(device=apm.device, dtype=apm.dtype)
-    model.apm.load_state_dict(apm.state_dict())
+    weights = apm.state_dict()
+    model.apm.load_state_dict({name: weights[name] for name in model.apm.state_dict()})
     model.classifier.load_state_dict({"weight": probe.weight, "bias": probe.bias})
     return model.eval()
 

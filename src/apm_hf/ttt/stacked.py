@@ -69,9 +69,7 @@ def draw_weights(model: APMModel, seed: int) -> Weights:
 
 
 def redraw(model: PreTrainedModel, seed: int) -> APMModel:
-    """Return a float32 copy of an APM, or of the one in a model with a head, with weights drawn anew.
-
-    They are those that `TTTConfig(start="random", seed=seed)` draws.
+    """Return a float32 copy of the bare model with the weights that `TTTConfig(start="random", seed=seed)` draws.
 
     Drawing takes longer than a fast fit: who fits many times draws once, and fits this model with `start="model"`.
     """
@@ -364,7 +362,7 @@ class StackedModels(nn.Module):
         outputs = decoder(self._trigger(), rows, columns, patches, self.outputs)
         decoded = {name: output.float() for name, output in zip(self.outputs, outputs, strict=True)}
         features, pooler, space = decoded["features"], self.model.pooler, self.model.feature_space
-        pooled = pooler.finish(pooler(features, rows, columns), features.dtype)
+        pooled, _ = pooler(features, rows, columns)
         return decoded | {"features": space(features), "pooled": space(pooled)}
 
     def _trigger(self) -> Tensor:
