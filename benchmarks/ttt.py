@@ -236,7 +236,7 @@ def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
         print(" | ".join(str(value) for value in row.values()), file=sys.stderr, flush=True)
 
     slow = options.num_slow
-    plain = {"steps": 30, "num_locations": 4, "stop": None, "stop_threshold": None}
+    plain = {"steps": 30, "num_locations": 4, "stop": None}
     add("nothing (control)", TTTConfig(steps=1, learning_rate=1e-30))
     add("output bias, closed form (control)", None)
     add("output bias (control)", TTTConfig.preset("fast", fit="output_bias", learning_rate=0.2, **plain))
@@ -249,7 +249,7 @@ def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
         add("low rank, 8", TTTConfig.preset("fast", num_locations=num_locations), num_images=slow)
     add("low rank, 8: fast", TTTConfig.preset("fast"))
     add("low rank, 8: fast, bfloat16", TTTConfig.preset("fast", dtype="bfloat16"))
-    add("low rank, 8: fast", TTTConfig.preset("fast", stop=None, stop_threshold=None, steps=60))
+    add("low rank, 8: fast", TTTConfig.preset("fast", stop=None, steps=60))
     for num_locations, steps in ((4, 20), (16, 20), (16, 40), (64, 20)):
         add("all", TTTConfig(num_locations=num_locations, steps=steps), num_images=slow)
     add("all: paper", TTTConfig(), num_images=options.num_exact)

@@ -338,7 +338,7 @@ def test_options_outside_their_range_are_refused(make, message):
 
 # Machines.
 
-QUICK = {"num_locations": None, "steps": 6, "learning_rate": 1e-2, "fit": "all", "alpha": 1.0}
+QUICK = {"num_locations": None, "steps": 6, "learning_rate": 1e-2, "fit": "all", "alpha": 1.0, "stop": None}
 
 
 @pytest.fixture(autouse=True)
@@ -395,7 +395,7 @@ def test_a_machine_is_fitted_to_the_teachers_embedding_and_classified(task):
     batch, method = photo_batch(task.teacher), APMAdapted(overrides=QUICK)
     machine, pixels = machine_and_pixels(task, batch)
     targets = task.teacher.encode_images(batch.images).image_embeds
-    embeds = adapt(machine, pixels, targets, config=method.config).image_embeds
+    embeds = adapt(machine, pixels, targets, config=replace(method.config, start="model")).image_embeds
     output = method(task, batch)
     torch.testing.assert_close(output.logits, cosines(task, embeds), atol=1e-3, rtol=1e-3)
     assert output.steps.tolist() == [6] * 4 and output.by_step is None
@@ -502,7 +502,8 @@ def test_consensus_is_the_mean_of_both_answers(task):
     assert probabilities.by_step[6].tolist() == expected.argmax(1).tolist()
 
     machine, pixels = machine_and_pixels(task, batch)
-    embeds = adapt(machine, pixels, targets, config=APMAdapted(overrides=QUICK).config).image_embeds
+    config = replace(APMAdapted(overrides=QUICK).config, start="model")
+    embeds = adapt(machine, pixels, targets, config=config).image_embeds
     both = F.normalize(embeds, dim=1) + F.normalize(targets, dim=1)
     logits = APMAdapted(overrides=QUICK, consensus="embeddings")(task, batch).logits
     torch.testing.assert_close(logits, cosines(task, both), atol=1e-3, rtol=1e-3)
@@ -520,7 +521,7 @@ def test_a_distilled_machine_is_shown_what_its_own_image_processor_makes(task, f
 
     method = APMAdapted(start="model", model=folder, overrides=QUICK)
     targets = task.teacher.encode_images(batch.images).image_embeds
-    expected = cosines(task, adapt(machine, pixels, targets, config=method.config).image_embeds)
+    expected = cosines(task, adapt(machine, pixels, targets, config=replace(method.config, start="model")).image_embeds)
     torch.testing.assert_close(method(task, batch).logits, expected, atol=1e-3, rtol=1e-3)
     after = APMForward(model=folder)(task, batch).logits
     torch.testing.assert_close(after, output.logits, rtol=0, atol=0, msg="adapting changed the machine")

@@ -179,7 +179,7 @@ def test_locations_drawn_are_pooled_and_those_of_the_last_step_are_in_the_embedd
 
 def test_all_locations_drawn_are_all_locations():
     model, (images, targets) = small_model(), problem()
-    everywhere, drawn = (run(model, images, targets, paper(num_locations=n)) for n in (None, GRID**2))
+    everywhere, drawn = (run(model, images, targets, paper(num_locations=n)) for n in (None, GRID**2 + 1))
     assert_close(drawn.image_embeds, everywhere.image_embeds)
     assert_close(drawn.losses, everywhere.losses)
 
@@ -485,7 +485,6 @@ def test_inputs_that_are_not_finite_are_refused_naming_the_images():
         ({}, {"trigger_column": torch.zeros(2, 5)}, r"trigger_column: expected shape \(B, 18\)"),
         ({}, {"trigger_column": torch.full((2, 18), math.nan)}, r"trigger_column.*NaN or infinity in images \[0, 1\]"),
         ({}, {"trigger_column": torch.zeros(1, 18)}, "trigger_column: expected 2 images"),
-        ({}, {"config": TTTConfig(num_locations=10)}, "num_locations: expected at most the grid's 9.*got 10"),
         ({}, {"seeds": [1]}, "seeds: expected 2, one an image, got 1"),
         ({}, {"seeds": [1, 2], "generator": torch.Generator()}, "expected one of them, got both"),
         ({"model": torch.nn.Linear(2, 2)}, {}, "model: expected an APMModel or a model that holds one, got Linear"),

@@ -14,7 +14,7 @@ from apm_hf.ttt import classification as ttt_classification
 from apm_hf.ttt.classification import TTTClassifier
 from fixtures_tiny import FEATURE_SIZE, LABELS, STUDENT_SIZE, photo, save_classifier, save_clip, student
 
-CONFIG = TTTConfig.preset("fast", num_locations=4, steps=10, learning_rate=1e-2)
+CONFIG = TTTConfig.preset("fast", num_locations=4, steps=10, stop=None)
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,7 @@ class APMAdapted:
     def __post_init__(self) -> None:
         check_views(self.num_views, self.keep)
         _check_choice(self, target=TARGETS, consensus=CONSENSUS, start=STARTS)
+        _ = self.config  # raises where an override is out of range
 
     @property
     def config(self) -> TTTConfig:

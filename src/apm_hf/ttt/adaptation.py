@@ -70,8 +70,7 @@ def adapt(
         [`Adapted`].
 
     Raises:
-        ValueError: for shapes that do not fit, for non-finite inputs or targets of norm zero (naming the images), or
-            more locations than the grid has.
+        ValueError: for shapes that do not fit, non-finite inputs or targets of norm zero (naming the images).
     """
     apm = getattr(model, "apm", model)  # heads hold the model under this name
     if not isinstance(apm, APMModel):
@@ -245,7 +244,7 @@ class _Sampler:
 
     def __call__(self, images: Tensor) -> Tensor | None:
         """Return `(n,)` where all images share a seed, else `(B', n)` for these images; None for the full grid."""
-        if self.num_sampled is None:
+        if self.num_sampled is None or self.num_sampled >= self.num_cells:
             return None
         drawn = {
             seed: torch.randperm(self.num_cells, generator=generator)[: self.num_sampled]
@@ -282,7 +281,7 @@ def bytes_per_image(model: APMModel, config: TTTConfig, targets: TTTTargets, *, 
             learnt += config.rank * len(parameter) if low_rank else parameter.numel()
     every = sum(parameter.numel() for parameter in model.parameters())
     num_cells = architecture.num_locations if targets.grid is None else targets.grid[0] * targets.grid[1]
-    num_queried = config.num_locations or num_cells
+    num_queried = min(config.num_locations or num_cells, num_cells)
     ahead = min(PREPARED_STEPS, config.steps) if config.num_locations else 1
     widths = [*architecture.hidden_sizes, architecture.feature_size]
     images = architecture.num_channels * architecture.image_size**2 * 2
@@ -321,7 +320,6 @@ def check_inputs(
     """Raise a `ValueError` for inputs that do not fit the model or each other, or are not finite."""
     architecture, named, num_images = model.config, targets.tensors(), len(targets)
     width, side = architecture.feature_size, architecture.image_size
-    num_cells = architecture.num_locations if targets.grid is None else targets.grid[0] * targets.grid[1]
     if num_images == 0:
         raise ValueError("targets: expected at least one image, got none")
     for name, shape in (("image_embeds", f"(B, {width})"), ("features", f"(B, rows, cols, {width})")):
@@ -334,10 +332,6 @@ def check_inputs(
         )
     if targets.rgb is not None and not architecture.use_rgb_head:
         raise ValueError("rgb: expected a model with use_rgb_head=True, got one without")
-    if config.num_locations is not None and config.num_locations > num_cells:
-        raise ValueError(
-            f"num_locations: expected at most the grid's {num_cells} locations, got {config.num_locations}"
-        )
     if config.stop == "stable" and text_embeds is None:
         raise ValueError("text_embeds: expected class embeddings (K, F) for stop='stable', got none")
     if config.stop == "cosine" and targets.image_embeds is None:
