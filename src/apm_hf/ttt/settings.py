@@ -22,7 +22,7 @@ class TTTConfig:
         steps: gradient steps per image, at most.
         learning_rate: of Adam (arXiv:1412.6980) with its usual betas.
         num_locations: grid locations whose features are pooled at each step, a fresh random subset each time; the
-            subset's mean is an unbiased estimate of the grid's. None, or no fewer than the grid has, pools all of them:
+            subset's mean is an unbiased estimate of the grid's. None, or no fewer than the grid has, pools all:
             the exact limit.
         fit: what learns. `"all"`: every weight (paper). `"last_layers"`: the last hidden layer, the feature head and
             attention's values and output. `"low_rank"`: the same layers, each of which learns a low-rank
