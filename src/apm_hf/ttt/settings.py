@@ -22,9 +22,10 @@ class TTTConfig:
         steps: gradient steps per image, at most.
         learning_rate: of Adam (arXiv:1412.6980) with its usual betas.
         num_locations: grid locations whose features are pooled at each step, a fresh random subset each time; the
-            subset's mean is an unbiased estimate of the grid's. None, or as many as the grid has, pools all: the exact limit.
+            subset's mean is an unbiased estimate of the grid's. None, or no fewer than the grid has, pools all:
+            the exact limit.
         fit: what learns. `"all"`: every weight (paper). `"last_layers"`: the last hidden layer, the feature head and
-            attention's values and output. `"low_rank"`: the same, but the hidden layer and the head learn a low-rank
+            attention's values and output. `"low_rank"`: the same layers, each of which learns a low-rank
             update whose first factor is fixed: it sums the inputs in `rank` blocks, so that the columns of a block
             move together, which is nearly what Adam does to them anyway. `"heads"`: the feature head and attention's
             values and output. `"trigger"`: the convolution alone. `"output_bias"`: one vector, a control: it copies
