@@ -4,6 +4,9 @@ BIN := .venv/bin
 # A folder of local wheels, where pip is configured with one (uv does not read pip's configuration).
 export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo "$$PIP_FIND_LINKS")
 
+# Quantisation libraries that some tests load in processes of their own.
+APART := torchao bitsandbytes
+
 # torchvision's wheels fit one release of torch each. timm, which needs torchvision, is tested with it.
 TORCH ?= 2.14.1
 TORCHVISION ?= 0.29.1
@@ -19,6 +22,8 @@ demo: .venv/installed
 
 test: .venv/installed .venv/browser
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	# Once more with a stand-in for torchvision, which is not in this environment: the other image processor.
+	PYTHONPATH=tests/stubs $(BIN)/python -m pytest -q tests/test_image_processing_apm.py
 
 # About 6 GB of wheels; no part of CI.
 test-torchvision: .venv-torchvision/installed
@@ -48,6 +53,10 @@ assets: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	# Beside the environment: where these lie in it, every import of transformers, or every Trainer, loads them.
+	for package in $(APART); do \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps --target .venv/$$package $$package || exit 1; \
+	done
 	touch $@
 
 .venv-torchvision/installed: pyproject.toml constraints.txt

@@ -294,9 +294,7 @@ class Restorer:
             trigger = self.trigger(split.embeds[condition], split.patches[condition], recentred)
             theirs = recentred(split.embeds[condition]) if self.centre else split.embeds[condition]
             targets = unit(theirs) * theirs.shape[1] ** 0.5
-            return adapt(
-                machine, None, targets, config=config, trigger_column=trigger, keep_models=False
-            ).image_embeds
+            return adapt(machine, None, targets, config=config, trigger_column=trigger, keep_models=False).image_embeds
 
         return answer
 

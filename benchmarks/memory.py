@@ -1,4 +1,4 @@
-"""Peak memory of asking one image about very many locations, beyond what the answers themselves take.
+"""Measure the peak memory of querying very many locations of one image, beyond what the outputs themselves take.
 
     python benchmarks/memory.py --preset tiny --num_locations 1048576
     python benchmarks/memory.py --preset dinov2-large --num_locations 65536
@@ -6,7 +6,7 @@
 
 The bound is the chunk's, whatever the number of locations. On the CPU the peak is the process's resident memory
 (Linux's VmHWM) over what it held before the query, with weights loaded and one small query made; on a GPU it is the
-allocator's. `--naive` writes every query out and answers all at once, as `speed/rivals.py` does.
+allocator's. `--naive` writes every query out, all at once, as `speed/rivals.py` does.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 
 from apm_hf import APMConfig, APMModel
 from apm_hf.position_encoding import grid_coordinates
-from speed.rivals import grid_codes, naive_answers
+from speed.rivals import NaiveAPM, position_codes
 
 MEBIBYTE = 2**20
 
@@ -40,13 +40,14 @@ def measure(
     device: str | None = None,
     naive: bool = False,
 ) -> dict[str, object]:
-    """Mebibytes of the answers and of the peak beyond them, and seconds of the one call."""
+    """Measure mebibytes of the outputs and of the peak beyond them, and seconds of the one call."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = APMModel(APMConfig.preset(preset, local_patch=local_patch)).to(device, getattr(torch, dtype)).eval()
     side = model.config.image_size
     pixel_values = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     rows = 2 ** ((num_locations.bit_length() - 1) // 2)
     coordinates = grid_coordinates(rows, num_locations // rows, device=device)
+    written_out = NaiveAPM(model) if naive else None
     model(pixel_values, coordinates[:64], chunk_size=32)  # libraries' own buffers
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -55,15 +56,15 @@ def measure(
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far: the model may have been cast
         before = resident("VmRSS")
     started = time.perf_counter()
-    if naive:
-        outputs = naive_answers(model, model.fold(pixel_values), grid_codes(model, coordinates), chunk_size)
+    if written_out is not None:
+        outputs = written_out(pixel_values, position_codes(model, coordinates), chunk_size)
     else:
         outputs = model(pixel_values, coordinates, chunk_size=chunk_size)
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
-    answers = sum(values.numel() * values.element_size() for values in outputs.values() if torch.is_tensor(values))
+    held = sum(values.numel() * values.element_size() for values in outputs.values() if torch.is_tensor(values))
     return {
         "preset": preset,
         "num_locations": len(coordinates),
@@ -71,8 +72,8 @@ def measure(
         "dtype": dtype,
         "naive": naive,
         "seconds": round(seconds, 4),
-        "answers_mib": round(answers / MEBIBYTE, 1),
-        "beyond_mib": round((peak - before - answers) / MEBIBYTE, 1),
+        "outputs_mib": round(held / MEBIBYTE, 1),
+        "beyond_mib": round((peak - before - held) / MEBIBYTE, 1),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }

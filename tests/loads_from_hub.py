@@ -1,12 +1,14 @@
-"""What a stranger's process does with what was published. Run by test_hub_roundtrip.py, in a folder with `photo.png`.
+"""Load what was published as a user without the package does. Run by test_hub_roundtrip.py, beside a `photo.png`.
 
-    python loads_from_hub.py ANSWERS.npz
+    python loads_from_hub.py OUTPUTS.npz
 
 Nothing of this project is imported: the package is out of reach, and all code comes with the models.
 """
 
+import json
 import re
 import sys
+from pathlib import Path
 
 sys.modules["apm_hf"] = None  # any import of it fails, installed or not
 
@@ -15,7 +17,14 @@ import torch  # noqa: E402
 from datasets import load_dataset  # noqa: E402
 from huggingface_hub import hf_hub_download  # noqa: E402
 from PIL import Image  # noqa: E402
-from transformers import AutoModel, pipeline  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    AutoModelForZeroShotImageClassification,
+    pipeline,
+)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
 
 from fixtures_pipelines import LABELS, label_map, scores  # noqa: E402
@@ -24,43 +33,66 @@ from fixtures_pipelines import LABELS, label_map, scores  # noqa: E402
 sys.modules["transformers"].AutoImageProcessor = AutoImageProcessor
 
 MODEL, PARTS, CLASSES, TEXTS, PHOTOS = (f"someone/{name}" for name in ("apm", "parts", "classes", "texts", "photos"))
+AUTO_CLASSES = {
+    MODEL: AutoModel,
+    PARTS: AutoModelForSemanticSegmentation,
+    CLASSES: AutoModelForImageClassification,
+    TEXTS: AutoModelForZeroShotImageClassification,
+}
 FIELDS = ("last_hidden_state", "rgb", "pooler_output")
 TRUST = {"trust_remote_code": True}
 
 
-def ask(name):
-    model = AutoModel.from_pretrained(name, **TRUST)
-    image_processor = AutoImageProcessor.from_pretrained(name, **TRUST)
-    assert type(model).__module__.startswith("transformers_modules.")
-    assert type(image_processor).__module__.startswith("transformers_modules.")
+def load(name, auto_class):
+    """Return a model and its image processor, from a repository or a folder."""
+    loaded = auto_class.from_pretrained(name, **TRUST), AutoImageProcessor.from_pretrained(name, **TRUST)
+    for one in (*loaded, AutoConfig.from_pretrained(name, **TRUST)):
+        assert type(one).__module__.startswith("transformers_modules."), one
+    return loaded
+
+
+def query(name):
+    """Return the outputs of the bare model for the photo, by field."""
+    model, image_processor = load(name, AutoModel)
     inputs = image_processor(Image.open("photo.png"), return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs, coordinates=torch.tensor([[0.0, 0.0], [-0.3, 0.7]]))
-    return model, image_processor, {field: outputs[field].numpy() for field in FIELDS}
+    return {field: outputs[field].numpy() for field in FIELDS}
 
 
-def main(answers_file):
+def save_again(name, auto_class):
+    """Save a model by this process, which has never seen the package, and load it from there: the same weights."""
+    folder = f"again/{name}"
+    for one in load(name, auto_class):
+        one.save_pretrained(folder)
+    first, again = (auto_class.from_pretrained(place, **TRUST).state_dict() for place in (name, folder))
+    assert first.keys() == again.keys() and all(torch.equal(value, again[key]) for key, value in first.items()), name
+    for file in ("config.json", "preprocessor_config.json"):  # the code beside them, not the repository's
+        assert "--" not in str(json.loads(Path(folder, file).read_text())["auto_map"]), file
+    load(folder, auto_class)
+    load(folder, AutoModel)
+
+
+def main(outputs_file):
     try:
         AutoModel.from_pretrained(MODEL)
-        raise SystemExit("code from the Hub was run by somebody who had not said so")
+        raise SystemExit("code from the Hub ran without trust_remote_code")
     except ValueError as error:
         assert "trust_remote_code=True" in str(error), error
-    model, image_processor, answers = ask(MODEL)
-
-    # Saved again by a process that has never seen the package, and loaded from there.
-    model.save_pretrained("again")
-    image_processor.save_pretrained("again")
-    assert all(np.array_equal(value, answers[name]) for name, value in ask("again")[2].items())
+    outputs = query(MODEL)
+    for name, auto_class in AUTO_CLASSES.items():
+        save_again(name, auto_class)
+    assert all(np.array_equal(value, outputs[name]) for name, value in query(f"again/{MODEL}").items())
 
     photos = [row["image"] for row in load_dataset(PHOTOS, split="train")]
-    answers["photos"] = np.stack([np.asarray(photo) for photo in photos])
+    outputs["photos"] = np.stack([np.asarray(photo) for photo in photos])
     features = pipeline("image-feature-extraction", model=MODEL, **TRUST)(photos, batch_size=2)
-    answers["features"] = np.array(features)
-    answers["classes"] = scores(pipeline("image-classification", model=CLASSES, **TRUST)(photos, batch_size=2))
+    outputs["features"] = np.array(features)
+    outputs["classes"] = scores(pipeline("image-classification", model=CLASSES, **TRUST)(photos, batch_size=2))
     parts = pipeline("image-segmentation", model=PARTS, **TRUST)(photos, subtask="semantic")
-    answers["parts"] = np.stack([label_map(row) for row in parts])
+    outputs["parts"] = np.stack([label_map(row) for row in parts])
     zero_shot = pipeline("zero-shot-image-classification", model=TEXTS, **TRUST)
-    answers["texts"] = scores(zero_shot(photos, candidate_labels=LABELS))
+    outputs["texts"] = scores(zero_shot(photos, candidate_labels=LABELS))
 
     # The card's own snippets, as they stand.
     Image.open("photo.png").save("photo.jpg")
@@ -69,8 +101,8 @@ def main(answers_file):
     namespace = {}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), namespace)
-    answers["snippets"], answers["shown"] = np.array(len(snippets)), namespace["two"].last_hidden_state.numpy()
-    np.savez(answers_file, **answers)
+    outputs["snippets"], outputs["shown"] = np.array(len(snippets)), namespace["two"].last_hidden_state.numpy()
+    np.savez(outputs_file, **outputs)
 
 
 if __name__ == "__main__":

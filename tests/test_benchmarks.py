@@ -1,5 +1,6 @@
-"""`make bench` in small: it compares answers before it times them, and a slowed build does not pass its check."""
+"""`make bench` in small: it compares outputs before it times them, and a slowed build does not pass its check."""
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -8,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apm_hf.modeling_apm import APMModel
-from apm_hf.modeling_apm_decoder import APMDecoder
+from apm_hf.modeling_apm import APMDecoder, APMModel
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -37,6 +37,8 @@ def small(runner, monkeypatch):
         peak_shapes=((64, 64, 64),),
         growth=(256, 1024),
         training_locations=8,
+        few_bound=1 / 30,
+        peak_goal=False,
     )
     monkeypatch.setattr(runner, "TINY", settings)
     monkeypatch.setattr(runner, "MILLION", ("tiny", 4096, "float32", False))
@@ -56,8 +58,10 @@ def slowed(monkeypatch, seconds: float) -> None:
 
 def test_quick_run_writes_its_page_and_a_slowed_build_fails(runner, small, monkeypatch, tmp_path, capsys):
     figures = sys.modules["speed.figures"]
-    # On a machine that is busy with other tests, a wide margin: the slowed build is a hundred times slower.
-    monkeypatch.setitem(figures.BOUNDS, "tiny", {"release": {"cpu": 0.2, "cuda": 0.2}})
+    # On a computer that is busy with other tests, a wide margin: the slowed build is a hundred times slower.
+    monkeypatch.setattr(figures, "NAIVE_BOUND", 0.2)
+    monkeypatch.setattr(figures, "GROWTH_BOUND", 50.0)
+    monkeypatch.setattr(runner, "TINY", dataclasses.replace(small, few_bound=5.0))
     assert runner.main(["--quick", "--output_dir", str(tmp_path)]) == 0
     page = (tmp_path / "benchmarks.md").read_text()
     for expected in (
@@ -82,43 +86,63 @@ def test_quick_run_writes_its_page_and_a_slowed_build_fails(runner, small, monke
         monkeypatch.setattr(runner, measure, lambda *args, **kwargs: figures.Figure())
     capsys.readouterr()
     assert runner.main(["--quick", "--output_dir", str(tmp_path)]) == 1
-    assert "MISSED release's time over APM's: tiny, cpu, float32" in capsys.readouterr().out
+    assert "MISSED naive form's time over APM's: tiny, cpu, float32" in capsys.readouterr().out
     assert "**missed**" in (tmp_path / "benchmarks.md").read_text()
 
 
 @pytest.mark.parametrize("measure", ["full_grid", "few_locations", "growth", "training_step"])
-def test_nothing_is_timed_whose_answers_differ(runner, small, measure, monkeypatch):
-    answer = APMModel._answer
+def test_nothing_is_timed_whose_outputs_differ(runner, small, measure, monkeypatch):
+    forward = APMModel.forward
 
     def off(self, *args, **kwargs):
-        outputs = answer(self, *args, **kwargs)
+        outputs = forward(self, *args, **kwargs)
         outputs.last_hidden_state = outputs.last_hidden_state * (1 + 1e-3)
         return outputs
 
-    monkeypatch.setattr(APMModel, "_answer", off)
+    monkeypatch.setattr(APMModel, "forward", off)
     monkeypatch.setattr(sys.modules["speed.figures"], "smallest_times", None)
-    with pytest.raises(ValueError, match="expected the rival's answers"):
+    with pytest.raises(ValueError, match="expected the rival's outputs"):
         getattr(runner, measure)(small, torch.device("cpu"), torch.float32)
 
 
-def test_growth_and_few_locations_have_goals_that_a_slowed_build_misses(runner, small, monkeypatch):
+@pytest.mark.parametrize(
+    ("measure", "goal", "name", "slow"),
+    [
+        ("full_grid", "naive form's time over APM's: tiny", "APM", 1.01),
+        ("full_grid", "share of the matmul peak", "APM", 100.0),
+        ("few_locations", "naive form's time over APM's, 1 locations", "APM 1", 0.021),
+        ("few_locations", "16 locations' time over the grid's", "APM 16", 0.1 / 29),
+        ("growth", "time of 1,024 locations over that of 256", "1024", 4.4),
+    ],
+)
+def test_every_goal_is_missed_by_a_slowed_build(runner, small, monkeypatch, measure, goal, name, slow):
     figures = sys.modules["speed.figures"]
-    bounds = {"few": 1 / 30, "growth": 4.3, "training": 0.3}
-    monkeypatch.setitem(figures.BOUNDS, "tiny", bounds)
-    # The sizes decide here, not this machine: a location costs a millisecond, more than the first hundred.
-    clock = {"all 144": 0.1, "APM 16": 0.1 / 31, "256": 1.0, "1024": 4.2}
+    # The sizes decide here, not this computer: a location costs a millisecond, more than the first hundred.
+    clock = {"APM": 1.0, "all 144": 0.1, "APM 1": 0.02, "naive 1": 0.02, "APM 16": 0.1 / 31, "256": 1.0, "1024": 4.2}
 
     def times(calls, repeats, device):
-        return {name: clock.get(name, 1.0) for name in calls}
+        return {call: clock.get(call, 0.005 if call.startswith("peak") else 1.0) for call in calls}
 
     monkeypatch.setattr(figures, "smallest_times", times)
-    device = torch.device("cpu")
-    for measure, name, slow in ((runner.few_locations, "APM 16", 0.1 / 29), (runner.growth, "1024", 4.4)):
-        (goal,) = measure(small, device, torch.float32).goals
-        assert goal.met and goal.at_most
-        clock[name] = slow
-        (goal,) = measure(small, device, torch.float32).goals
-        assert not goal.met
+    monkeypatch.setattr(figures, "peak_bound", lambda dtype: 0.1)
+    settings = dataclasses.replace(small, peak_goal=True)
+
+    def found() -> bool:
+        goals = getattr(runner, measure)(settings, torch.device("cpu"), torch.float32).goals
+        (met,) = [entry.met for entry in goals if entry.name.startswith(goal)]
+        return met
+
+    assert found()
+    clock[name] = slow
+    assert not found()
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("fma avx2", (0.9, 0.9)), ("amx_bf16 amx_tile", (0.8, 0.7))])
+def test_the_share_of_the_peak_depends_on_the_cpu(runner, monkeypatch, tmp_path, flags, expected):
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : X\nflags : {flags}\n")
+    monkeypatch.setattr(sys.modules["speed.timing"], "CPU_FACTS", tmp_path / "cpuinfo")
+    bounds = [sys.modules["speed.figures"].peak_bound(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert tuple(bounds) == expected
 
 
 def test_smallest_of_interleaved_repeats_counts(runner, monkeypatch):
@@ -138,10 +162,9 @@ def test_smallest_of_interleaved_repeats_counts(runner, monkeypatch):
 def test_naive_form_equals_the_model_in_chunks_of_any_size(runner):
     rivals = sys.modules["speed.rivals"]
     model = rivals.random_apm("tiny", torch.device("cpu"), torch.float32)
-    pixel_values = rivals.images(model, 2)
+    naive, pixel_values = rivals.NaiveAPM(model), rivals.images(model, 2)
     with torch.no_grad():
         outputs = model(pixel_values)
         for chunk in (None, 16, 100):
-            answers = rivals.naive_answers(model, model.fold(pixel_values), rivals.grid_codes(model), chunk)
-            for name, value in answers.items():
+            for name, value in naive(pixel_values, rivals.position_codes(model), chunk).items():
                 torch.testing.assert_close(value, outputs[name], rtol=1e-4, atol=1e-4)

@@ -178,7 +178,7 @@ def test_a_teacher_without_classes_of_its_own_needs_labels(apm, place):
     ("arguments", "status", "words"),
     [
         (["--help"], 0, ["demo", "classify", "islands", "interpolate", "evaluate"]),
-        (["classify", "--help"], 0, ["PHOTO", "--teacher", "--labels", "--preset", "reference", "--steps"]),
+        (["classify", "--help"], 0, ["PHOTO", "--teacher", "--labels", "--preset", "paper", "--steps"]),
         (["demo", "--help"], 0, ["--output_dir", "--max_steps"]),
         (["islands", "--help"], 0, ["PHOTO", "--model", "--teacher", "--movie", "--heights", "--point", "--text"]),
         (["interpolate", "--help"], 0, ["PHOTO", "--blending", "--patches", "--frames"]),

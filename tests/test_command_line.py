@@ -384,7 +384,7 @@ def test_bash_completes_commands_options_choices_files_and_folders(tmp_path, cap
     assert words == [
         {"classify"},
         {"--output_dir"},
-        {"fast", "paper", "reference"},
+        {"fast", "paper"},
         {"photo.png", "phantasy"},
         {"phantasy"},
     ]

@@ -86,7 +86,7 @@ def test_the_distilled_apm_beats_both_controls(run, held_out):
         pooled.append(told_apart(outputs.pooler_output, cache.image_embeds))
         local.append(told_apart(outputs.last_hidden_state, cache.features.flatten(1, 2)))
     # So short a run names few scenes right, and features are much alike in all images: but it tells images apart.
-    assert pooled[0] > max(pooled[1:]) + 0.08
+    assert pooled[0] > max(pooled[1:]) + 0.05
     assert local[0] > max(local[1:]) + 0.1
     assert result.rows[DISTILLED]["cosine, clean"] > result.rows[RANDOM]["cosine, clean"] + 0.3
 

@@ -1,4 +1,4 @@
-"""Train, publish, and load in a process with an empty cache that has never heard of the package: the same answers.
+"""Publish, and load in a process with an empty cache and without the package: the same outputs.
 
 One such process, since each imports everything anew; `loads_from_hub.py` is what it runs.
 """
@@ -78,14 +78,14 @@ def published(hub, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def answers(hub, published, environment, tmp_path_factory):
-    """What the stranger's process gets."""
-    place, home = tmp_path_factory.mktemp("stranger"), tmp_path_factory.mktemp("home")
+def outputs(hub, published, environment, tmp_path_factory):
+    """Return what the process without the package gets, by name."""
+    place, home = tmp_path_factory.mktemp("user"), tmp_path_factory.mktemp("home")
     photo(99).save(place / "photo.png")
     process = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
     script = Path(__file__).with_name("loads_from_hub.py")
     done = subprocess.run(
-        [sys.executable, str(script), "answers.npz"],
+        [sys.executable, str(script), "outputs.npz"],
         cwd=place,
         env=process | hub.environment(home, token=None),
         capture_output=True,
@@ -93,18 +93,18 @@ def answers(hub, published, environment, tmp_path_factory):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    with np.load(place / "answers.npz") as arrays:
+    with np.load(place / "outputs.npz") as arrays:
         return dict(arrays)
 
 
-def test_a_stranger_gets_the_same_answers_to_the_bit(answers, published):
+def test_a_user_without_the_package_gets_the_same_outputs_to_the_bit(outputs, published):
     model = AutoModel.from_pretrained(published["apm"]).eval()
     # The stranger's backend: where there is torchvision, that one; the next test has both.
     inputs = AutoImageProcessor.from_pretrained(published["apm"])(photo(99), return_tensors="pt")
     with torch.no_grad():
-        outputs = model(**inputs, coordinates=torch.tensor([[0.0, 0.0], [-0.3, 0.7]]))
+        expected = model(**inputs, coordinates=torch.tensor([[0.0, 0.0], [-0.3, 0.7]]))
     for name in ("last_hidden_state", "rgb", "pooler_output"):
-        assert outputs[name].std() > 1e-3 and np.array_equal(outputs[name].numpy(), answers[name])
+        assert expected[name].std() > 1e-3 and np.array_equal(expected[name].numpy(), outputs[name])
 
 
 WITH_TORCHVISION = """
@@ -125,7 +125,7 @@ np.savez("arrays.npz", **arrays)
 """
 
 
-def test_with_torchvision_a_stranger_gets_either_backend(hub, published, environment, tmp_path):
+def test_with_torchvision_a_user_without_the_package_gets_either_backend(hub, published, environment, tmp_path):
     photo(99).save(tmp_path / "photo.png")
     stubs = {} if is_torchvision_available() else {"PYTHONPATH": str(Path(__file__).with_name("stubs"))}
     done = subprocess.run(
@@ -144,26 +144,26 @@ def test_with_torchvision_a_stranger_gets_either_backend(hub, published, environ
         assert 0 < np.abs(arrays["torchvision"] - expected).max() < slack
 
 
-def test_the_cards_snippets_run_as_they_stand(answers):
-    assert answers["snippets"] == 2 and answers["shown"].shape == (1, 2, 16) and np.isfinite(answers["shown"]).all()
+def test_the_cards_snippets_run_as_they_stand(outputs):
+    assert outputs["snippets"] == 2 and outputs["shown"].shape == (1, 2, 16) and np.isfinite(outputs["shown"]).all()
 
 
-def test_pipelines_from_the_hub_answer_as_from_folders(answers, published):
+def test_pipelines_from_the_hub_do_as_from_folders(outputs, published):
     photos = [photo(seed) for seed in range(3)]
-    assert np.array_equal(answers["photos"], np.stack(photos))
+    assert np.array_equal(outputs["photos"], np.stack(photos))
     local = {name: str(folder) for name, folder in published.items()}
     features = np.array(pipeline("image-feature-extraction", model=local["apm"], device="cpu")(photos))
-    np.testing.assert_allclose(answers["features"], features, atol=1e-6)
+    np.testing.assert_allclose(outputs["features"], features, atol=1e-6)
     assert features.std(axis=0).max() > 1e-3
     classify = pipeline("image-classification", model=local["classes"], device="cpu")
-    np.testing.assert_allclose(answers["classes"], scores(classify(photos)), atol=1e-6)
+    np.testing.assert_allclose(outputs["classes"], scores(classify(photos)), atol=1e-6)
     zero_shot = pipeline("zero-shot-image-classification", model=local["texts"], device="cpu")
-    np.testing.assert_allclose(answers["texts"], scores(zero_shot(photos, candidate_labels=LABELS)), atol=1e-6)
+    np.testing.assert_allclose(outputs["texts"], scores(zero_shot(photos, candidate_labels=LABELS)), atol=1e-6)
     for name in ("classes", "texts"):
-        assert answers[name].std(axis=0).max() > 1e-3
+        assert outputs[name].std(axis=0).max() > 1e-3
     rows = pipeline("image-segmentation", model=local["parts"], device="cpu")(photos, subtask="semantic")
     parts = np.stack([label_map(row) for row in rows])
-    assert np.array_equal(answers["parts"], parts) and len(np.unique(parts)) > 1
+    assert np.array_equal(outputs["parts"], parts) and len(np.unique(parts)) > 1
 
 
 def test_the_command_of_the_hub_downloads_everything(hub, published, environment, tmp_path):

@@ -97,8 +97,8 @@ def test_a_fit_comes_closer_to_the_teacher_and_leaves_the_machine_as_it_was():
     model, features = student(**WIDE), targets(0)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     rgb = torch.rand(1, 4, 5, 3, generator=torch.Generator().manual_seed(3))
-    fitted, again = (fit_photo(model, pixels(0), features, rgb, steps=120) for _ in range(2))
-    assert cosine(fitted, pixels(0), features) > cosine(model, pixels(0), features) + 0.3
+    fitted, again = (fit_photo(model, pixels(0), features, rgb, steps=200) for _ in range(2))
+    assert cosine(fitted, pixels(0), features) > cosine(model, pixels(0), features) + 0.2
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(torch.equal(weight, fitted.state_dict()[name]) for name, weight in again.state_dict().items())
 

@@ -64,39 +64,29 @@ def starting_weights(model, images, targets, config, **options):
 class PlainLoop:
     """One image after the other, on a plain copy of the model: `torch.optim.Adam` and nothing else."""
 
-    def __init__(self, model, *, learning_rate, lr_decay_every=None, accumulate=False, carry_over=False, copies=1):
-        self.machine = copy.deepcopy(model)
-        self.learning_rate, self.lr_decay_every = learning_rate, lr_decay_every
-        self.accumulate, self.carry_over, self.copies = accumulate, carry_over, copies
-        self.optimizer = None
+    def __init__(self, model, *, learning_rate, copies=1):
+        self.model, self.learning_rate, self.copies = copy.deepcopy(model), learning_rate, copies
 
-    def fit(self, weights, inputs, target, *, steps, coordinates=None):
-        """Fit to one image. `coordinates`, one entry a step, None for the grid. Embedding `(F,)` and losses."""
-        if self.optimizer is None or not self.carry_over:
-            self.optimizer = torch.optim.Adam(self.machine.parameters(), lr=self.learning_rate)
-            every = self.lr_decay_every or 10**9
-            self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, every, gamma=0.1)
-        self.machine.load_state_dict(weights)
-        self.optimizer.zero_grad()
+    def fit(self, weights, inputs, target, *, steps):
+        """Fit to one image over the whole grid. Embedding `(F,)` and losses."""
+        self.model.load_state_dict(weights)
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.learning_rate)
         losses = []
-        for step in range(steps):
-            where = coordinates[step] if coordinates is not None else None
-            if not self.accumulate:
-                self.optimizer.zero_grad()
-            loss = F.mse_loss(self.embed(inputs, where), target.expand(self.copies, -1))
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = F.mse_loss(self.embed(inputs, None), target.expand(self.copies, -1))
             loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
+            optimizer.step()
             losses.append(loss.item())
         with torch.no_grad():
-            return self.embed(inputs, where)[0], losses
+            return self.embed(inputs, None)[0], losses
 
     def embed(self, inputs, coordinates):
         repeated = {
             name: value if value is None else value[None].expand(self.copies, *value.shape)
             for name, value in inputs.items()
         }
-        return self.machine(
+        return self.model(
             repeated["pixel_values"], coordinates, trigger_column=repeated["trigger_column"]
         ).pooler_output
 
@@ -117,14 +107,14 @@ def furthest(first, second):
 
 def assert_equal_to_loop(adapted, loop, starts, inputs, targets, *, steps, moved=1e-2, tolerance=1e-5):
     for index, target in enumerate(targets):
-        loop.machine.load_state_dict(starts[index])
+        loop.model.load_state_dict(starts[index])
         with torch.no_grad():
             before = loop.embed(one_of(inputs, index), None)[0]
         embeds, losses = loop.fit(starts[index], one_of(inputs, index), target, steps=steps)
         assert (embeds - before).abs().max() > moved, "the loop did not move, so that any tolerance would do"
         assert (adapted.image_embeds[index] - embeds).abs().max() < tolerance
         assert_close(adapted.losses[index], torch.tensor(losses), tolerance)
-        assert furthest(adapted.state_dict(index), loop.machine.state_dict()) < tolerance
+        assert furthest(adapted.state_dict(index), loop.model.state_dict()) < tolerance
 
 
 # --- the fit ------------------------------------------------------------------------------------------------------
@@ -155,19 +145,20 @@ def test_random_weights_are_fitted_as_given_ones_are(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("seeds", [None, [3, 1, 3]], ids=["one seed", "a seed an image"])
 def test_locations_drawn_are_pooled_and_those_of_the_last_step_are_in_the_embedding(variant, seeds):
-    model, (images, targets) = small_model(**VARIANTS[variant]), problem()
+    # A 2 x 2 grid's indices are exact: where a code is 0 but for rounding, Adam makes whole steps of it.
+    model, (_, targets), images = small_model(image_size=8, **VARIANTS[variant]), problem(), small_images(3, size=8)
     config = paper(num_locations=2, learning_rate=1e-2, steps=8)
     adapted = run(model, images, targets, config, seeds=seeds)
     inputs = inputs_of(model, images, targets)
-    subsets = list(itertools.combinations(range(GRID**2), 2))
-    everywhere = grid_coordinates(GRID, GRID)[torch.tensor(subsets)]  # (36, 2, 2): every pair of locations
+    subsets = list(itertools.combinations(range(4), 2))
+    everywhere = grid_coordinates(2, 2)[torch.tensor(subsets)]  # (6, 2, 2): every pair of locations
     found = []
     for index, target in enumerate(targets):
         loop, one = PlainLoop(model, learning_rate=1e-2, copies=len(subsets)), one_of(inputs, index)
-        optimizer = torch.optim.Adam(loop.machine.parameters(), lr=1e-2)
+        optimizer = torch.optim.Adam(loop.model.parameters(), lr=1e-2)
         chosen = []
         for step in range(config.steps):
-            losses = (loop.embed(one, everywhere) - target).square().mean(dim=1)  # (36,)
+            losses = (loop.embed(one, everywhere) - target).square().mean(dim=1)  # (6,)
             reported = adapted.losses[index, step]
             chosen.append((losses - reported).abs().argmin().item())
             assert (losses[chosen[-1]] - reported).abs() < 1e-5 * losses.max(), f"step {step}: no two locations fit"
@@ -179,7 +170,7 @@ def test_locations_drawn_are_pooled_and_those_of_the_last_step_are_in_the_embedd
         assert errors.argmin() == chosen[-1] and errors.min() < 1e-4
         assert errors.sort().values[1] > 1e-3, "other locations would do as well"
         found.append(chosen)
-    assert len(set(found[0])) > 4, "the locations are not drawn afresh"
+    assert len(set(found[0])) > 2, "the locations are not drawn afresh"
     if seeds is None:
         assert found[0] == found[1] == found[2]
     else:
@@ -188,7 +179,7 @@ def test_locations_drawn_are_pooled_and_those_of_the_last_step_are_in_the_embedd
 
 def test_all_locations_drawn_are_all_locations():
     model, (images, targets) = small_model(), problem()
-    everywhere, drawn = (run(model, images, targets, paper(num_locations=n)) for n in (None, GRID**2))
+    everywhere, drawn = (run(model, images, targets, paper(num_locations=n)) for n in (None, GRID**2 + 1))
     assert_close(drawn.image_embeds, everywhere.image_embeds)
     assert_close(drawn.losses, everywhere.losses)
 
@@ -202,9 +193,8 @@ def test_all_locations_drawn_are_all_locations():
         ({"num_locations": 4, "start": "random"}, {}),
         ({"num_locations": 4, "start": "random"}, {"seeds": [5, 6, 5]}),
         ({"num_locations": 4}, {"seeds": [5, 6, 7]}),
-        ({"start": "random", "initializer_range": 0.2, "lr_decay_every": 3, "accumulate_gradients": True}, {}),
     ],
-    ids=["given", "random", "locations", "seeds", "seeds, given", "reference"],
+    ids=["given", "random", "locations", "seeds", "seeds, given"],
 )
 def test_b_adaptations_are_b_single_ones(variant, settings, options):
     model, (images, targets) = small_model(**VARIANTS[variant]), problem()
@@ -306,9 +296,7 @@ def test_the_argument_and_the_global_generator_are_left_as_they_were():
     given = images.clone(), targets.clone()
     for start in ("model", "random"):
         torch.manual_seed(0)
-        run(
-            model, images, targets, paper(start=start, learning_rate=0.1, num_locations=3, carry_over=start == "model")
-        )
+        run(model, images, targets, paper(start=start, learning_rate=0.1, num_locations=3))
         assert torch.rand(1) == expected
         assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -358,7 +346,7 @@ def test_a_model_in_half_precision_is_fitted_in_float32():
 
 
 def test_a_model_with_a_head_is_adapted_by_the_machine_in_it():
-    machine, (images, targets) = small_model(), problem()
+    machine, (images, targets) = small_model(use_rgb_head=False), problem()
     model = APMForImageClassification(machine.config)
     model.apm.load_state_dict(machine.state_dict())
     expected = run(machine, images, targets, paper())
@@ -432,96 +420,20 @@ def test_coordinates_of_another_shape_are_refused(shape):
         adapted.query(torch.zeros(shape))
 
 
-# --- the release's quirks, each against a plain loop ----------------------------------------------------------------
-
-
-def fit_with_quirks(*, model=None, steps=9, batch_size=3, copies=1, **quirks):
-    """The library's run with some quirks and the loop's, from the same weights, both with long steps."""
-    model = small_model() if model is None else model
-    images, targets = problem(batch_size)
-    renamed = {"accumulate": "accumulate_gradients"}
-    config = paper(
-        steps=steps, learning_rate=1e-2, num_copies=copies, **{renamed.get(k, k): v for k, v in quirks.items()}
-    )
-    adapted = run(model, images, targets, config)
-    loop = PlainLoop(model, learning_rate=1e-2, copies=copies, **quirks)
-    results = [
-        loop.fit(model.state_dict(), {"pixel_values": images[i], "trigger_column": None}, targets[i], steps=steps)
-        for i in range(batch_size)
-    ]
-    embeds = torch.stack([embeds for embeds, _ in results])
-    return adapted, embeds, torch.tensor([losses for _, losses in results])
-
-
-@pytest.mark.parametrize(
-    "quirks",
-    [
-        {"lr_decay_every": 4},
-        {"accumulate": True},
-        {"carry_over": True},
-        {"carry_over": True, "lr_decay_every": 4},
-        {"copies": 8},
-        {"carry_over": True, "lr_decay_every": 4, "accumulate": True, "copies": 8},
-    ],
-    ids=["StepLR", "gradients accumulate", "Adam carried over", "StepLR carried over", "8 copies", "all"],
-)
-def test_a_quirk_of_the_release_is_what_a_plain_loop_with_it_does(quirks):
-    adapted, embeds, losses = fit_with_quirks(**quirks)
-    assert (adapted.losses - losses).abs().max() < 1e-4
-    assert (adapted.image_embeds - embeds).abs().max() < 1e-4
-    if set(quirks) != {"copies"}:  # which alone change nothing but rounding
-        _, plain, _ = fit_with_quirks()
-        assert (embeds - plain).abs().amax(dim=1)[-1] > 1e-2, "the quirk makes no difference here"
-
-
-def test_reference_weights_are_all_drawn_from_a_normal_of_0_01():
-    model = small_model(hidden_sizes=[128, 96], pooling="attention", initializer_range=0.3)
-    images, targets = problem(2)
-    config = TTTConfig.preset("reference", lr_decay_every=None)
-    starts = starting_weights(model, images, targets, config)
-    for start in starts:  # Adam's state is carried over; weights are not
-        for name, weight in start.items():
-            if weight.numel() >= 12:
-                spread = 0.01 / math.sqrt(2 * weight.numel())
-                assert abs(weight.std().item() - 0.01) < 5 * spread and abs(weight.mean().item()) < 8 * spread, name
-            assert 0 < weight.abs().max() < 0.06, name
-    every = torch.cat([weight.flatten() for weight in starts[0].values()])
-    assert abs(every.std().item() - 0.01) < 1e-4
-
-
-def test_the_reference_preset_is_a_plain_loop_with_every_quirk():
-    # Weights of N(0, 0.01) in three layers would leave features of 1e-5: one layer, and wide, keeps them visible.
-    model, (images, targets) = small_model(hidden_sizes=[64]), problem()
-    config = TTTConfig.preset("reference", steps=24, lr_decay_every=10, learning_rate=1e-3)
-    starts = starting_weights(model, images, targets, config)
-    adapted = run(model, images, targets, config)
-    loop = PlainLoop(model, learning_rate=1e-3, lr_decay_every=10, accumulate=True, carry_over=True, copies=8)
-    inputs = inputs_of(model, images, targets)
-    for index, target in enumerate(targets):
-        embeds, losses = loop.fit(starts[index], one_of(inputs, index), target, steps=24)
-        assert (adapted.image_embeds[index] - embeds).abs().max() < 1e-5
-        assert (adapted.losses[index] - torch.tensor(losses)).abs().max() < 1e-5
-        if index == 0:
-            assert embeds.abs().max() > 1e-2, "nothing to compare"
-
-
 # --- presets and errors -------------------------------------------------------------------------------------------
 
 
 def test_presets_are_the_published_recipes():
-    recipe, reference, fast = (TTTConfig.preset(name) for name in ("paper", "reference", "fast"))
+    recipe, fast = (TTTConfig.preset(name) for name in ("paper", "fast"))
     assert (recipe.steps, recipe.learning_rate, recipe.num_locations, recipe.start) == (20, 1e-4, None, "random")
-    assert not (recipe.accumulate_gradients or recipe.carry_over or recipe.lr_decay_every or recipe.initializer_range)
-    assert (reference.steps, reference.learning_rate, reference.num_locations) == (1200, 1e-4, None)
-    assert (reference.initializer_range, reference.lr_decay_every, reference.lr_decay) == (0.01, 200, 0.1)
-    assert reference.accumulate_gradients and reference.carry_over and reference.num_copies == 8
-    assert fast.num_locations is not None and fast.num_locations < 1024
+    assert recipe.fit == "all" and recipe.stop is None
+    assert fast.num_locations is not None and fast.num_locations < 144 and fast.fit == "low_rank"
     assert TTTConfig.preset("fast", steps=3, seed=8) == dataclasses.replace(fast, steps=3, seed=8)
     assert TTTConfig() == recipe
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"\['fast', 'paper', 'reference'\], got 'slow'"):
+    with pytest.raises(ValueError, match=r"\['fast', 'paper'\], got 'slow'"):
         TTTConfig.preset("slow")
 
 
@@ -535,14 +447,9 @@ def test_settings_are_frozen():
     [
         ({"steps": 0}, "steps: expected a positive number, got 0"),
         ({"num_locations": 0}, "num_locations: expected a positive number"),
-        ({"num_copies": 0}, "num_copies: expected a positive number"),
-        ({"lr_decay_every": 0}, "lr_decay_every: expected a positive number"),
         ({"learning_rate": 0.0}, "learning_rate: expected a positive finite number"),
         ({"learning_rate": math.nan}, "learning_rate: expected a positive finite number, got nan"),
         ({"learning_rate": math.inf}, "learning_rate: expected a positive finite number"),
-        ({"initializer_range": -1.0}, "initializer_range: expected a positive finite number"),
-        ({"lr_decay": math.nan}, "lr_decay: expected"),
-        ({"lr_decay": -0.1}, "lr_decay: expected"),
         ({"start": "teacher"}, r"start: expected one of \['random', 'model'\], got 'teacher'"),
     ],
 )
@@ -578,7 +485,6 @@ def test_inputs_that_are_not_finite_are_refused_naming_the_images():
         ({}, {"trigger_column": torch.zeros(2, 5)}, r"trigger_column: expected shape \(B, 18\)"),
         ({}, {"trigger_column": torch.full((2, 18), math.nan)}, r"trigger_column.*NaN or infinity in images \[0, 1\]"),
         ({}, {"trigger_column": torch.zeros(1, 18)}, "trigger_column: expected 2 images"),
-        ({}, {"config": TTTConfig(num_locations=10)}, "num_locations: expected at most the grid's 9.*got 10"),
         ({}, {"seeds": [1]}, "seeds: expected 2, one an image, got 1"),
         ({}, {"seeds": [1, 2], "generator": torch.Generator()}, "expected one of them, got both"),
         ({"model": torch.nn.Linear(2, 2)}, {}, "model: expected an APMModel or a model that holds one, got Linear"),
@@ -600,7 +506,7 @@ def test_a_machine_fed_by_its_teacher_needs_a_trigger_column():
 @pytest.mark.parametrize("num_locations", [None, 4])
 def test_an_image_that_diverges_leaves_the_others_as_they_are(num_locations, caplog):
     model, (images, targets) = small_model(), problem(4)
-    config = TTTConfig(learning_rate=1e-2, num_locations=num_locations, initializer_range=0.3)
+    config = TTTConfig(learning_rate=1e-2, num_locations=num_locations)
     expected = run(model, images, targets, config)
     targets = targets.clone()
     targets[1] = 1e25  # finite, its square is not

@@ -14,7 +14,7 @@ from apm_hf.ttt import classification as ttt_classification
 from apm_hf.ttt.classification import TTTClassifier
 from fixtures_tiny import FEATURE_SIZE, LABELS, STUDENT_SIZE, photo, save_classifier, save_clip, student
 
-CONFIG = TTTConfig.preset("fast", num_locations=4, steps=10, learning_rate=1e-2)
+CONFIG = TTTConfig.preset("fast", num_locations=4, steps=10, stop=None)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,9 @@ def test_logits_are_scaled_cosines_of_the_teachers_and_the_machines_embeddings(t
 def test_a_machine_fitted_to_the_end_repeats_its_teacher(teacher, photos):
     config = TTTConfig(num_locations=4, steps=200, learning_rate=1e-2)
     result = classifier(teacher, student(initializer_range=0.3), config=config)(photos)
-    assert result.target_cosine.min() > 0.99 and result.agreement.all()
+    assert result.target_cosine.min() > 0.99
+    # Not the same label in every case: of two that the teacher finds equally likely, either may come first.
+    assert ((result.logits - result.teacher_logits).abs() < 0.1 * teacher.logit_scale).all()
 
 
 def test_texts_are_encoded_once(teacher, photos, monkeypatch):

@@ -12,16 +12,16 @@ from torch.nn import functional as F
 
 from apm_hf import APMConfig, APMModel
 from apm_hf.position_encoding import grid_coordinates
-from apm_hf.ttt import TTTConfig, adapt, bytes_per_image
-from apm_hf.ttt.layers import FITS, learning_modules
-from apm_hf.ttt.targets import TTTTargets
-from naive_apm import small_config, small_images, small_model
+from apm_hf.ttt import TTTConfig, TTTTargets, adapt, bytes_per_image, redraw
+from apm_hf.ttt.settings import FITS
+from apm_hf.ttt.stacked import learning_layers
+from naive_apm import assert_close, small_config, small_images, small_model
 
 F_WIDTH = 16
 
 
-def aligned_model(**overrides):
-    """Widths that are multiples of 16, as the presets' are; an 8 x 8 grid, a trigger of 2 x 64."""
+def wide_model(**overrides):
+    """An 8 x 8 grid, a trigger of 2 x 64."""
     fields = {
         "image_size": 64, "patch_size": 8, "trigger_channels": 2, "position_size": 64, "hidden_sizes": [64, 48],
         "feature_size": 128, "initializer_range": 0.1,
@@ -29,7 +29,7 @@ def aligned_model(**overrides):
     return APMModel(APMConfig.preset("tiny", **{**fields, **overrides}))
 
 
-def aligned_problem(batch_size=5):
+def wide_problem(batch_size=5):
     generator = torch.Generator().manual_seed(5)
     return small_images(batch_size, size=64), torch.randn(batch_size, 128, generator=generator)
 
@@ -42,55 +42,58 @@ def recipe(**settings):
     return TTTConfig(**{"start": "model", "steps": 5, "learning_rate": 1e-2, **settings})
 
 
-def assert_bit_equal(adapted, index, other, position):
-    assert torch.equal(adapted.image_embeds[index], other.image_embeds[position])
-    assert torch.equal(adapted.losses[index].nan_to_num(-1), other.losses[position].nan_to_num(-1))
+def assert_same_fit(adapted, index, other, position, tolerance=1e-5):
+    assert_close(adapted.image_embeds[index], other.image_embeds[position], tolerance)
+    assert torch.equal(adapted.losses[index].isnan(), other.losses[position].isnan())
+    assert_close(adapted.losses[index].nan_to_num(), other.losses[position].nan_to_num(), tolerance)
     state = other.state_dict(position)
-    assert all(torch.equal(weight, state[name]) for name, weight in adapted.state_dict(index).items())
-
-
-def test_a_second_fit_starts_from_the_same_weights_as_the_first():
-    """They are kept with the model, and nothing may write to them."""
-    images, targets = aligned_problem(2)
-    for fit in ("all", "low_rank"):
-        model, config = aligned_model(pooling="attention"), TTTConfig(steps=3, fit=fit, num_locations=4)
-        first, second = (adapt(model, images, targets, config=config) for _ in range(2))
-        first.state_dict(0)["decoder.layers.0.weight"].zero_()
-        third = adapt(model, images, targets, config=config)
-        for other in (second, third):
-            assert_bit_equal(second, 0, other, 0)
-            assert torch.equal(first.image_embeds, other.image_embeds)
-        assert not torch.equal(
-            adapt(model, images, targets, config=dataclasses.replace(config, seed=1)).losses, first.losses
-        )
+    for name, weight in adapted.state_dict(index).items():
+        # The bias of attention's keys has no gradient but rounding, of which Adam makes whole steps.
+        assert name == "pooler.k_proj.bias" or (weight - state[name]).abs().max() <= tolerance, name
 
 
 # --- exactness ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit", ["all", "low_rank"])
+def test_the_same_call_gives_the_same_bits(fit):
+    images, targets = wide_problem(2)
+    model, config = wide_model(pooling="attention"), TTTConfig(steps=3, fit=fit, num_locations=4)
+    first, second = (adapt(model, images, targets, config=config) for _ in range(2))
+    drawn = adapt(redraw(model, 0), images, targets, config=dataclasses.replace(config, start="model"))
+    for other in (second, drawn):
+        assert torch.equal(first.image_embeds, other.image_embeds) and torch.equal(first.losses, other.losses)
+        for index in range(2):
+            state = other.state_dict(index)
+            assert all(torch.equal(weight, state[name]) for name, weight in first.state_dict(index).items())
+    other = adapt(model, images, targets, config=dataclasses.replace(config, seed=1))
+    assert not torch.equal(other.losses, first.losses)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("seeds", [None, [3, 1, 3, 4, 5]], ids=["one seed", "a seed an image"])
 @pytest.mark.parametrize("num_locations", [None, 4])
 @pytest.mark.parametrize("fit", FITS)
-def test_an_image_is_fitted_to_the_same_bits_whatever_stands_beside_it(fit, num_locations, seeds, dtype):
-    model = aligned_model(pooling="attention", local_patch=fit in ("all", "trigger"))
-    images, targets = aligned_problem()
+def test_an_image_is_fitted_in_the_same_way_whatever_stands_beside_it(fit, num_locations, seeds, dtype):
+    model = wide_model(pooling="attention", local_patch=fit in ("all", "trigger"))
+    images, targets = wide_problem()
     config = TTTConfig(steps=4, learning_rate=1e-3, num_locations=num_locations, fit=fit, dtype=dtype)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2  # three digits
     adapted = adapt(model, images, targets, config=config, seeds=seeds)
     for index in (0, 3):
         one = slice(index, index + 1)
         alone = adapt(model, images[one], targets[one], config=config, seeds=seeds and seeds[one])
-        assert_bit_equal(adapted, index, alone, 0)
+        assert_same_fit(adapted, index, alone, 0, tolerance)
     order = torch.tensor([4, 0, 3, 1, 2])
     turned = adapt(
         model, images[order], targets[order], config=config, seeds=seeds and [seeds[index] for index in order]
     )
-    assert_bit_equal(adapted, 4, turned, 0)
-    assert_bit_equal(adapted, 1, turned, 3)
+    assert_same_fit(adapted, 4, turned, 0, tolerance)
+    assert_same_fit(adapted, 1, turned, 3, tolerance)
 
 
-def test_groups_and_threads_change_no_bit():
-    model, (images, targets) = aligned_model(), aligned_problem()
+def test_groups_and_threads_change_results_by_rounding_alone():
+    model, (images, targets) = wide_model(), wide_problem()
     config = TTTConfig(steps=4, learning_rate=1e-3, num_locations=8)
     adapted = adapt(model, images, targets, config=config)
     size = bytes_per_image(model, config, TTTTargets(image_embeds=targets), distinct=False)
@@ -100,7 +103,7 @@ def test_groups_and_threads_change_no_bit():
             torch.set_num_threads(num_threads)
             other = adapt(model, images, targets, config=config, max_memory=max_memory)
             for index in range(len(images)):
-                assert_bit_equal(adapted, index, other, index)
+                assert_same_fit(adapted, index, other, index)
     finally:
         torch.set_num_threads(threads)
 
@@ -108,23 +111,46 @@ def test_groups_and_threads_change_no_bit():
 # --- what learns --------------------------------------------------------------------------------------------------
 
 
+def first_pass(model, image, names):
+    """Inputs and outputs of layers when the model, as it is given, reads an image."""
+    seen, hooks = {}, []
+    for name in names:
+
+        def watch(layer, inputs, output, name=name):
+            seen[name] = inputs[0].reshape(-1, inputs[0].shape[-1]), output.reshape(-1, output.shape[-1])
+
+        hooks.append(model.get_submodule(name).register_forward_hook(watch))
+    with torch.no_grad():
+        model(image[None])
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def naive_fit(model, image, target, config):
-    """A plain loop over the weights that `config.fit` names; a product of rank R is written out where it learns."""
-    learning = learning_modules(model.config, config.fit)
+    """A plain loop over the weights that `config.fit` names; a low-rank update is written out where it learns."""
+    learning = learning_layers(model, config)
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    learnt, deltas = {}, {}
+    learnt, deltas, scales = {}, {}, {}
     for name, weight in weights.items():
         how, part = learning.get(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if how == "blocks" and part == "weight":
-            deltas[name] = torch.zeros(len(weight), config.rank, requires_grad=True)
-        elif how == "all" or (how is not None and part == "bias"):
+        if how == "low_rank" and part == "weight":
+            deltas[name] = torch.zeros(len(weight), config.rank + 1, requires_grad=True)
+        elif how == "all" or (how == "bias" and part == "bias"):
             learnt[name] = weight.requires_grad_()
+    for name, (inputs, outputs) in first_pass(model, image, [name.removesuffix(".weight") for name in deltas]).items():
+        size = outputs.square().mean()
+        if name in ("decoder.feature_head", "pooler.out_proj"):
+            size = size + target.square().mean()
+        moved = inputs.unflatten(-1, (config.rank, -1)).sum(dim=-1).abs().sum(dim=-1).mean()
+        scales[f"{name}.weight"] = config.alpha * size.sqrt() / moved, config.alpha * size.sqrt() / 10
 
     def current():
-        moved = {
-            name: weights[name] + config.alpha * delta.repeat_interleave(weights[name].shape[1] // config.rank, dim=1)
-            for name, delta in deltas.items()
-        }
+        moved = {}
+        for name, delta in deltas.items():
+            bias, width = name.replace(".weight", ".bias"), weights[name].shape[1] // config.rank
+            moved[name] = weights[name] + scales[name][0] * delta[:, :-1].repeat_interleave(width, dim=1)
+            moved[bias] = weights[bias] + scales[name][1] * delta[:, -1]
         return {**weights, **moved}
 
     optimizer = torch.optim.Adam([*learnt.values(), *deltas.values()], lr=config.learning_rate)
@@ -133,7 +159,8 @@ def naive_fit(model, image, target, config):
         optimizer.zero_grad()
         F.mse_loss(pooled, target).backward()
         optimizer.step()
-    return {name: weight.detach() for name, weight in current().items()}, set(learnt) | set(deltas)
+    names = set(learnt) | set(deltas) | {name.replace(".weight", ".bias") for name in deltas}
+    return {name: weight.detach() for name, weight in current().items()}, names
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
@@ -151,14 +178,14 @@ def test_what_is_asked_to_learn_learns_as_in_a_plain_loop_and_the_rest_stands_st
             assert torch.equal(weight, given[name]) == (name not in learnt), name
 
 
-def test_a_machine_without_a_convolution_has_no_trigger_to_fit():
+def test_a_model_without_a_convolution_has_no_trigger_to_fit():
     model, (_, targets) = small_model(trigger_source="embedding"), problem()
     with pytest.raises(ValueError, match="expected trigger_source='conv'"):
         adapt(model, None, targets, config=recipe(fit="trigger"), trigger_column=targets)
 
 
 def test_bfloat16_products_are_close_and_not_the_same():
-    model, (images, targets) = aligned_model(), aligned_problem()
+    model, (images, targets) = wide_model(), wide_problem()
     exact, rough = (
         adapt(model, images, targets, config=TTTConfig(steps=20, learning_rate=1e-3, dtype=dtype)).image_embeds
         for dtype in ("float32", "bfloat16")
@@ -198,8 +225,8 @@ def test_a_mixture_of_targets_is_their_weighted_losses_at_the_centres_of_the_tar
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    assert not torch.equal(adapted.state_dict(0)["decoder.rgb_head.layers.0.weight"],
-                           model.state_dict()["decoder.rgb_head.layers.0.weight"])  # fmt: skip
+    assert not torch.equal(adapted.state_dict(0)["decoder.rgb_head.query.trigger.weight"],
+                           model.state_dict()["decoder.rgb_head.query.trigger.weight"])  # fmt: skip
 
 
 @pytest.mark.parametrize("fit", ["all", "low_rank", "heads"])
@@ -280,9 +307,9 @@ def test_targets_without_a_direction_are_refused_naming_the_images():
         adapt(model, images, targets, config=recipe())
 
 
-def test_colours_need_a_machine_that_has_an_rgb_head():
+def test_colours_need_a_model_that_has_an_rgb_head():
     model, (images, _) = APMModel(small_config(use_rgb_head=False)), problem()
-    with pytest.raises(ValueError, match="rgb: expected a machine with use_rgb_head=True"):
+    with pytest.raises(ValueError, match="rgb: expected a model with use_rgb_head=True"):
         adapt(model, images, TTTTargets(rgb=torch.rand(3, 3, 3, 3)), config=recipe())
 
 
@@ -301,7 +328,7 @@ def plateau(losses, threshold, patience):
 
 @pytest.mark.parametrize("num_locations", [None, 8])
 def test_an_image_stops_on_its_own_plateau_and_leaves_the_others_as_they_are(num_locations):
-    model, (images, targets) = aligned_model(pooling="attention"), aligned_problem()
+    model, (images, targets) = wide_model(pooling="attention"), wide_problem()
     config = TTTConfig(start="model", steps=60, learning_rate=1e-2, num_locations=num_locations)
     whole = adapt(model, images, targets, config=config)
     stopping = dataclasses.replace(config, stop="plateau", stop_threshold=0.2, stop_patience=3)
@@ -309,24 +336,25 @@ def test_an_image_stops_on_its_own_plateau_and_leaves_the_others_as_they_are(num
     expected = [plateau(losses.tolist(), 0.2, 3) for losses in whole.losses]
     assert stopped.steps.tolist() == expected and len(set(expected)) > 1 and min(expected) < 60
     for index, steps in enumerate(expected):
-        assert torch.equal(stopped.losses[index, : steps + 1], whole.losses[index, : steps + 1])
+        assert_close(stopped.losses[index, : steps + 1], whole.losses[index, : steps + 1])
         assert stopped.losses[index, steps + 1 :].isnan().all()
         one = slice(index, index + 1)
         same = adapt(model, images[one], targets[one], config=dataclasses.replace(config, steps=steps))
         state = stopped.state_dict(index)
-        assert all(torch.equal(weight, state[name]) for name, weight in same.state_dict(0).items())
+        for name, weight in same.state_dict(0).items():
+            assert name == "pooler.k_proj.bias" or (weight - state[name]).abs().max() < 1e-3, name
     assert not stopped.diverged.any()
 
 
 def test_the_cosine_rule_stops_where_the_target_is_reached():
-    model, (images, targets) = aligned_model(), aligned_problem()
+    model, (images, targets) = wide_model(), wide_problem()
     config = TTTConfig(steps=200, learning_rate=1e-3, stop="cosine", stop_threshold=0.9, stop_patience=1)
     adapted = adapt(model, images, targets, config=config)
     assert (adapted.steps < 200).all() and (F.cosine_similarity(adapted.image_embeds, targets) > 0.9 - 1e-5).all()
 
 
 def test_the_prediction_rule_stops_where_the_class_has_stayed():
-    model, (images, targets) = aligned_model(), aligned_problem()
+    model, (images, targets) = wide_model(), wide_problem()
     texts = torch.randn(7, 128, generator=torch.Generator().manual_seed(2))
     config = TTTConfig(steps=100, learning_rate=1e-3)
     classes = []
@@ -351,7 +379,6 @@ def test_the_prediction_rule_stops_where_the_class_has_stayed():
         ({"stop": "plateau"}, "stop_threshold: expected a number between 0 and 1 for stop='plateau', got None"),
         ({"stop": "cosine", "stop_threshold": 1.5}, "stop_threshold: .* got 1.5"),
         ({"stop_threshold": 0.5}, "stop_threshold: expected None for stop=None, got 0.5"),
-        ({"stop": "stable", "carry_over": True}, "stop: expected None with carry_over"),
         ({"fit": "some"}, "fit: expected one of"),
         ({"dtype": "float16"}, "dtype: expected one of"),
         ({"rank": 0}, "rank: expected a positive number"),
@@ -367,7 +394,7 @@ def test_settings_of_the_engine_out_of_range_are_refused(settings, message):
 
 
 def test_a_callback_sees_every_step_before_its_update():
-    model, (images, targets) = aligned_model(), aligned_problem(3)
+    model, (images, targets) = wide_model(), wide_problem(3)
     config = TTTConfig(start="model", steps=4, learning_rate=1e-3, num_locations=8)
     seen = []
 
@@ -383,7 +410,7 @@ def test_a_callback_sees_every_step_before_its_update():
 
 
 def test_images_of_every_group_have_their_own_indices():
-    model, (images, targets) = aligned_model(), aligned_problem(3)
+    model, (images, targets) = wide_model(), wide_problem(3)
     seen = []
     adapt(
         model, images, targets, config=recipe(steps=2), callback=lambda step: seen.append(step.images.tolist()),
@@ -392,7 +419,7 @@ def test_images_of_every_group_have_their_own_indices():
     assert seen == [[0], [0], [1], [1], [2], [2]]
 
 
-def test_machines_that_are_not_kept_cannot_be_asked():
+def test_models_that_are_not_kept_cannot_be_queried():
     model, (images, targets) = small_model(), problem()
     kept = adapt(model, images, targets, config=recipe())
     freed = adapt(model, images, targets, config=recipe(), keep_models=False)

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plots, written from what a run found."""
+"""Write docs/benchmarks.md and its plots from the figures of a run."""
 
 from pathlib import Path
 
@@ -8,42 +8,38 @@ from .timing import Goal, Table
 INTRODUCTION = """# Benchmarks
 
 Written by `{command}`; do not edit. Every figure is a ratio inside one run: repeats are interleaved and the smallest
-time of each counts, answers are compared before anything is timed (relative error at most 1e-5 in float32, 5e-2 in
+time of each counts, outputs are compared before anything is timed (relative error at most 1e-5 in float32, 5e-2 in
 bfloat16), and rivals run in the same dtype, on the same threads, at their best chunk. Weights are random: no figure
-depends on what a model learnt. The *naive* form writes every query out, [trigger ; position], one row a location; the
-*release's* does so 16 locations at a time, as observing it shows (its source was not read). The command
-ends with status 1 where a goal is missed.
+depends on what a model learnt. The *naive* form writes every query out, [trigger ; position], one row a location; it
+is given the position codes of the grid, and computes those of other places, which depend on the call. The *release's*
+does so 16 locations at a time, as observing it shows (its source was not read). The *matmul peak* is the highest rate
+of a product in PyTorch's public operations, over several shapes. The command ends with status 1 where a goal is
+missed.
 """
 
 
 BUSY = (
-    "**This machine was busy with other work.** What memory bounds (few locations, shares of a peak that fits the "
-    "cache, answers larger than it) then looks slower than what arithmetic bounds: run it again on an idle one."
+    "**This computer was busy with other work.** What memory bounds (few locations, shares of a peak that fits the "
+    "cache, outputs larger than it) then looks slower than what arithmetic bounds: run it again on an idle one."
 )
 
 NOTES = """
 ## What the query path does, and does not
 
-* The first layer acts on [trigger ; position] and is never written out: one row per image, one per row and column of
-  the grid. The latter depend on no image and are kept while the weights stand still; optimisers' steps, loading,
-  casting and edits in place are seen (`tests/test_modeling_apm_linear.py`).
-* Without gradients, float32 on a CPU, large layers are oneDNN's product (`APMLinear`), with the weight in front where
-  rows are few: *Products* above shows why. The weight is taken as it lies. A packed weight would be a second copy of
-  all weights, to be made anew after every change, and gains little over this: it is not used. bfloat16 already is
-  oneDNN's.
+* The first layer over [trigger ; position] is a sum of Linears and is never written out: one row per image, and one
+  per row and column of the grid. Nothing is kept between calls.
+* Every layer is a plain `nn.Linear`. *Products* above shows what other forms of the product would give.
 * Chunks of locations are as long as keeps the widest activation at 8 MiB (float32) on a CPU, and at 64 MiB elsewhere:
   `CACHED_ELEMENTS`, `CHUNK_ELEMENTS` in `modeling_apm.py`.
-* Mean pooling alone (`APMModel.pooled_features`) applies the feature head once per image.
-* The fixed cost of a call, checks of the question included, is what a very small machine spends its time on: with a
-  hundred cells the naive form, which checks nothing and is given its position codes, is no slower than `tiny`.
-* On a GPU every layer is a plain Linear. For many questions of the same shape, remove the calls' cost with
-  `torch.compile(model, mode="reduce-overhead")`, which captures CUDA graphs; it is not the default, since every new
-  shape compiles anew.
+* Mean pooling alone (`APMModel.pooled_features`) decodes neither colours nor levels.
+* The fixed cost of a call, checks of its inputs included, is what a very small model spends its time on.
+* On a GPU, for many calls of the same shape, `torch.compile(model, mode="reduce-overhead")` captures CUDA graphs and
+  so removes the calls' cost.
 """
 
 
 def write_page(folder: Path, command: str, facts: dict[str, str], sections: dict[str, list[Figure]]) -> Path:
-    """`folder/benchmarks.md` and `folder/benchmarks/*.png`; returns the former."""
+    """Write `folder/benchmarks.md`, which is returned, and `folder/benchmarks/*.png`."""
     lines = [INTRODUCTION.format(command=command), "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     if float(facts["load average at the start"]) > 1:
@@ -63,7 +59,7 @@ def write_page(folder: Path, command: str, facts: dict[str, str], sections: dict
             "",
             "## On a GPU",
             "",
-            "Not measured: no GPU in this machine. All figures above are of the CPU alone.",
+            "Not measured: no GPU in this computer. All figures above are of the CPU alone.",
         ]
     lines.append(NOTES.rstrip())
     path = folder / "benchmarks.md"
@@ -90,11 +86,11 @@ def _table(table: Table) -> list[str]:
 
 
 # Of a section's plot: what its series are.
-AXES = {"Few locations": "time, share of the whole grid's", "Operations": "GFLOPs", "Memory": "MiB beyond the answers"}
+AXES = {"Few locations": "time, share of the whole grid's", "Operations": "GFLOPs", "Memory": "MiB beyond the outputs"}
 
 
 def _plot(folder: Path, title: str, figures: list[Figure]) -> Path | None:
-    """The section's series against the number of locations, on logarithmic axes; None where it has none."""
+    """Plot the section's series against the number of locations, on logarithmic axes; None where it has none."""
     series = {name: points for figure in figures for name, points in figure.series.items() if len(points) > 1}
     if not series or title not in AXES:
         return None

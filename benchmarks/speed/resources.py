@@ -13,7 +13,7 @@ from apm_hf import APMModel
 from apm_hf.position_encoding import grid_coordinates
 
 from .figures import Figure, flops_of
-from .rivals import clip_base, dinov2_large, grid_codes, images, naive_answers, random_apm, vit_flops
+from .rivals import NaiveAPM, clip_base, dinov2_large, images, position_codes, random_apm, vit_flops
 from .timing import Goal, Table, milliseconds, smallest_times
 
 HERE = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def operations(presets: tuple[str, ...], *, vision_transformers: bool) -> Figure
     series: dict[str, dict[int, float]] = {}
     for preset in presets:
         model = random_apm(preset, device, dtype)
-        pixel_values, codes = images(model), grid_codes(model)
+        naive, pixel_values, codes = NaiveAPM(model), images(model), position_codes(model)
         millions = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
         series[f"APM {preset}"], series[f"naive {preset}"] = {}, {}
         number = 1
@@ -44,9 +44,9 @@ def operations(presets: tuple[str, ...], *, vision_transformers: bool) -> Figure
             chosen = slice(0, number)
             places = None if number == len(codes) else _cells(model)[chosen]
             own = flops_of(lambda m=model, x=pixel_values, p=places: m(x, p)) / 1e9
-            naive = flops_of(lambda m=model, x=pixel_values, c=codes[chosen]: naive_answers(m, m.fold(x), c)) / 1e9
-            series[f"APM {preset}"][number], series[f"naive {preset}"][number] = own, naive
-            table.rows.append((f"APM `{preset}`", millions, f"{number:,}", f"{own:.2f}", f"{naive:.2f}"))
+            written_out = flops_of(lambda m=naive, x=pixel_values, c=codes[chosen]: m(x, c)) / 1e9
+            series[f"APM {preset}"][number], series[f"naive {preset}"][number] = own, written_out
+            table.rows.append((f"APM `{preset}`", millions, f"{number:,}", f"{own:.2f}", f"{written_out:.2f}"))
             number = 4 * number if 4 * number <= len(codes) or number == len(codes) else len(codes)
     if vision_transformers:
         for name, build, side in (("CLIP ViT-B/16", clip_base, 224), ("DINOv2-L", dinov2_large, 518)):
@@ -62,21 +62,21 @@ def _cells(model: APMModel) -> Tensor:
     return grid_coordinates(model.config.grid_size, model.config.grid_size)
 
 
-def memory(asked: list[tuple[str, int, str, bool]], device: torch.device) -> Figure:
-    """MiB beyond the answers, and seconds of a first call, each in a process of its own.
+def memory(cases: list[tuple[str, int, str, bool]], device: torch.device) -> Figure:
+    """Measure MiB beyond the outputs, and seconds of a first call, each in a process of its own.
 
     Args:
-        asked: (preset, number of locations, dtype, naive form).
+        cases: (preset, number of locations, dtype, naive form).
     """
-    columns = ("", "dtype", "locations", "answers, MiB", "beyond them, MiB", "s", "µs a location")
+    columns = ("", "dtype", "locations", "outputs, MiB", "beyond them, MiB", "s", "µs a location")
     table = Table(
         f"Memory: {device.type}",
         columns,
-        text="One process each: what is held at most beyond the weights and the answers themselves. "
+        text="One process each: what is held at most beyond the weights and the outputs themselves. "
         "The time is that of a single call.",
     )
     series: dict[str, dict[int, float]] = {}
-    for preset, number, dtype, naive in asked:
+    for preset, number, dtype, naive in cases:
         command = [sys.executable, str(HERE / "memory.py"), "--preset", preset, "--num_locations", str(number)]
         command += ["--dtype", dtype, "--device", device.type] + ["--naive"] * naive
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -87,7 +87,7 @@ def memory(asked: list[tuple[str, int, str, bool]], device: torch.device) -> Fig
                 name,
                 dtype,
                 f"{number:,}",
-                f"{found['answers_mib']:,.0f}",
+                f"{found['outputs_mib']:,.0f}",
                 f"{found['beyond_mib']:,.0f}",
                 f"{found['seconds']:.2f}",
                 f"{1e6 * found['seconds'] / number:.2f}",

@@ -1,6 +1,6 @@
-"""Who APM is held against, each written as strong as its description allows.
+"""The rivals of an APM, each written as fast as its description allows.
 
-* `naive_answers`: every query written out, [trigger ; position], one row a location; all at once or in chunks.
+* `NaiveAPM`: every query written out, [trigger ; position], one row a location; all at once or in chunks.
 * the release's form: the same, 16 locations a chunk (what observing the release shows; its source was not read).
 * CLIP ViT-B/16 and DINOv2-L with registers: the classes of transformers, with random weights.
 
@@ -9,7 +9,6 @@ Legend: B images, L locations, D trigger width, P position width, F feature widt
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
@@ -19,13 +18,14 @@ from transformers import (
 )
 
 from apm_hf import APMConfig, APMModel
+from apm_hf.modeling_apm import APMQuery
 from apm_hf.position_encoding import grid_coordinates, position_code
 
 RELEASE_CHUNK = 16
 
 
 def random_apm(preset: str, device: torch.device, dtype: torch.dtype) -> APMModel:
-    """Mean pooling; weights so wide that answers are of order 1 and every layer counts, the same in every run."""
+    """Build a model with mean pooling, and weights so large that outputs are of order 1; the same in every run."""
     model = APMModel(APMConfig.preset(preset, pooling="mean"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -36,45 +36,93 @@ def random_apm(preset: str, device: torch.device, dtype: torch.dtype) -> APMMode
 
 
 def images(model: APMModel, batch_size: int = 1) -> Tensor:
-    """`(B, 3, S, S)`, uniform noise, where the model is and as it is."""
+    """Return `(B, 3, S, S)`, uniform noise, on the model's device and in its dtype."""
     side, generator = model.config.image_size, torch.Generator().manual_seed(1)
     return torch.rand(batch_size, 3, side, side, generator=generator).to(model.device, model.dtype)
 
 
-def grid_codes(model: APMModel, coordinates: Tensor | None = None) -> Tensor:
-    """`(L, P)`; the grid's where no coordinates are given."""
+def position_codes(model: APMModel, coordinates: Tensor | None = None) -> Tensor:
+    """Return `(L, P)` for coordinates `(L, 2)`; None is the grid."""
     config = model.config
     if coordinates is None:
         coordinates = grid_coordinates(config.grid_size, config.grid_size, device=model.device)
     return position_code(coordinates, config.grid_size, config.grid_size, config.position_size).to(model.dtype)
 
 
-def naive_answers(model: APMModel, trigger: Tensor, codes: Tensor, chunk: int | None = None) -> dict[str, Tensor]:
-    """`last_hidden_state (B, L, F)`, `rgb (B, L, 3)` and `pooler_output (B, F)`, as the paper's figure draws them.
+class NaiveAPM(nn.Module):
+    """A model without pooling layers as the paper's figure draws it: one Linear after another on written-out queries.
 
-    Args:
-        trigger: `(B, D)`.
-        codes: `(L, P)`, worked out beforehand: the rival pays nothing for them.
-        chunk: locations answered at a time; None is all.
+    It shares the model's weights, but for those of the two first Linears, which are joined here, once.
     """
-    features, colours = [], []
-    for part in codes.split(chunk or len(codes)):
-        shape = (len(trigger), len(part), -1)
-        query = torch.cat([trigger[:, None].expand(shape), part.expand(shape)], dim=-1)  # (B, chunk, D + P)
-        hidden = query
-        for layer in model.decoder.layers:
-            hidden = F.linear(hidden, layer.weight, layer.bias).relu()
-        features.append(F.linear(hidden, model.decoder.feature_head.weight, model.decoder.feature_head.bias))
-        rgb = torch.cat([features[-1], query], dim=-1)
-        for layer in model.decoder.rgb_head.layers:
-            rgb = F.linear(rgb, layer.weight, layer.bias).relu()
-        colours.append(rgb)
-    whole = features[0] if len(features) == 1 else torch.cat(features, dim=1)
-    return {
-        "last_hidden_state": whole,
-        "rgb": colours[0] if len(colours) == 1 else torch.cat(colours, dim=1),
-        "pooler_output": whole.mean(dim=1),
-    }
+
+    def __init__(self, model: APMModel):
+        super().__init__()
+        decoder = model.decoder
+        assert decoder.rgb_head is not None
+        self.trigger, self.feature_head = model.trigger, decoder.feature_head
+        self.layers = nn.ModuleList([_joined(decoder.query), *decoder.layers])
+        self.rgb_layers = nn.ModuleList([_joined(decoder.rgb_head.query), *decoder.rgb_head.layers])
+
+    def forward(self, pixel_values: Tensor, codes: Tensor, chunk: int | None = None) -> dict[str, Tensor]:
+        """Fold, then query; arguments and outputs as below."""
+        return self.query(self.trigger(pixel_values).flatten(1), codes, chunk)
+
+    def query(self, trigger_column: Tensor, codes: Tensor, chunk: int | None = None) -> dict[str, Tensor]:
+        """Return `last_hidden_state (B, L, F)`, `rgb (B, L, 3)` and `pooler_output (B, F)`.
+
+        Args:
+            trigger_column: `(B, D)`.
+            codes: `(L, P)`.
+            chunk: locations decoded at a time; None is all.
+        """
+        features, colours = [], []
+        for part in codes.split(chunk or len(codes)):
+            shape = (len(trigger_column), len(part), -1)
+            query = torch.cat([trigger_column[:, None].expand(shape), part.expand(shape)], dim=-1)  # (B, chunk, D + P)
+            hidden = query
+            for layer in self.layers:
+                hidden = layer(hidden).relu()
+            features.append(self.feature_head(hidden))
+            rgb = torch.cat([features[-1], query], dim=-1)
+            for layer in self.rgb_layers:
+                rgb = layer(rgb).relu()
+            colours.append(rgb)
+        whole = features[0] if len(features) == 1 else torch.cat(features, dim=1)
+        return {
+            "last_hidden_state": whole,
+            "rgb": colours[0] if len(colours) == 1 else torch.cat(colours, dim=1),
+            "pooler_output": whole.mean(dim=1),
+        }
+
+    def gradients(self, model: APMModel) -> dict[str, Tensor]:
+        """Return the gradients of this form under the names of the model's weights, of which it shares most."""
+        gradients = gradients_of(model)
+        firsts = {"decoder.query": self.layers[0], "decoder.rgb_head.query": self.rgb_layers[0]}
+        for query, joined in firsts.items():
+            parts = _parts(model.get_submodule(query))
+            split = joined.weight.grad.split([part.in_features for part in parts.values()], dim=1)
+            gradients |= {f"{query}.{name}.weight": grad for name, grad in zip(parts, split, strict=True)}
+            gradients[f"{query}.trigger.bias"] = joined.bias.grad
+        return gradients
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the gradients of a model by name, those of the weights that a loss reached."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def _parts(query: APMQuery) -> dict[str, nn.Linear]:
+    """Return the Linears whose sum is a query, in the order in which its inputs are concatenated."""
+    parts = {name: getattr(query, name) for name in ("features", "trigger", "column", "row")}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _joined(query: APMQuery) -> nn.Linear:
+    """Return the one Linear over [feature ; trigger ; position] that a query is."""
+    weight = torch.cat([part.weight.detach() for part in _parts(query).values()], dim=1)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(query.trigger.bias.detach().clone())
+    return linear
 
 
 def clip_base(device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Times that can be compared on noisy machines: interleaved repeats, the smallest of each, every figure a ratio."""
+"""Times that can be compared on noisy computers: interleaved repeats, the smallest of each, every figure a ratio."""
 
 import os
 import platform
@@ -14,6 +14,7 @@ from apm_hf.provenance import commit, versions
 
 Calls = dict[str, Callable[[], object]]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+CPU_FACTS = Path("/proc/cpuinfo")
 TURN = 0.02  # s; a call shorter than that runs several times a turn, lest it only find others' data in the cache
 
 
@@ -50,7 +51,7 @@ def label_of(what: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def smallest_times(calls: Calls, repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each, the smallest of interleaved repeats; one more, before them, warms up."""
+    """Return seconds of each, the smallest of interleaved repeats; one more, before them, warms up."""
     smallest = dict.fromkeys(calls, float("inf"))
     for repeat in range(repeats + 1):
         for name, call in calls.items():
@@ -72,7 +73,7 @@ def _wait(device: torch.device) -> None:
 
 
 def check_equal(name: str, actual: Tensor, expected: Tensor, *, slack: float = 1.0) -> None:
-    """Nothing is timed whose answers differ.
+    """Raise where outputs differ: they are not timed.
 
     Args:
         slack: times the tolerance, for what went through longer sums.
@@ -83,14 +84,19 @@ def check_equal(name: str, actual: Tensor, expected: Tensor, *, slack: float = 1
     error = ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
     tolerance = slack * TOLERANCE[expected.dtype]
     if not error <= tolerance:
-        raise ValueError(f"{name}: expected the rival's answers to {tolerance:g}, got an error of {error:g}")
+        raise ValueError(f"{name}: expected the rival's outputs to {tolerance:g}, got an error of {error:g}")
+
+
+def has_amx() -> bool:
+    """Return whether this CPU has Intel's matrix unit."""
+    return CPU_FACTS.exists() and "amx_tile" in CPU_FACTS.read_text()
 
 
 def machine_facts() -> dict[str, str]:
-    """Everything that a figure depends on, as a person names it."""
+    """Return everything that a figure depends on, as a person names it."""
     model = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    if CPU_FACTS.exists():
+        lines = CPU_FACTS.read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     facts = {
         "commit": commit() or "unknown",

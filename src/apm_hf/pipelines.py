@@ -79,7 +79,7 @@ class TestTimeTrainingPipeline(Pipeline):
         self._text_embeds: dict[Any, Tensor] = {}
         self._start, self._config = self.model, self.ttt_config
         if self.ttt_config.start == "random":  # drawn once
-            self._start = redraw(getattr(self.model, "apm", self.model), self.ttt_config.seed)
+            self._start = redraw(model, self.ttt_config.seed)
             self._config = replace(self.ttt_config, start="model")
 
     def __call__(self, images: Any, candidate_labels: Iterable[str] | None = None, **options: Any) -> Any:

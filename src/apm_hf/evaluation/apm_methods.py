@@ -8,7 +8,7 @@ Legend: B images, V views, K classes, F width of the teacher's embeddings, S the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -79,6 +79,7 @@ class APMAdapted:
     def __post_init__(self) -> None:
         check_views(self.num_views, self.keep)
         _check_choice(self, target=TARGETS, consensus=CONSENSUS, start=STARTS)
+        _ = self.config  # raises where an override is out of range
 
     @property
     def config(self) -> TTTConfig:
@@ -90,8 +91,8 @@ class APMAdapted:
             ValueError: for a machine that does not fit the teacher; where a fit diverged, naming the images.
         """
         config = self.config
-        # Any seed will do here: `adapt` draws the weights anew, from the configuration's.
-        machine, image_processor = load_machine(task.teacher, self.start, self.model, seed=0)
+        # Random weights are drawn once, for all batches.
+        machine, image_processor = load_machine(task.teacher, self.start, self.model, seed=config.seed)
         views = batch.embeds(self.num_views)  # (B, V, F)
         targets = self.targets(task, views)
         pixel_values = image_processor(list(batch.images), return_tensors="pt")["pixel_values"]  # (B, 3, S, S)
@@ -109,7 +110,7 @@ class APMAdapted:
             machine,
             pixel_values,
             targets,
-            config=config,
+            config=replace(config, start="model"),
             trigger_column=views[:, 0] if machine.config.trigger_source == "embedding" else None,
             text_embeds=task.text_embeds if config.stop == "stable" else None,
             callback=record if self.record_steps else None,

@@ -106,8 +106,8 @@ class Recentred:
 
 
 _KEEP = 0.3  # of the views in a target: more than vote, since embeddings are averaged
-_STABLE = {"stop": "stable", "stop_threshold": None, "stop_patience": 5}
-_PLATEAU = {"stop": "plateau", "stop_threshold": 0.05, "stop_patience": 5}
+_STABLE = {"stop": "stable"}
+_PLATEAU = {"stop": "plateau", "stop_threshold": 0.05}
 _ON_VIEWS: dict[str, Any] = {"num_views": NUM_VIEWS, "baseline": "mean_views"}
 
 _FACTORIES: list[Callable[[], Any]] = [

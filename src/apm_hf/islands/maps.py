@@ -97,7 +97,7 @@ def upsample(features: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _machine(model: nn.Module | Adapted) -> APMModel:
-    machine = model._model if isinstance(model, Adapted) else getattr(model, "apm", model)
+    machine = model.model if isinstance(model, Adapted) else getattr(model, "apm", model)
     if not isinstance(machine, APMModel):
         raise ValueError(f"model: expected an APMModel, a model that holds one or Adapted, got {type(model).__name__}")
     return machine

@@ -70,8 +70,7 @@ def adapt(
         [`Adapted`].
 
     Raises:
-        ValueError: for shapes that do not fit, for non-finite inputs or targets of norm zero (naming the images), or
-            more locations than the grid has.
+        ValueError: for shapes that do not fit, non-finite inputs or targets of norm zero (naming the images).
     """
     apm = getattr(model, "apm", model)  # heads hold the model under this name
     if not isinstance(apm, APMModel):
@@ -84,9 +83,9 @@ def adapt(
         targets = TTTTargets(image_embeds=targets)
     named = {"pixel_values": pixel_values, "trigger_column": trigger_column, "text_embeds": text_embeds}
     inputs = {name: as_float(name, values) for name, values in named.items()}
-    check_inputs(apm, targets, config, **inputs)
     num_images, device = len(targets), apm.device
     distinct, seeds = seeds is not None, _seeds(num_images, config, generator, seeds)
+    check_inputs(apm, targets, config, **inputs)
     inputs = {name: None if values is None else values.to(device) for name, values in inputs.items()}
     texts = inputs.pop("text_embeds")
 
@@ -103,7 +102,8 @@ def adapt(
     diverged |= (losses.isnan() & (torch.arange(config.steps, device=device) < steps[:, None])).any(dim=1)
     if diverged.any():
         logger.warning(f"adapt: the fit diverged for images {_indices(diverged)}")
-    if config.stop == "cosine" and (short := (steps == config.steps) & ~diverged & (fit.cosines < config.stop_threshold)).any():
+    short = ~(fit.cosines >= (config.stop_threshold or 0.0)) & ~diverged
+    if config.stop == "cosine" and short.any():
         logger.warning(
             f"adapt: {config.steps} steps were too few for a cosine of {config.stop_threshold} to the targets of the "
             f"images {_indices(short)}"
@@ -156,13 +156,15 @@ class _Fit:
             outputs,
             loss.target_size(),
         )
-        optimizer = torch.optim.Adam(models.learnt(), lr=config.learning_rate, fused=True)
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(models.learnt(), lr=config.learning_rate, fused=True)
         stopper = self._stopper(len(seeds))
         images = torch.arange(group.start, group.stop)  # those still fitted
         for step in range(config.steps):
             now = step % PREPARED_STEPS
             if now == 0:
-                models.prepare([sampler(images - group.start) for _ in range(min(PREPARED_STEPS, config.steps - step))])
+                models.prepare(
+                    [sampler(images - group.start) for _ in range(min(PREPARED_STEPS, config.steps - step))]
+                )
             outputs = models(now)
             losses, pooled = loss(outputs, models.places[now]), outputs["pooled"].detach()
             self.losses[images, step] = losses.detach()
@@ -242,7 +244,7 @@ class _Sampler:
 
     def __call__(self, images: Tensor) -> Tensor | None:
         """Return `(n,)` where all images share a seed, else `(B', n)` for these images; None for the full grid."""
-        if self.num_sampled is None:
+        if self.num_sampled is None or self.num_sampled >= self.num_cells:
             return None
         drawn = {
             seed: torch.randperm(self.num_cells, generator=generator)[: self.num_sampled]
@@ -279,7 +281,7 @@ def bytes_per_image(model: APMModel, config: TTTConfig, targets: TTTTargets, *, 
             learnt += config.rank * len(parameter) if low_rank else parameter.numel()
     every = sum(parameter.numel() for parameter in model.parameters())
     num_cells = architecture.num_locations if targets.grid is None else targets.grid[0] * targets.grid[1]
-    num_queried = config.num_locations or num_cells
+    num_queried = min(config.num_locations or num_cells, num_cells)
     ahead = min(PREPARED_STEPS, config.steps) if config.num_locations else 1
     widths = [*architecture.hidden_sizes, architecture.feature_size]
     images = architecture.num_channels * architecture.image_size**2 * 2
@@ -318,7 +320,6 @@ def check_inputs(
     """Raise a `ValueError` for inputs that do not fit the model or each other, or are not finite."""
     architecture, named, num_images = model.config, targets.tensors(), len(targets)
     width, side = architecture.feature_size, architecture.image_size
-    num_cells = architecture.num_locations if targets.grid is None else targets.grid[0] * targets.grid[1]
     if num_images == 0:
         raise ValueError("targets: expected at least one image, got none")
     for name, shape in (("image_embeds", f"(B, {width})"), ("features", f"(B, rows, cols, {width})")):
@@ -331,10 +332,6 @@ def check_inputs(
         )
     if targets.rgb is not None and not architecture.use_rgb_head:
         raise ValueError("rgb: expected a model with use_rgb_head=True, got one without")
-    if config.num_locations is not None and config.num_locations > num_cells:
-        raise ValueError(
-            f"num_locations: expected at most the grid's {num_cells} locations, got {config.num_locations}"
-        )
     if config.stop == "stable" and text_embeds is None:
         raise ValueError("text_embeds: expected class embeddings (K, F) for stop='stable', got none")
     if config.stop == "cosine" and targets.image_embeds is None:
@@ -347,7 +344,7 @@ def check_inputs(
         raise ValueError("adapt: expected pixel_values or trigger_column, got neither")
     if pixel_values is None and architecture.local_patch:
         raise ValueError("pixel_values: expected the images, since local_patch=True puts them into the query")
-    if trigger_column is not None and config.fit == "trigger":
+    if trigger_column is not None and config.fit == "trigger" and architecture.trigger_source == "conv":
         raise ValueError("fit='trigger': expected pixel_values to fold, got the trigger_column")
     shapes = {
         "pixel_values": (architecture.num_channels, side, side),

@@ -72,21 +72,21 @@ class Adapted:
         Returns:
             [`APMModelOutput`], B images.
         """
-        num_images, each = len(self.losses), False
-        if coordinates is not None and coordinates.ndim == 3:
-            each = True
-            if len(coordinates) != num_images:
-                raise ValueError(
-                    f"coordinates: expected shape (L, 2) or ({num_images}, L, 2), got {tuple(coordinates.shape)}"
-                )
+        num_images = len(self.losses)
+        if coordinates is not None and coordinates.ndim == 3 and len(coordinates) != num_images:
+            raise ValueError(
+                f"coordinates: expected shape (L, 2) or ({num_images}, L, 2), got {tuple(coordinates.shape)}"
+            )
         model = copy.deepcopy(self.model).float().eval()
         outputs = []
         for index in range(num_images):
             one = slice(index, index + 1)
             model.load_state_dict(self.state_dict(index))
             pixels, trigger = (None if x is None else x[one] for x in (self.pixel_values, self.trigger_column))
-            where = coordinates[one] if each and coordinates is not None else coordinates
-            outputs.append(model(pixels, where, trigger_column=trigger, chunk_size=chunk_size, heads=(), return_dict=True))
+            where = coordinates[one] if coordinates is not None and coordinates.ndim == 3 else coordinates
+            outputs.append(
+                model(pixels, where, trigger_column=trigger, chunk_size=chunk_size, heads=(), return_dict=True)
+            )
         joined: dict[str, Any] = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
         return APMModelOutput(**joined)
 

@@ -85,7 +85,7 @@ class TTTClassifier:
                 f"got {model.config.feature_size}"
             )
         self.teacher, self.model, self.config = teacher, model, config
-        self.drawn = redraw(getattr(model, "apm", model), config.seed) if config.start == "random" else None
+        self.drawn = redraw(model, config.seed) if config.start == "random" else None
         self.image_processor = image_processor or matching_image_processor(teacher, model.config.image_size)
         self.class_names = list(class_names)
         self.text_embeds = class_embeds(teacher, self.class_names, templates)  # (K, F)

@@ -22,7 +22,7 @@ class TTTConfig:
         steps: gradient steps per image, at most.
         learning_rate: of Adam (arXiv:1412.6980) with its usual betas.
         num_locations: grid locations whose features are pooled at each step, a fresh random subset each time; the
-            subset's mean is an unbiased estimate of the grid's. None pools all of them: the exact limit.
+            subset's mean is an unbiased estimate of the grid's. None, or as many as the grid has, pools all: the exact limit.
         fit: what learns. `"all"`: every weight (paper). `"last_layers"`: the last hidden layer, the feature head and
             attention's values and output. `"low_rank"`: the same, but the hidden layer and the head learn a low-rank
             update whose first factor is fixed: it sums the inputs in `rank` blocks, so that the columns of a block
@@ -82,20 +82,28 @@ class TTTConfig:
     def preset(cls, name: str, **overrides: Any) -> "TTTConfig":
         """Return `"paper"`, the paper's recipe, or `"fast"`, the best one measured for its cost.
 
-        docs/test_time_training.md has the measurements.
+        An override of `stop` replaces the preset's rule as a whole. docs/test_time_training.md has the measurements.
 
         Raises:
             ValueError: for an unknown preset or a value outside its range.
         """
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
+        if "stop" in overrides:
+            overrides = {"stop_threshold": None, "stop_patience": cls.stop_patience} | overrides
         return replace(PRESETS[name], **overrides)
 
 
 PRESETS: dict[str, TTTConfig] = {
     "paper": TTTConfig(),
     "fast": TTTConfig(
-        steps=200, learning_rate=1e-3, num_locations=8, fit="low_rank", alpha=100.0,
-        stop="cosine", stop_threshold=0.99, stop_patience=1,
+        steps=200,
+        learning_rate=1e-3,
+        num_locations=8,
+        fit="low_rank",
+        alpha=100.0,
+        stop="cosine",
+        stop_threshold=0.99,
+        stop_patience=1,
     ),
 }

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..modeling_apm import APMAttentionPooling, APMModel
 from ..position_encoding import grid_coordinates, grid_patches, sample_patches, sincos_code
@@ -67,14 +68,14 @@ def draw_weights(model: APMModel, seed: int) -> Weights:
     return drawn
 
 
-def redraw(model: APMModel, seed: int) -> APMModel:
-    """Return a float32 copy of the model with the weights that `TTTConfig(start="random", seed=seed)` draws.
+def redraw(model: PreTrainedModel, seed: int) -> APMModel:
+    """Return a float32 copy of the bare model with the weights that `TTTConfig(start="random", seed=seed)` draws.
 
     Drawing takes longer than a fast fit: who fits many times draws once, and fits this model with `start="model"`.
     """
-    model = copy.deepcopy(model).float()
-    model.load_state_dict(draw_weights(model, seed))
-    return model
+    apm: Any = copy.deepcopy(getattr(model, "apm", model)).float()
+    apm.load_state_dict(draw_weights(apm, seed))
+    return apm
 
 
 # --- layers of B models ---
@@ -136,7 +137,8 @@ class LowRankLinear(nn.Module):
     """A Linear that does not learn plus (inputs summed in R blocks) @ delta, which does, for each of B images.
 
     Adam takes steps of one size in every entry, so that what they do to outputs depends on the inputs. The sums are
-    scaled, once and for all, so that a step moves the outputs by learning rate * alpha * their size.
+    scaled, once and for all, so that a step moves the outputs by learning rate * alpha * their size. The bias learns
+    a tenth as fast: it serves where no input is left to learn from.
 
     Args:
         linear: the layer that does not learn.
@@ -147,32 +149,39 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, linear: nn.Module, shape: tuple[int, int, int], alpha: float, size: Tensor | None):
         super().__init__()
-        options = {"dtype": torch.float32, "device": next(linear.parameters()).device}
+        num_models, self.num_blocks, width = shape
+        device = next(linear.parameters()).device
         self.linear, self.alpha, self.size = linear, alpha, size
-        self.delta = nn.Parameter(torch.zeros(shape, **options))
-        self.scale = nn.Parameter(torch.full((shape[0], 1, 1), torch.nan, **options), requires_grad=False)
+        self.has_bias = linear.bias is not None
+        zeros = torch.zeros(num_models, self.num_blocks + self.has_bias, width, dtype=torch.float32, device=device)
+        self.delta = nn.Parameter(zeros)
+        # Of the sums and of the constant input that stands for the bias, once they are measured.
+        self.scales = nn.Parameter(zeros.new_zeros(num_models, 1, 2), requires_grad=False)
         self.measured = False
 
     def prepare(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what does not change while the models learn: `(1 or B, ..., out)` and `(1 or B, n, R)`."""
-        outputs, num_blocks = self.linear(inputs), self.delta.shape[1]
-        blocks = inputs.float().reshape(len(inputs), -1, num_blocks, inputs.shape[-1] // num_blocks)
-        sums = blocks.sum(dim=-1)
+        """Compute what does not change while the models learn: outputs `(1 or B, ..., out)` and `(B, n, R + 1)`."""
+        outputs = self.linear(inputs)
+        blocks = inputs.float().reshape(len(inputs), -1, self.num_blocks, inputs.shape[-1] // self.num_blocks)
+        sums = blocks.sum(dim=-1)  # (1 or B, n, R)
         if not self.measured:
             self._measure(outputs.detach().float().flatten(1), sums.detach())
-        return outputs, sums * self.scale
+        sums = sums * self.scales[..., :1]
+        if self.has_bias:
+            sums = torch.cat([sums, self.scales[..., 1:].expand(-1, sums.shape[1], -1)], dim=-1)
+        return outputs, sums
 
     def _measure(self, outputs: Tensor, sums: Tensor) -> None:
         size = outputs.square().mean(dim=1)[:, None, None]
         size = (size if self.size is None else size + self.size.square()).sqrt()
         step = sums.abs().sum(dim=2, keepdim=True).mean(dim=1, keepdim=True)  # of outputs, where delta moves by 1
-        self.scale.copy_(self.alpha * size / step.clamp_min(torch.finfo(step.dtype).tiny))
+        scales = [size / step.clamp_min(torch.finfo(step.dtype).tiny), 0.1 * size]
+        self.scales.copy_(self.alpha * torch.cat(torch.broadcast_tensors(*scales), dim=-1))
         self.measured, self.size = True, None
 
     def finish(self, outputs: Tensor, sums: Tensor) -> Tensor:
         """Return the layer's outputs `(B, ..., out)` for what was prepared."""
-        dtype = outputs.dtype
-        update = torch.bmm(sums.expand(len(self.delta), -1, -1).to(dtype), self.delta.to(dtype))  # (B, n, out)
+        update = torch.bmm(sums.to(outputs.dtype), self.delta.to(outputs.dtype))  # (B, n, out)
         return outputs + update.reshape(len(update), *outputs.shape[1:])
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -180,14 +189,12 @@ class LowRankLinear(nn.Module):
         return self.finish(*self.prepare(inputs))
 
     def weights(self, index: int) -> Weights:
-        """Return what one image's model adds to the frozen weight."""
-        scaled = (self.delta[index] * self.scale[index]).mT  # (out, R)
-        return {"update": scaled.repeat_interleave(self.in_features // scaled.shape[1], dim=1)}
-
-    @property
-    def in_features(self) -> int:
-        """Width of the inputs."""
-        return self.linear.weight.shape[-1 if isinstance(self.linear, nn.Linear) else 1]
+        """Return what one image's model adds to the weights that do not learn."""
+        delta, (scale, constant) = self.delta[index].mT, self.scales[index, 0]  # (out, R + 1)
+        weight: Any = self.linear.weight
+        in_features = weight.shape[-1 if isinstance(self.linear, nn.Linear) else 1]
+        update = scale * delta[:, : self.num_blocks].repeat_interleave(in_features // self.num_blocks, dim=1)
+        return {"weight": update} | ({"bias": constant * delta[:, -1]} if self.has_bias else {})
 
 
 class FrozenLayers(nn.Module):
@@ -273,10 +280,10 @@ class StackedModels(nn.Module):
         self.size, self.num_cols = model.config.grid_size, grid[1]
         self.axes = [_cell_indices(count, self.size, model.device) for count in grid]  # (rows,), (cols,)
         self.cells = self.patches = None
-        if trigger_column is None:
+        if trigger_column is None and pixel_values is not None:
             self.cells = grid_patches(pixel_values, model.config.patch_size).mT.contiguous()  # (B, Q, L)
-        if model.config.local_patch:
-            self.patches = _local_patches(model, pixel_values, grid)  # (B, rows * cols, Q)
+        if model.config.local_patch and pixel_values is not None:
+            self.patches = _local_patches(model, pixel_values, grid).to(self.dtype)  # (B, rows * cols, Q)
         self.trigger_column = trigger_column
         if trigger_column is None and "trigger" not in learning:
             with torch.no_grad():
@@ -312,7 +319,7 @@ class StackedModels(nn.Module):
     def _frozen(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
         if len(weight) > 1:
             return StackedLinear(weight, bias, self.num_models, dtype, None)
-        layer = nn.Linear(*weight.shape[:0:-1], bias=bias is not None, device="meta")
+        layer = nn.Linear(weight.shape[2], weight.shape[1], bias=bias is not None, device="meta")
         layer.weight = nn.Parameter(weight[0].to(dtype), requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias[0].to(dtype), requires_grad=False)
@@ -329,7 +336,11 @@ class StackedModels(nn.Module):
         decoder.layers = nn.ModuleList(layers[count:])
 
     def prepare(self, places: list[Tensor | None]) -> None:
-        """Set the locations of the next steps, each `(n,)`, `(B, n)` or None for all, and compute frozen layers there."""
+        """Compute the first layers, where they are frozen, for the next steps' locations.
+
+        Args:
+            places: of each step: cells `(n,)` or `(B, n)`, or None for the whole grid.
+        """
         self.places, decoder = places, self.model.decoder
         if isinstance(decoder.query, FrozenLayers):
             where = None if places[0] is None else torch.cat([place for place in places if place is not None], dim=-1)
@@ -402,12 +413,12 @@ class StackedModels(nn.Module):
     def weights(self, index: int) -> Weights:
         """Return copies of the weights of one image, for [`APMModel.load_state_dict`]."""
         state = {name: weight[min(index, len(weight) - 1)].clone() for name, weight in self.start.items()}
+        if (query := "pooler.query") in state:
+            state[query] = self.model.pooler.query[min(index, len(self.model.pooler.query) - 1)][None].clone()
         for name, layer in self.learning.items():
             for part, value in layer.weights(index).items():
-                if part == "update":
-                    state[f"{name}.weight"] += value
-                else:
-                    state[f"{name}.{part}"] = value.clone()
+                added = isinstance(layer, LowRankLinear)
+                state[f"{name}.{part}"] = state[f"{name}.{part}"] + value if added else value.clone()
         return state
 
 

@@ -158,7 +158,7 @@ class Loss:
         return torch.stack(terms).sum(dim=0)
 
     def target_size(self) -> Tensor | None:
-        """Return the root mean square of the (standardised) features that are wanted, `(B, 1, 1)`, where there are any."""
+        """Return the root mean square of the (standardised) target features, `(B, 1, 1)`, if there are any."""
         wanted = self.embeds if self.embeds is not None else self.wanted.get("features")
         if wanted is None:
             return None
