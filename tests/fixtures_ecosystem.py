@@ -130,4 +130,6 @@ def assert_same(actual: Mapping[str, Any], expected: Mapping[str, Any], toleranc
 
 def loss_of(outputs: ModelOutput) -> Tensor:
     """Return a loss in which every output counts."""
-    return torch.stack([value.float().square().mean() for value in tensors(outputs).values()]).sum()
+    values = tensors(outputs).values()
+    dtype = torch.promote_types(torch.float32, next(iter(values)).dtype)
+    return torch.stack([value.to(dtype).square().mean() for value in values]).sum()

@@ -30,7 +30,6 @@ def call_for(vary, size):
     """Return images and places, one number of which is `size`."""
     return {
         "images": (small_images(size), None),
-        "images and their places": (small_images(size), random_coordinates(size, 5)),
         "places": (small_images(2), random_coordinates(size)),
     }[vary]
 
@@ -40,10 +39,9 @@ def call_for(vary, size):
     ("kind", "vary", "gradients"),
     [
         ("plain", "images", True),
-        ("plain", "images and their places", False),
+        ("plain", "places", False),
         ("rich", "images", False),
         ("rich", "places", True),
-        ("rich", "places", False),
     ],
 )
 def test_compiled_code_serves_any_size_with_two_graphs(kind, vary, gradients):
@@ -74,36 +72,36 @@ EXPORTS = {
 }
 
 
-def sizes_of(form, num_images, num_places):
+def inputs_of(model, form, num_images, num_places):
     shape = {"shared": (num_places,), "own": (num_images, num_places)}
     places = () if form == "grid" else (random_coordinates(*shape[form]),)
-    return (small_images(num_images), *places)
+    return (small_images(num_images, size=model.config.image_size), *places)
 
 
-@pytest.mark.parametrize("form", EXPORTS)
-@pytest.mark.parametrize("kind", ["plain", "rich"])
+@pytest.mark.parametrize(("kind", "form"), [("plain", "shared"), ("rich", "grid"), ("rich", "own")])
 @torch.no_grad()
 def test_exported_programs_take_other_numbers_of_images_and_places(kind, form):
     model = build(kind)
-    program = torch.export.export(model, sizes_of(form, 3, 4), dynamic_shapes=EXPORTS[form]).module()
+    program = torch.export.export(model, inputs_of(model, form, 3, 4), dynamic_shapes=EXPORTS[form]).module()
     for sizes in ((1, 1), (2, 7), (5, 3)):
-        assert_same(program(*sizes_of(form, *sizes)), model(*sizes_of(form, *sizes)))
+        given = inputs_of(model, form, *sizes)
+        assert_same(program(*given), model(*given))
 
 
-# Of torch's exporter, in its own code and in two ways of naming the same axis.
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:# The axis name:UserWarning")
-@pytest.mark.parametrize(("kind", "form"), [("rich", "shared")])
+# Graphs with local patches and other heads are those of `test_export.py`.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:# The axis name:UserWarning")  # of torch
+@pytest.mark.parametrize(("kind", "form"), [("clip-ttt", "own")])
 @torch.no_grad()
 def test_onnx_graphs_take_other_numbers_of_images_and_places(kind, form, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = build(kind)
     options = {"dynamo": True, "dynamic_shapes": EXPORTS[form], "verbose": False}
-    torch.onnx.export(model, sizes_of(form, 3, 4), **options).save(tmp_path / "model.onnx")
+    torch.onnx.export(model, inputs_of(model, form, 3, 4), **options).save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
     assert names == ["pixel_values", "coordinates"]
     for sizes in ((1, 1), (2, 7), (5, 3)):
-        given = sizes_of(form, *sizes)
+        given = inputs_of(model, form, *sizes)
         values = session.run(None, {name: value.numpy() for name, value in zip(names, given, strict=True)})
         for value, expected in zip(values, tensors(model(*given)).values(), strict=True):
             assert_same({"rgb": torch.from_numpy(value)}, {"rgb": expected})
