@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 # Files that keep a core busy for long begin first, so that no core is idle at the end.
 LONG = (
     "examples", "demo", "scaling", "hub_roundtrip", "app", "evaluation_runner", "benchmarks", "resume", "memory",
-    "startup", "cli_islands", "dense_evaluation",
+    "cli_islands", "dense_evaluation",
 )  # fmt: skip
 
 

@@ -168,3 +168,17 @@ def test_naive_form_equals_the_model_in_chunks_of_any_size(runner):
         for chunk in (None, 16, 100):
             for name, value in naive(pixel_values, rivals.position_codes(model), chunk).items():
                 torch.testing.assert_close(value, outputs[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_figure_of_start_up_above_its_limit_is_missed_and_the_benchmark_fails(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import startup
+
+    slow, quick = (startup.Figure("import", seconds, "rival", 2.0, limit=0.3) for seconds in (0.4, 0.2))
+    free = startup.Figure("whole", 9.0, "rival", 2.0)
+    assert slow.missed and not quick.missed and not free.missed and free.ratio == 4.5
+    monkeypatch.setattr(sys, "argv", ["startup.py"])
+    for found, status in (([quick, free], 0), ([quick, slow], 1)):
+        monkeypatch.setattr(startup, "figures", lambda found=found: found)
+        assert startup.main() == status
+    assert "MISSED" in capsys.readouterr().out

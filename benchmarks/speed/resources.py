@@ -118,7 +118,7 @@ def loading(preset: str, repeats: int) -> Figure:
 
 
 def start_up() -> Figure:
-    """What `benchmarks/startup.py` measures, one repeat of every process; about a minute and a half."""
+    """What `benchmarks/startup.py` measures, one repeat of every process; about two minutes."""
     from startup import figures
 
     found = figures(repeats=1, load_repeats=3)
