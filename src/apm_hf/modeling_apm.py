@@ -14,13 +14,15 @@ in [-1, 1] at the places of `torch.nn.functional.grid_sample(align_corners=False
 """
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig
@@ -345,13 +347,23 @@ class APMPreTrainedModel(PreTrainedModel):
         """Load a model as in transformers, but from safetensors alone unless `use_safetensors=False`.
 
         Raises:
+            ValueError: for weights of other shapes than the configuration describes.
             OSError: for files that are missing or damaged.
         """
-        kwargs.setdefault("use_safetensors", True)
+        name = pretrained_model_name_or_path
+        wants_info, strict = kwargs.get("output_loading_info"), not kwargs.get("ignore_mismatched_sizes")
+        options = {"use_safetensors": True, **kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model, info = super().from_pretrained(name, *model_args, **options)
         except SafetensorError as error:
-            raise OSError(f"{pretrained_model_name_or_path}: damaged safetensors file: {error}") from error
+            raise OSError(f"{_damaged_file(name)}: damaged safetensors file: {error}") from error
+        if strict and info["mismatched_keys"]:
+            key, found, expected = min(info["mismatched_keys"])
+            raise ValueError(
+                f"{name}: expected weights of the shapes that its configuration describes, "
+                f"{key} of {tuple(expected)}, got {tuple(found)}"
+            )
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save a model as in transformers; its code goes along, and serves every Auto class.
@@ -1011,6 +1023,17 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
             text_embeds=text_embeds,
             image_embeds=image_embeds,
         )
+
+
+def _damaged_file(name: str | os.PathLike) -> str:
+    """Return the first file of weights in a folder that cannot be read; the folder or model itself where all can."""
+    for path in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return str(path)
+    return str(name)
 
 
 def _text_tower(config: PreTrainedConfig) -> PreTrainedModel:

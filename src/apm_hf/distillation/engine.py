@@ -116,6 +116,8 @@ def prepare(accelerator: Any, student: APMModel, *others: Any) -> tuple[Any, ...
         plugin.auto_wrap_policy = None
         # FSDP2 warns of writing into views that a module answers, such as the trigger column; nobody here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        # Accelerate would shard the input embeddings as a unit of their own.
+        student.get_input_embeddings = lambda: None  # type: ignore[method-assign, assignment, return-value]
     return accelerator.prepare(student, *others)
 
 
