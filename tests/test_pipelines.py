@@ -425,7 +425,9 @@ HEAD_CLASSES = {
 @pytest.mark.parametrize("task", HEADS)
 def test_pipelines_of_transformers_answer_as_the_models_do(task, folders, photos, caplog):
     ready = pipeline(task, model=str(folders / task), device="cpu")
-    assert type(ready.model) is HEAD_CLASSES[task] and "not supported" not in caplog.text
+    assert type(ready.model) is HEAD_CLASSES[task]
+    # This one pipeline of transformers 5.23 knows its own models' names alone, and says so of any that was registered.
+    assert ("not supported" in caplog.text) == (task == "image-segmentation")
     expected = expected_of(task, folders / task, photos)
     assert expected.std() > 1e-3
     for options in ({}, {"batch_size": 2}):
