@@ -83,6 +83,8 @@ def forked(work):
     if not child:
         status = 1
         try:
+            # Threads that load weights race for PyTorch's thread pool, which does not outlive a fork.
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
             disable_progress_bar()  # its lock is shared with this process, which a child killed in it would lock out
             work()
             status = 0
