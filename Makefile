@@ -53,7 +53,8 @@ assets: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
-	# Beside the environment: where these lie in it, every import of transformers, or every Trainer, loads them.
+	# Beside the environment: in it, every import of transformers (torchao) or of its Trainer (bitsandbytes) would load
+	# them and print to stderr.
 	for package in $(APART); do \
 		$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps --target .venv/$$package $$package || exit 1; \
 	done
