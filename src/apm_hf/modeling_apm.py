@@ -35,7 +35,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_apm import APMConfig
-from .position_encoding import axis_codes, grid_coordinates, grid_patches, sample_patches
+from .position_encoding import axis_codes, axis_indices, grid_coordinates, local_patches
 
 # Without gradients, locations are decoded in chunks whose widest activation stays below this many elements. On the
 # CPU it should also stay in the cache (8 MiB in float32), unless the chunk were less than a row of the grid.
@@ -304,11 +304,12 @@ class APMDecoder(GradientCheckpointingLayer):
         half, dtype = self.position_size // 2, trigger_column.dtype
         codes = [code.to(dtype) for code in axis_codes(half, rows, columns)]  # (1 or B, R, 1 or C, P / 2)
         hidden = self.activation(self.query(trigger_column, *codes, patches))
-        hidden_states = [hidden]
+        keep = any(output.startswith("hidden_states.") for output in outputs)  # else each layer's memory is freed
+        hidden_states = [hidden] if keep else []
         for layer in self.layers:
-            hidden_states.append(self.activation(layer(hidden_states[-1])))
-        hidden = hidden_states[-1]
-        features = self.feature_head(hidden) if {"features", "rgb"} & set(outputs) else hidden
+            hidden = self.activation(layer(hidden))
+            hidden_states += [hidden] if keep else []
+        features = self.feature_head(hidden)
         decoded: list[Tensor] = []
         for output in outputs:
             kind, _, name = output.partition(".")
@@ -628,11 +629,9 @@ class APMModel(APMPreTrainedModel):
             index = torch.arange(self.grid_size, dtype=torch.float32, device=device)
             rows, columns = index[None, :, None], index[None, None]
             if config.local_patch:
-                windows = [grid_patches(images, config.patch_size, s) for s in config.local_patch_scales]
-                patches = torch.cat(windows, dim=-1)  # (B, L, Q)
+                patches = local_patches(images, config.patch_size, config.local_patch_scales)  # (B, L, Q)
         else:  # every location is a row of one
-            size = self.grid_size
-            rows, columns = (coordinates * (size / 2) + (size - 1) / 2).split(1, dim=-1)  # (1 or B, L, 1) twice
+            rows, columns = axis_indices(coordinates, self.grid_size).split(1, dim=-1)  # (1 or B, L, 1) twice
         step = self._chunk_rows(trigger_column, columns, chunk_size)
         for start in range(0, rows.shape[1], step) if step else (0,):  # a range would fix a traced number of rows
             chunk = slice(start, start + step if step else None)
@@ -642,8 +641,8 @@ class APMModel(APMPreTrainedModel):
                 yield rows[:, chunk], columns, None if patches is None else patches[:, cells]
             else:
                 if config.local_patch:
-                    where = (images, coordinates[:, chunk], config.patch_size)
-                    patches = torch.cat([sample_patches(*where, scale) for scale in config.local_patch_scales], dim=-1)
+                    places = coordinates[:, chunk]
+                    patches = local_patches(images, config.patch_size, config.local_patch_scales, places)
                 yield rows[:, chunk], columns[:, chunk], patches
 
     def _chunk_rows(self, trigger_column: Tensor, columns: Tensor, chunk_size: int | None) -> int | None:

@@ -7,6 +7,8 @@ except that it takes (x, y). Positions are computed in float32 or wider, whateve
 Pure functions. Legend: B images, L locations, P width of the code, (rows, cols) the grid; locations are row-major.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,9 +38,13 @@ def coordinates_to_indices(coordinates: Tensor, rows: int, cols: int) -> Tensor:
     Args:
         coordinates: `(..., 2)`, (y, x) in [-1, 1], of any dtype.
     """
-    coordinates = _not_half(coordinates)
-    sizes = coordinates.new_tensor([rows, cols])
-    return ((coordinates + 1) * sizes - 1) / 2
+    y, x = _not_half(coordinates).unbind(-1)
+    return torch.stack([axis_indices(y, rows), axis_indices(x, cols)], dim=-1)
+
+
+def axis_indices(positions: Tensor, size: int) -> Tensor:
+    """Return real-valued cell indices, ((position + 1) n - 1) / 2, of positions in [-1, 1] among n = `size` cells."""
+    return positions * (size / 2) + (size - 1) / 2
 
 
 def sincos_code(indices: Tensor, size: int) -> Tensor:
@@ -121,3 +127,19 @@ def grid_patches(pixel_values: Tensor, patch_size: int, scale: int = 1) -> Tenso
     stride = patch_size // scale
     margin = (patch_size - stride) // 2  # of the window around its cell
     return F.unfold(averaged, patch_size, padding=margin, stride=stride).transpose(1, 2)  # (B, Q, L) -> (B, L, Q)
+
+
+def local_patches(
+    pixel_values: Tensor, patch_size: int, scales: Sequence[int], coordinates: Tensor | None = None
+) -> Tensor:
+    """Put the windows of all scales around each location side by side: `(B, L, len(scales) * C * patch_size**2)`.
+
+    Args:
+        pixel_values, patch_size: as in `sample_patches`.
+        coordinates: `(1 or B, L, 2)`; None is the centres of the image's own grid.
+    """
+    if coordinates is None:
+        windows = [grid_patches(pixel_values, patch_size, scale) for scale in scales]
+    else:
+        windows = [sample_patches(pixel_values, coordinates, patch_size, scale) for scale in scales]
+    return torch.cat(windows, dim=-1)

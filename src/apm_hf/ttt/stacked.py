@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modeling_apm import APMAttentionPooling, APMModel
-from ..position_encoding import grid_coordinates, grid_patches, sample_patches, sincos_code
+from ..position_encoding import axis_codes, grid_coordinates, grid_patches, local_patches
 from .settings import DTYPES, TTTConfig
 
 Weights = dict[str, Tensor]  # by name, as in a state dict
@@ -283,7 +283,10 @@ class StackedModels(nn.Module):
         if trigger_column is None and pixel_values is not None:
             self.cells = grid_patches(pixel_values, model.config.patch_size).mT.contiguous()  # (B, Q, L)
         if model.config.local_patch and pixel_values is not None:
-            self.patches = _local_patches(model, pixel_values, grid).to(self.dtype)  # (B, rows * cols, Q)
+            own = grid == (model.config.grid_size, model.config.grid_size)
+            where = None if own else grid_coordinates(*grid, device=model.device)[None]
+            patches = local_patches(pixel_values, model.config.patch_size, model.config.local_patch_scales, where)
+            self.patches = patches.to(self.dtype)  # (B, rows * cols, Q)
         self.trigger_column = trigger_column
         if trigger_column is None and "trigger" not in learning:
             with torch.no_grad():
@@ -346,7 +349,7 @@ class StackedModels(nn.Module):
             where = None if places[0] is None else torch.cat([place for place in places if place is not None], dim=-1)
             rows, columns, patches = self._locations(where)
             half = decoder.position_size // 2
-            codes = [sincos_code(indices, half).to(self.dtype) for indices in (rows, columns)]
+            codes = [code.to(self.dtype) for code in axis_codes(half, rows, columns)]
             decoder.query.prepare(self._trigger(), *codes, patches)
 
     def forward(self, step: int) -> dict[str, Tensor]:
@@ -425,16 +428,6 @@ class StackedModels(nn.Module):
 def _cell_indices(count: int, size: int, device: torch.device) -> Tensor:
     """Return where the centres of `count` cells lie on an axis of `size` cells: `(count,)`, 0 is the first centre."""
     return (2 * torch.arange(count, dtype=torch.float32, device=device) + 1) * size / (2 * count) - 0.5
-
-
-def _local_patches(model: APMModel, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
-    config = model.config
-    if grid == (config.grid_size, config.grid_size):
-        windows = [grid_patches(pixel_values, config.patch_size, scale) for scale in config.local_patch_scales]
-    else:
-        where = grid_coordinates(*grid, device=model.device)[None]
-        windows = [sample_patches(pixel_values, where, config.patch_size, s) for s in config.local_patch_scales]
-    return torch.cat(windows, dim=-1)
 
 
 def at(values: Tensor, where: Tensor | None) -> Tensor:
