@@ -10,10 +10,10 @@ Writes `ablations.md`, `ablations.png` and, as they come, the lines of `ablation
 import argparse
 
 from apm_hf import APMConfig, TTTConfig, load_teacher
+from apm_hf.assets import DEMO_TEACHER
 from apm_hf.configuration_apm import PRESETS
-from apm_hf.demo_assets import DEMO_TEACHER
 from apm_hf.evaluation.ablations import FACTORS, AblationTask, Results, run_ablations, variants
-from apm_hf.evaluation.benchmarks import load_benchmark
+from apm_hf.evaluation.labels.benchmarks import load_benchmark
 
 
 def run(options: argparse.Namespace) -> Results:

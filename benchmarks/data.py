@@ -20,15 +20,15 @@ import torch
 from safetensors import safe_open
 
 from apm_hf import APMConfig, APMModel, load_teacher
-from apm_hf.data.feature_cache import CacheSettings, FeatureCache, write_feature_cache
+from apm_hf.assets import DEMO_TEACHER
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.loading import load_images
 from apm_hf.data.scenes import SceneDataset
 from apm_hf.data.split_streams import SplitStream
-from apm_hf.demo_assets import DEMO_TEACHER
 from apm_hf.distillation import matching_image_processor
-from apm_hf.files import write_atomically
 from apm_hf.position_encoding import grid_coordinates
+from apm_hf.runs.files import write_atomically
+from apm_hf.teachers.feature_cache import CacheSettings, FeatureCache, write_feature_cache
 
 BATCH = 32
 

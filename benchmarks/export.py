@@ -21,10 +21,10 @@ import torch
 from transformers import AutoModel
 
 from apm_hf import APMConfig, APMModel
+from apm_hf.assets import DEMO_MODEL
 from apm_hf.configuration_apm import PRESETS
-from apm_hf.demo_assets import DEMO_MODEL
-from apm_hf.export import export_model
 from apm_hf.position_encoding import grid_coordinates
+from apm_hf.publishing.export import export_model
 
 
 def shortest(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 from apm_hf import APMConfig, APMModel, TTTConfig, adapt, load_teacher
 from apm_hf.data.corruptions import CORRUPTION_NAMES, EXTRA_CORRUPTION_NAMES, corrupt_image, imagenet_crop
-from apm_hf.evaluation.benchmarks import LabelledImages, load_benchmark
+from apm_hf.evaluation.labels.benchmarks import LabelledImages, load_benchmark
+from apm_hf.evaluation.methods.task import ZeroShotTask
 from apm_hf.evaluation.plan import CLEAN, Cell
 from apm_hf.evaluation.statistics import paired_interval
-from apm_hf.evaluation.task import ZeroShotTask
 from apm_hf.position_encoding import grid_coordinates
-from apm_hf.processes import process_state
+from apm_hf.runs.processes import process_state
 from apm_hf.teachers import Teacher
 
 SEVERITIES = (1, 3, 5)

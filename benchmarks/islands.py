@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 
 from apm_hf import APMConfig, APMModel, load_teacher
+from apm_hf.assets import DEMO_TEACHER
 from apm_hf.data.augmentation import RandomCrops
 from apm_hf.data.images import eight_bit_rgb
 from apm_hf.data.loading import load_images
 from apm_hf.data.scenes import SceneDataset
-from apm_hf.data.targets import TargetCache
-from apm_hf.demo_assets import DEMO_TEACHER
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
 from apm_hf.teachers import Teacher
+from apm_hf.teachers.target_cache import TargetCache
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {

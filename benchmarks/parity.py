@@ -26,8 +26,8 @@ from apm_hf.data.loading import load_images
 from apm_hf.distillation import matching_image_processor
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.teachers import Teacher
+from apm_hf.teachers.zero_shot import class_embeds, classify
 from apm_hf.ttt import TTTTargets
-from apm_hf.zero_shot import class_embeds, classify
 
 Row = dict[str, Any]
 TABLES = ("teacher", "student", "copies", "grid", "short", "long")

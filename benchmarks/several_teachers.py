@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from apm_hf import APMModel, load_teacher
+from apm_hf.assets import DEMO_TEACHER
 from apm_hf.data.scenes import SceneDataset
-from apm_hf.demo import demo_architecture
-from apm_hf.demo_assets import DEMO_TEACHER
+from apm_hf.demo.story import demo_architecture
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
 from apm_hf.distillation.feature_statistics import RunningStatistics
-from apm_hf.distillation.views import same_view
 from apm_hf.teachers import Teacher
+from apm_hf.teachers.matching import same_view
 
 FIGURES = ("feature_cosine", "feature_r2", "embed_cosine")
 BATCH = 32

@@ -89,7 +89,7 @@ def process_figures(repeats: int, folder: Path) -> list[Figure]:
     """Time whole processes."""
     from transformers import ViTConfig, ViTModel
 
-    from apm_hf.demo_assets import DEMO_MODEL
+    from apm_hf.assets import DEMO_MODEL
 
     native = folder / "vit"
     ViTModel(
@@ -102,8 +102,8 @@ def process_figures(repeats: int, folder: Path) -> list[Figure]:
             "AutoModel, PreTrainedModel": ["-c", BASE_MODEL],
             "import apm_hf": ["-c", "import apm_hf"],
             "accelerate --help": ["-m", "accelerate.commands.accelerate_cli", "--help"],
-            "apm --help": ["-m", "apm_hf.cli", "--help"],
-            "apm classify --help": ["-m", "apm_hf.cli", "classify", "--help"],
+            "apm --help": ["-m", "apm_hf.commands.main", "--help"],
+            "apm classify --help": ["-m", "apm_hf.commands.main", "classify", "--help"],
             "load a tiny ViT": ["-c", load.format(str(native))],
             "load the demo's APM": ["-c", f"import apm_hf; {load.format(str(DEMO_MODEL))}"],
         },

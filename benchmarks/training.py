@@ -23,8 +23,8 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from apm_hf import APMConfig, APMModel, Teacher
 from apm_hf.distillation import DistillationConfig, distill
 from apm_hf.image_processing_apm import APMImageProcessor
-from apm_hf.processes import process_state
-from apm_hf.provenance import commit, machine, versions
+from apm_hf.runs.processes import process_state
+from apm_hf.runs.provenance import commit, machine, versions
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- training:begin -->", "<!-- training:end -->"

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 
 from transformers import HfArgumentParser
 
-from apm_hf.evaluation.suites import evaluate
-from apm_hf.processes import command_line, process_state
+from apm_hf.evaluation.labels.suites import evaluate
+from apm_hf.runs.processes import command_line, process_state
 
 
 @dataclass(frozen=True, kw_only=True)

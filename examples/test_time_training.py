@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModel, HfArgumentParser
 from apm_hf import TTTConfig, load_teacher
 from apm_hf.data.images import decode_image
 from apm_hf.data.loading import load_images
-from apm_hf.processes import process_state
+from apm_hf.runs.processes import process_state
 from apm_hf.ttt.classification import TTTClassifier
 
 

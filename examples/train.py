@@ -8,8 +8,8 @@
 The second is the paper's recipe (arXiv:2410.20535). The result loads with `AutoModel.from_pretrained(output_dir)`.
 
 `apm distill` is the same with the same flags; start from here for a training of your own. What `train` does with the
-settings fits on a page, in `apm_hf/training.py`: it loads a teacher, draws a student as wide as that, opens the images
-and hands all three to `apm_hf.distillation.distill`, the Accelerate loop.
+settings fits on a page, in `apm_hf/distillation/recipe.py`: it loads a teacher, draws a student as wide as that, opens
+the images and hands all three to `apm_hf.distillation.distill`, the Accelerate loop.
 
 Stopped by SIGTERM or Ctrl-C it saves a checkpoint, ends with status 75 and goes on with `--resume true`.
 """
@@ -20,8 +20,8 @@ import sys
 from transformers import HfArgumentParser
 
 from apm_hf.distillation import DistillationConfig
-from apm_hf.processes import command_line
-from apm_hf.training import TrainingConfig, train
+from apm_hf.distillation.recipe import TrainingConfig, train
+from apm_hf.runs.processes import command_line
 
 
 def main() -> None:

@@ -26,16 +26,16 @@ from transformers import AutoModel, HfArgumentParser, set_seed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from apm_hf import APMForSemanticSegmentation, APMModel
+from apm_hf.assets import DEMO_MODEL
 from apm_hf.data.images import decode_image
 from apm_hf.data.loading import train_and_validation
 from apm_hf.data.scenes import PART_NAMES, SceneDataset
-from apm_hf.demo_assets import DEMO_MODEL
-from apm_hf.files import write_atomically
+from apm_hf.evaluation.masks.probes import LinearProbe, MeanIoU, sample_locations, segmentation_model
 from apm_hf.islands.scores import resize_labels
 from apm_hf.modeling_apm import IGNORE_INDEX
 from apm_hf.position_encoding import grid_coordinates
-from apm_hf.probes import LinearProbe, MeanIoU, sample_locations, segmentation_model
-from apm_hf.processes import process_state
+from apm_hf.runs.files import write_atomically
+from apm_hf.runs.processes import process_state
 
 SCENE_SEEDS = 2, 3  # the package's own machines have seen scenes of the seeds 0 and 1
 

@@ -9,8 +9,8 @@ This is `apm demo` with more images and more steps; the teacher is the one that 
 import argparse
 import logging
 
-from apm_hf.demo import DemoConfig, run_demo
-from apm_hf.demo_assets import DEMO_MODEL
+from apm_hf.assets import DEMO_MODEL
+from apm_hf.demo.story import DemoConfig, run_demo
 
 
 def main() -> None:

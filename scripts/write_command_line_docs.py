@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from apm_hf.cli import COMMANDS
+from apm_hf.commands.main import COMMANDS
 from apm_hf.commands.parsing import build_parsers, option_help
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "command_line.md"

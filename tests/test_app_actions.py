@@ -17,11 +17,11 @@ from apm_hf.app import launch
 from apm_hf.app.blend_tab import blend_pictures, pair
 from apm_hf.app.islands_tab import island_pictures, look, point_of_pixel, similarity_picture
 from apm_hf.app.labels_tab import adaptation, curve_picture
-from apm_hf.app.machines import load_machines
+from apm_hf.app.models import load_machines
 from apm_hf.app.pictures import Picture, figures_html, scores_html
 from apm_hf.app.uploads import MAX_LABELS, read_labels, read_photo, shown_size, unknown_labels
+from apm_hf.assets import DEMO_TEACHER
 from apm_hf.data.scenes import make_scene
-from apm_hf.demo_assets import DEMO_TEACHER
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = ROOT / "examples" / "space"

@@ -21,15 +21,15 @@ from transformers import AutoImageProcessor, AutoModel
 import apm_hf  # noqa: F401 - registers the Auto classes
 from apm_hf import APMConfig, APMModel
 from apm_hf.data.augmentation import RandomCrops
-from apm_hf.data.bad_images import SKIPPED, numbered, packed, problems
 from apm_hf.data.images import ImageCollator, decode_image
 from apm_hf.data.loading import load_images
 from apm_hf.data.streams import Reconnecting
-from apm_hf.data.targets import TargetCache
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
-from apm_hf.files import write_atomically
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
+from apm_hf.runs.files import write_atomically
+from apm_hf.runs.unreadable_images import SKIPPED, numbered, packed, problems
 from apm_hf.teachers import load_teacher
+from apm_hf.teachers.target_cache import TargetCache
 from fixtures_runs import forget_accelerate
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip, student
 
@@ -500,7 +500,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("apm_hf.files.os.fsync", full)
+    monkeypatch.setattr("apm_hf.runs.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left on device: .*results.json") as caught:
         write_atomically(path, "new")
     assert caught.value.errno == errno.ENOSPC and path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1

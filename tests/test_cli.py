@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from apm_hf import load_teacher
-from apm_hf.cli import main
 from apm_hf.commands import classify, interpolate, islands
+from apm_hf.commands.main import main
 from apm_hf.distillation import matching_image_processor
 from apm_hf.ttt import TTTConfig
 from apm_hf.ttt.classification import TTTClassifier

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from apm_hf.cli import main
+from apm_hf.assets import DEMO_TEACHER
 from apm_hf.commands import evaluate
-from apm_hf.demo_assets import DEMO_TEACHER
+from apm_hf.commands.main import main
 
 
 def test_islands_of_drawn_scenes_are_scored_from_the_command_line(tmp_path, caplog, capfd):

@@ -17,15 +17,17 @@ import torch
 from huggingface_hub import constants, errors
 
 import apm_hf
-from apm_hf import configuration_apm, hub, interpolation, training, ttt
-from apm_hf.cli import COMMANDS, main
+from apm_hf import configuration_apm, ttt
 from apm_hf.commands import app, completion, distill, env, push
 from apm_hf.commands.console import as_json
 from apm_hf.commands.errors import explain
+from apm_hf.commands.main import COMMANDS, main
 from apm_hf.commands.options import SHARED
 from apm_hf.commands.parsing import build_parsers, parse
-from apm_hf.evaluation import suites
-from apm_hf.islands import colours
+from apm_hf.distillation import recipe as training
+from apm_hf.evaluation.labels import suites
+from apm_hf.islands import colours, interpolation
+from apm_hf.publishing import hub
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -289,7 +291,7 @@ def test_the_environment_names_neither_user_nor_home_nor_token(monkeypatch, tmp_
     monkeypatch.setenv("LOGNAME", "rosalind")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr("apm_hf.demo_assets.DEMO_MODEL", str(tmp_path / "rosalind" / "apm"))
+    monkeypatch.setattr("apm_hf.assets.DEMO_MODEL", str(tmp_path / "rosalind" / "apm"))
     assert main(["env", "--json"]) == 0 and main(["env"]) == 0
     printed = capsys.readouterr().out
     line, text = printed.split("\n", 1)

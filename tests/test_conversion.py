@@ -18,8 +18,8 @@ from transformers import AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from apm_hf import APMModel
-from apm_hf.cli import main
-from apm_hf.conversion import convert_checkpoint
+from apm_hf.commands.main import main
+from apm_hf.publishing.conversion import convert_checkpoint
 from naive_apm import assert_close, naive_grid_coordinates, naive_position_code
 
 PATCH, GRID = 4, 4  # 16 cells: trigger columns and position codes are 16 wide

@@ -7,16 +7,16 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel
 
-from apm_hf import demo
+from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER
 from apm_hf.data.scenes import CLASS_NAMES, SceneDataset
-from apm_hf.data.targets import TargetCache
-from apm_hf.demo import ADAPTED, CONDITIONS, DISTILLED, RANDOM, SHUFFLED, TEACHER, DemoConfig, run_demo
-from apm_hf.demo_assets import DEMO_MODEL, DEMO_TEACHER
+from apm_hf.demo import story as demo
+from apm_hf.demo.story import ADAPTED, CONDITIONS, DISTILLED, RANDOM, SHUFFLED, TEACHER, DemoConfig, run_demo
 from apm_hf.distillation import distill
 from apm_hf.modeling_apm import APMModel
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.teachers import load_teacher
-from apm_hf.zero_shot import classify
+from apm_hf.teachers.target_cache import TargetCache
+from apm_hf.teachers.zero_shot import classify
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from apm_hf import APMImageProcessor
-from apm_hf.evaluation.dense import GRID_TTT, MaskedImages, evaluate_islands, methods, scoring, summary
-from apm_hf.evaluation.dense.methods import Job, Machines, colour_maps, random_segments, slic_segments
-from apm_hf.evaluation.dense.scoring import JobRun, ScoringConfig, exchanged
+from apm_hf.evaluation.masks import GRID_TTT, MaskedImages, evaluate_islands, methods, scoring, summary
+from apm_hf.evaluation.masks.methods import Job, Machines, colour_maps, random_segments, slic_segments
+from apm_hf.evaluation.masks.probes import MeanIoU
+from apm_hf.evaluation.masks.scoring import JobRun, ScoringConfig, exchanged
 from apm_hf.islands import cluster, collapse, distant_agreement, neighbour_agreement, upsample
 from apm_hf.islands.scores import segmentation_scores
-from apm_hf.probes import MeanIoU
 from apm_hf.teachers import load_teacher
 from fixtures_masks import mask, save_masked
 from fixtures_tiny import STUDENT_SIZE, TEACHER_GRID, photo, save_classifier, save_clip, student

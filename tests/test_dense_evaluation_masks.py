@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from apm_hf.data.scenes import PART_NAMES
-from apm_hf.evaluation.dense.masks import VOID, load_masked_images, without_bad
+from apm_hf.evaluation.masks.datasets import VOID, load_masked_images, without_bad
 from fixtures_masks import SIZE, mask, save_masked
 from fixtures_tiny import photo
 

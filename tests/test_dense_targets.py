@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from apm_hf import load_teacher
-from apm_hf.dense_targets import encode_densely, moved
+from apm_hf.teachers.dense_grids import encode_densely, moved
 from fixtures_tiny import TEACHER_GRID, TEACHER_PATCH, TEACHER_SIZE, save_clip
 
 

@@ -23,13 +23,13 @@ from transformers import AutoImageProcessor, AutoModel
 
 from apm_hf import load_teacher
 from apm_hf.data.images import ImageCollator
-from apm_hf.data.targets import TargetCache
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
 from apm_hf.distillation import targets as distillation_targets
+from apm_hf.distillation.losses import DistillationTargets, LossWeights
 from apm_hf.distillation.targets import TargetMaker, ask
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
-from apm_hf.losses import DistillationTargets, LossWeights
 from apm_hf.position_encoding import grid_coordinates
+from apm_hf.teachers.target_cache import TargetCache
 from fixtures_runs import forget_accelerate
 from fixtures_tiny import (
     FEATURE_SIZE,

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from apm_hf.cli import COMMANDS
+from apm_hf.assets import DEMO_MODEL
+from apm_hf.commands.main import COMMANDS
 from apm_hf.commands.parsing import parse
 from apm_hf.data.scenes import SceneDataset
-from apm_hf.demo_assets import DEMO_MODEL
 from apm_hf.teachers import families as teacher_families
 from fixtures_hub import TOKEN
 
@@ -113,8 +113,8 @@ def test_links_between_pages_lead_somewhere():
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-def test_the_tree_in_the_readme_names_every_file_of_the_package():
-    tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
+def test_the_tree_names_every_folder_of_the_package():
+    tree = (ROOT / "CONTRIBUTING.md").read_text().partition("## The tree")[2].partition("## Rules")[0]
     folder = ROOT / "src/apm_hf"
     ignored = {"__init__.py", "py.typed"}
     for path in folder.iterdir():

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from apm_hf import APMConfig, APMModel, adapt, load_teacher
-from apm_hf.demo_assets import DEMO_TEACHER
+from apm_hf.assets import DEMO_TEACHER
 from apm_hf.evaluation import ablations
 from apm_hf.evaluation.ablations import (
     BASE_RECIPE,
@@ -29,7 +29,7 @@ from apm_hf.evaluation.ablations import (
     run_variant,
     variants,
 )
-from apm_hf.evaluation.benchmarks import scenes_benchmark
+from apm_hf.evaluation.labels.benchmarks import scenes_benchmark
 from apm_hf.evaluation.statistics import Interval
 
 NUM_IMAGES = 10

@@ -11,8 +11,8 @@ from PIL import Image
 
 from apm_hf.data.corruptions import CORRUPTION_NAMES
 from apm_hf.data.scenes import CLASS_NAMES, make_scene
-from apm_hf.evaluation.benchmarks import BENCHMARKS, LabelledImages, load_benchmark, scenes_benchmark
-from apm_hf.evaluation.label_maps import (
+from apm_hf.evaluation.labels.benchmarks import BENCHMARKS, LabelledImages, load_benchmark, scenes_benchmark
+from apm_hf.evaluation.labels.label_maps import (
     NameOptions,
     build_label_map,
     check_label_map,
@@ -238,7 +238,7 @@ def test_a_benchmark_without_a_place_on_the_hub_says_how_to_get_it():
 
 
 def test_an_unconfirmed_place_on_the_hub_is_warned_of(monkeypatch):
-    from apm_hf.evaluation import benchmarks
+    from apm_hf.evaluation.labels import benchmarks
 
     warnings = []
     monkeypatch.setattr(benchmarks.logger, "warning", warnings.append)
@@ -249,7 +249,7 @@ def test_an_unconfirmed_place_on_the_hub_is_warned_of(monkeypatch):
 
 def test_the_hub_is_asked_as_registered(monkeypatch, tmp_path):
     """Id, config, split, columns and the file of names reach the libraries that download."""
-    from apm_hf.evaluation import benchmarks
+    from apm_hf.evaluation.labels import benchmarks
 
     rows = write_parquet(tmp_path / "a.parquet", [1, 0], column="cls")
     asked = {}
@@ -271,7 +271,7 @@ def test_the_hub_is_asked_as_registered(monkeypatch, tmp_path):
 
 
 def test_a_copy_with_fewer_images_than_published_is_warned_of(monkeypatch, tmp_path):
-    from apm_hf.evaluation import benchmarks
+    from apm_hf.evaluation.labels import benchmarks
 
     warnings = []
     monkeypatch.setattr(benchmarks.logger, "warning", warnings.append)

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from apm_hf import APMImageProcessor, load_teacher
 from apm_hf.distillation import matching_image_processor
-from apm_hf.evaluation import apm_methods
-from apm_hf.evaluation.apm_methods import APMAdapted, APMForward, load_machine
-from apm_hf.evaluation.methods import METHODS, MeanViews, Recentred, ZeroShot, make_methods
-from apm_hf.evaluation.prompt_tuning import TPT
-from apm_hf.evaluation.task import ImageBatch, ZeroShotTask
-from apm_hf.evaluation.view_methods import MTA, Zero, count_votes, num_kept
-from apm_hf.evaluation.views import view_encoder
+from apm_hf.evaluation.methods import adapted as apm_methods
+from apm_hf.evaluation.methods.adapted import APMAdapted, APMForward, load_machine
+from apm_hf.evaluation.methods.prompt_tuning import TPT
+from apm_hf.evaluation.methods.registry import METHODS, MeanViews, Recentred, ZeroShot, make_methods
+from apm_hf.evaluation.methods.task import ImageBatch, ZeroShotTask
+from apm_hf.evaluation.methods.views import view_encoder
+from apm_hf.evaluation.methods.votes import MTA, Zero, count_votes, num_kept
 from apm_hf.ttt import adapt
 from fixtures_tiny import FEATURE_SIZE, LABELS, STUDENT_SIZE, photo, save_classifier, save_clip, student
 

@@ -18,12 +18,12 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from apm_hf import load_teacher
+from apm_hf.assets import DEMO_TEACHER
 from apm_hf.data.scenes import CLASS_NAMES
-from apm_hf.demo_assets import DEMO_TEACHER
-from apm_hf.evaluation.methods import ZeroShot
-from apm_hf.evaluation.prompt_tuning import TPT, Prompts
-from apm_hf.evaluation.task import ImageBatch, ZeroShotTask
-from apm_hf.evaluation.views import view_encoder
+from apm_hf.evaluation.methods.prompt_tuning import TPT, Prompts
+from apm_hf.evaluation.methods.registry import ZeroShot
+from apm_hf.evaluation.methods.task import ImageBatch, ZeroShotTask
+from apm_hf.evaluation.methods.views import view_encoder
 from fixtures_tiny import (
     FEATURE_SIZE,
     TEACHER_SIZE,

@@ -11,13 +11,9 @@ import pytest
 import torch
 from filelock import FileLock
 
-from apm_hf import stopping
-from apm_hf.data.bad_images import SKIPPED
-from apm_hf.demo_assets import DEMO_TEACHER
-from apm_hf.evaluation.benchmarks import LabelledImages
-from apm_hf.evaluation.plan import CLEAN, Cell, Sweep
-from apm_hf.evaluation.report import write_report
-from apm_hf.evaluation.runner import (
+from apm_hf.assets import DEMO_TEACHER
+from apm_hf.evaluation.labels.benchmarks import LabelledImages
+from apm_hf.evaluation.labels.runner import (
     COSTS,
     PARTS,
     RESULTS,
@@ -26,9 +22,13 @@ from apm_hf.evaluation.runner import (
     PeakMemory,
     run_evaluation,
 )
-from apm_hf.evaluation.suites import evaluate
-from apm_hf.files import write_atomically
-from apm_hf.processes import process_state
+from apm_hf.evaluation.labels.suites import evaluate
+from apm_hf.evaluation.plan import CLEAN, Cell, Sweep
+from apm_hf.evaluation.report import write_report
+from apm_hf.runs import stopping
+from apm_hf.runs.files import write_atomically
+from apm_hf.runs.processes import process_state
+from apm_hf.runs.unreadable_images import SKIPPED
 from fixtures_runs import forget_accelerate, processes
 
 pytest.importorskip("imagecorruptions")
@@ -111,7 +111,7 @@ def test_no_path_of_the_machine_is_in_the_results(finished):
 
 def test_a_run_that_is_started_again_computes_nothing_anew(finished, monkeypatch):
     before = (finished / RESULTS).read_bytes()
-    monkeypatch.setattr("apm_hf.evaluation.runner._Run._answers", None)  # a call would raise
+    monkeypatch.setattr("apm_hf.evaluation.labels.runner._Run._answers", None)  # a call would raise
     run(finished)
     assert (finished / RESULTS).read_bytes() == before
 
@@ -292,7 +292,7 @@ def test_cells_of_different_sweeps_never_share_a_folder():
 
 
 def test_labels_of_another_data_set_are_refused(tmp_path, monkeypatch):
-    from apm_hf.evaluation import runner
+    from apm_hf.evaluation.labels import runner
 
     real = runner.load_benchmark
 

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from apm_hf.cli import main
-from apm_hf.demo_assets import DEMO_TEACHER
-from apm_hf.evaluation import suites
-from apm_hf.evaluation.benchmarks import BENCHMARKS
-from apm_hf.evaluation.methods import METHODS
+from apm_hf.assets import DEMO_TEACHER
+from apm_hf.commands.main import main
+from apm_hf.evaluation.labels import suites
+from apm_hf.evaluation.labels.benchmarks import BENCHMARKS
+from apm_hf.evaluation.methods.registry import METHODS
 from apm_hf.evaluation.plan import Sweep
 
 pytest.importorskip("imagecorruptions")

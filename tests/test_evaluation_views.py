@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from apm_hf import load_teacher
-from apm_hf.demo_assets import DEMO_TEACHER
-from apm_hf.evaluation.task import ImageBatch
-from apm_hf.evaluation.views import ViewConfig, make_view, view_encoder
+from apm_hf.assets import DEMO_TEACHER
+from apm_hf.evaluation.methods.task import ImageBatch
+from apm_hf.evaluation.methods.views import ViewConfig, make_view, view_encoder
 from fixtures_tiny import TEACHER_SIZE, photo, save_classifier, save_clip
 
 WIDTH, HEIGHT = 90, 60

@@ -18,11 +18,12 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
-from apm_hf import APMModel, TTTConfig, load_teacher, training
-from apm_hf.cli import main
+from apm_hf import APMModel, TTTConfig, load_teacher
 from apm_hf.commands import distill
+from apm_hf.commands.main import main
 from apm_hf.data.images import ImageCollator
 from apm_hf.distillation import matching_image_processor
+from apm_hf.distillation import recipe as training
 from apm_hf.ttt.classification import TTTClassifier
 from fixtures_tiny import LABELS, photo, save_clip, save_splits, student
 

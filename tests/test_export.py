@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from apm_hf import APMForImageClassification, APMImageProcessor, APMModel
-from apm_hf.cli import main
-from apm_hf.export import export_model, read_description
+from apm_hf.commands.main import main
+from apm_hf.publishing.export import export_model, read_description
 from naive_apm import assert_close, random_coordinates, small_config, small_images, small_model
 
 # Every module that a graph may hold, in three models; `rich` takes the same coordinates for all images.

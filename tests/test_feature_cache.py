@@ -19,9 +19,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from apm_hf import load_teacher, training
-from apm_hf.cli import main
-from apm_hf.data.feature_cache import (
+from apm_hf import load_teacher
+from apm_hf.commands.main import main
+from apm_hf.data.images import ImageCollator
+from apm_hf.data.loading import train_and_validation
+from apm_hf.distillation import DistillationConfig, matching_image_processor
+from apm_hf.distillation import recipe as training
+from apm_hf.distillation.losses import LossWeights, normalise_levels
+from apm_hf.distillation.objective import Objective
+from apm_hf.distillation.targets import TargetMaker
+from apm_hf.position_encoding import grid_coordinates
+from apm_hf.runs.processes import process_state
+from apm_hf.runs.stopping import EXIT_STOPPED
+from apm_hf.teachers.feature_cache import (
     CachedImages,
     CacheSettings,
     FeatureCache,
@@ -30,15 +40,6 @@ from apm_hf.data.feature_cache import (
     write_feature_cache,
     writer,
 )
-from apm_hf.data.images import ImageCollator
-from apm_hf.data.loading import train_and_validation
-from apm_hf.distillation import DistillationConfig, matching_image_processor
-from apm_hf.distillation.objective import Objective
-from apm_hf.distillation.targets import TargetMaker
-from apm_hf.losses import LossWeights, normalise_levels
-from apm_hf.position_encoding import grid_coordinates
-from apm_hf.processes import process_state
-from apm_hf.stopping import EXIT_STOPPED
 from fixtures_runs import forget_accelerate, forked, processes, status_of
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip, save_splits, student
 

@@ -15,10 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import CLIPTextConfig
 
 import apm_hf
-from apm_hf.hub import publish
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
-from apm_hf.model_cards import CardFacts, move_card, write_card, write_card_picture
 from apm_hf.modeling_apm import AUTO_CLASSES
+from apm_hf.publishing.cards import CardFacts, move_card, write_card, write_card_picture
+from apm_hf.publishing.hub import publish
 from fixtures_hub import TOKEN, Repository
 from fixtures_tiny import TOWER, student, student_config
 

@@ -22,8 +22,8 @@ from apm_hf import (
     APMImageProcessorPil,
     load_teacher,
 )
-from apm_hf.hub import publish
-from apm_hf.model_cards import CardFacts, write_card
+from apm_hf.publishing.cards import CardFacts, write_card
+from apm_hf.publishing.hub import publish
 from fixtures_hub import TOKEN, LoopbackHub, client_of
 from fixtures_pipelines import LABELS, label_map, scores
 from fixtures_tiny import (

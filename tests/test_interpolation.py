@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from apm_hf.interpolation import blend, interpolate
-from apm_hf.interpolation_pictures import InterpolationConfig, interpolation_picture
-from apm_hf.photo_machine import ask_map
+from apm_hf.islands.interpolation import blend, interpolate
+from apm_hf.islands.interpolation_pictures import InterpolationConfig, interpolation_picture
+from apm_hf.ttt.photos import ask_map
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, photo, student
 
 WIDE = {"initializer_range": 0.3}

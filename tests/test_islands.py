@@ -13,8 +13,8 @@ from sklearn.decomposition import PCA
 from transformers import AutoImageProcessor
 
 from apm_hf import APMForSemanticSegmentation, APMModel, TTTConfig, adapt, load_teacher
+from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER
 from apm_hf.data.scenes import CLASS_NAMES, make_scene
-from apm_hf.demo_assets import DEMO_MODEL, DEMO_TEACHER
 from apm_hf.islands import (
     PCAColours,
     RegionTree,

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from apm_hf.islands import feature_map
-from apm_hf.islands.movie import IslandsMovie
+from apm_hf.islands.fitting_film import IslandsMovie
 from apm_hf.islands.panels import Panel, draw_panels, draw_regions
 from apm_hf.islands.pictures import IslandsConfig, error_map, islands_picture, shuffled
-from apm_hf.photo_machine import fit_photo
+from apm_hf.ttt.photos import fit_photo
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, photo, student
 
 CONFIG = IslandsConfig(size=16, heights=(2, 3, 5))
@@ -143,7 +143,7 @@ def test_a_machine_whose_columns_come_from_the_caller_is_drawn_too(tmp_path):
 def test_panels_fill_the_figure_and_nothing_is_cut_off():
     panels = [Panel("photo", np.zeros((4, 4, 3))), Panel("values", np.arange(16.0).reshape(4, 4), "unit")]
     figure = draw_panels([panels, panels[:1]], 1.0, "a caption")
-    from apm_hf.figures import figure_pixels
+    from apm_hf.islands.figures import figure_pixels
 
     pixels_of = figure_pixels(figure)
     border = np.concatenate([pixels_of[[0, -1]].reshape(-1, 3), pixels_of[:, [0, -1]].reshape(-1, 3)])

@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from apm_hf import APMConfig, APMImageProcessor, APMModel, load_teacher
-from apm_hf.dense_targets import moved
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
+from apm_hf.distillation.losses import DistillationTargets, LossWeights, distillation_losses, normalise_levels
 from apm_hf.distillation.targets import TargetMaker, ask
-from apm_hf.losses import DistillationTargets, LossWeights, distillation_losses, normalise_levels
+from apm_hf.teachers.dense_grids import moved
 from fixtures_tiny import (
     FEATURE_SIZE,
     STUDENT_SIZE,

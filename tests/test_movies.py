@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apm_hf.movies import write_gif, write_movies, write_mp4
+from apm_hf.islands.films import write_gif, write_movies, write_mp4
 
 COLOURS = [(255, 255, 255), (200, 30, 30), (30, 90, 200), (20, 20, 20), (240, 200, 40)]
 

@@ -10,7 +10,7 @@ from apm_hf import load_teacher
 from apm_hf.distillation import matching_image_processor
 from apm_hf.image_processing_apm import APMImageProcessor
 from apm_hf.islands import feature_map
-from apm_hf.photo_machine import (
+from apm_hf.ttt.photos import (
     fit_photo,
     fit_photos,
     map_size,

@@ -29,14 +29,14 @@ from apm_hf import (
     TestTimeTrainingPipeline,
     adapt,
     load_teacher,
-    pipelines,
     ttt,
 )
+from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER
 from apm_hf.data.scenes import CLASS_NAMES
-from apm_hf.demo_assets import DEMO_MODEL, DEMO_TEACHER
 from apm_hf.distillation import matching_image_processor
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.ttt import TTTConfig
+from apm_hf.ttt import pipeline as pipelines
 from fixtures_hub import TOKEN
 from fixtures_pipelines import LABELS, label_map, scores
 from fixtures_tiny import (

@@ -17,11 +17,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from transformers import AutoModel
 
-import apm_hf.probes as probes
+import apm_hf.evaluation.masks.probes as probes
 from apm_hf import APMForSemanticSegmentation
 from apm_hf.data.scenes import PART_NAMES, SceneDataset
-from apm_hf.position_encoding import grid_coordinates
-from apm_hf.probes import (
+from apm_hf.evaluation.masks.probes import (
     ABSENT_BIAS,
     KNNProbe,
     LinearProbe,
@@ -29,6 +28,7 @@ from apm_hf.probes import (
     sample_locations,
     segmentation_model,
 )
+from apm_hf.position_encoding import grid_coordinates
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, student
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_segmentation.py"

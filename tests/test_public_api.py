@@ -58,7 +58,7 @@ def test_auto_classes_know_apm_where_the_package_is_imported_first(environment):
 import apm_hf
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from apm_hf.demo_assets import DEMO_MODEL
+from apm_hf.demo.embedded import DEMO_MODEL
 assert type(AutoConfig.from_pretrained(DEMO_MODEL)) is apm_hf.APMConfig
 assert type(AutoImageProcessor.from_pretrained(DEMO_MODEL)).__module__.startswith("apm_hf.")
 print(type(AutoModel.from_pretrained(DEMO_MODEL)) is apm_hf.APMModel)
@@ -72,7 +72,7 @@ def test_importing_the_package_and_its_command_loads_none_of_the_extras(environm
 import sys
 from transformers import PreTrainedModel, pipelines  # load accelerate and scikit-learn themselves, where there are any
 before = set(sys.modules)
-import apm_hf, apm_hf.cli, apm_hf.ttt, apm_hf.teachers
+import apm_hf, apm_hf.commands.main, apm_hf.ttt, apm_hf.teachers
 print(sorted(set({extras!r}) & (set(sys.modules) - before)), "datasets" in sys.modules)
 """
     assert last_line(program, environment) == "[] False"

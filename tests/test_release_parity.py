@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from apm_hf import APMModel
-from apm_hf.conversion import convert_checkpoint
 from apm_hf.position_encoding import grid_coordinates
+from apm_hf.publishing.conversion import convert_checkpoint
 
 TOLERANCE = 1e-4  # on outputs of order 1
 

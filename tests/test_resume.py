@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import modeling_utils
 
-from apm_hf import stopping, training
-from apm_hf.cli import main
+from apm_hf.commands.main import main
 from apm_hf.distillation import loop
-from apm_hf.distillation.checkpoints import Checkpoints, faults, manifest_of, progress_of
-from apm_hf.stopping import EXIT_STOPPED, RunStopped
+from apm_hf.distillation import recipe as training
+from apm_hf.runs import stopping
+from apm_hf.runs.checkpoints import Checkpoints, faults, manifest_of, progress_of
+from apm_hf.runs.stopping import EXIT_STOPPED, RunStopped
 from fixtures_runs import Fatal, forget_accelerate, forked, processes, random_targets, run, status_of
 from fixtures_tiny import student
 

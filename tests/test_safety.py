@@ -10,10 +10,10 @@ from huggingface_hub import constants
 from transformers import AutoModel
 
 import apm_hf
-from apm_hf.cli import main
-from apm_hf.files import plain_name
-from apm_hf.hub import publish
+from apm_hf.commands.main import main
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
+from apm_hf.publishing.hub import publish
+from apm_hf.runs.files import plain_name
 from fixtures_hub import TOKEN
 from fixtures_tiny import student
 

@@ -26,13 +26,13 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 
-from apm_hf import training
 from apm_hf.distillation import DistillationConfig, engine, loop
-from apm_hf.distillation.checkpoints import Checkpoints
+from apm_hf.distillation import recipe as training
+from apm_hf.distillation.recipe import TrainingConfig, train
 from apm_hf.distillation.targets import TargetMaker
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
-from apm_hf.stopping import EXIT_STOPPED
-from apm_hf.training import TrainingConfig, train
+from apm_hf.runs.checkpoints import Checkpoints
+from apm_hf.runs.stopping import EXIT_STOPPED
 from fixtures_runs import Fatal, forget_accelerate, processes, random_targets, run
 from fixtures_tiny import save_clip, save_splits, student
 

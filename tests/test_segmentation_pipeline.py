@@ -17,11 +17,11 @@ from transformers.utils import is_torchvision_available
 
 import apm_hf.image_processing_pil_apm as processing
 from apm_hf import APMForSemanticSegmentation, APMImageProcessor, APMImageProcessorPil, APMModel
+from apm_hf.assets import DEMO_MODEL
 from apm_hf.data.scenes import PART_NAMES, SceneDataset
-from apm_hf.demo_assets import DEMO_MODEL
+from apm_hf.evaluation.masks.probes import LinearProbe, MeanIoU, sample_locations, segmentation_model
 from apm_hf.modeling_apm import IGNORE_INDEX
 from apm_hf.position_encoding import grid_coordinates
-from apm_hf.probes import LinearProbe, MeanIoU, sample_locations, segmentation_model
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, student_config
 
 NUM_TRAIN, NUM_TEST, NUM_LOCATIONS = 48, 8, 96  # scenes, scenes, pixels of each

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from apm_hf import load_teacher, training
+from apm_hf import load_teacher
 from apm_hf.data import split_streams
 from apm_hf.data.images import ImageCollator, decode_image
 from apm_hf.data.loading import load_images, train_and_validation
 from apm_hf.data.split_streams import PLACE, PlacedCollator, SplitStream, StreamPlace
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
+from apm_hf.distillation import recipe as training
 from fixtures_runs import forget_accelerate, processes
 from fixtures_tiny import STUDENT_SIZE, photo, save_clip, student
 

@@ -56,16 +56,16 @@ from transformers.utils import is_torchvision_available
 
 from apm_hf import Teacher, load_teacher
 from apm_hf.data.scenes import SceneDataset
-from apm_hf.data.targets import TargetCache
-from apm_hf.dense_targets import encode_densely
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
-from apm_hf.evaluation.prompt_tuning import Prompts
-from apm_hf.photo_machine import teacher_features
+from apm_hf.evaluation.methods.prompt_tuning import Prompts
 from apm_hf.teachers import TeacherOutput
 from apm_hf.teachers import families as teacher_families
+from apm_hf.teachers.dense_grids import encode_densely
 from apm_hf.teachers.images import plain_image_processor
+from apm_hf.teachers.target_cache import TargetCache
 from apm_hf.teachers.vision import FamilyVision
-from apm_hf.zero_shot import classify
+from apm_hf.teachers.zero_shot import classify
+from apm_hf.ttt.photos import teacher_features
 from fixtures_tiny import LABELS, TOWER, WORDS, photo, randomise, resampling_slack, student, tokenizer
 
 needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")

@@ -15,20 +15,21 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from apm_hf import APMConfig, APMForImageClassification, APMModel, TTTConfig, adapt, load_teacher, training
+from apm_hf import APMConfig, APMForImageClassification, APMModel, TTTConfig, adapt, load_teacher
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.scenes import SceneDataset
-from apm_hf.data.targets import TargetCache
-from apm_hf.dense_targets import moved
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
+from apm_hf.distillation import recipe as training
 from apm_hf.distillation.feature_statistics import RunningStatistics, set_statistics
+from apm_hf.distillation.losses import DistillationTargets, LossWeights, distillation_losses
 from apm_hf.distillation.targets import Question, TargetMaker, ask_all
-from apm_hf.distillation.views import same_view
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
-from apm_hf.islands.maps import feature_map
-from apm_hf.licenses import inherit, public_name, teacher_license
-from apm_hf.losses import DistillationTargets, LossWeights, distillation_losses
 from apm_hf.position_encoding import grid_coordinates
+from apm_hf.teachers.dense_grids import moved
+from apm_hf.teachers.licenses import inherit, public_name, teacher_license
+from apm_hf.teachers.matching import same_view
+from apm_hf.teachers.target_cache import TargetCache
+from apm_hf.ttt.maps import feature_map
 from apm_hf.ttt.targets import TTTTargets
 from fixtures_runs import forget_accelerate
 from fixtures_tiny import (

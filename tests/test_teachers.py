@@ -45,7 +45,7 @@ from apm_hf.teachers import teacher as teachers
 from apm_hf.teachers import text as teacher_text
 from apm_hf.teachers import vision as teacher_vision
 from apm_hf.teachers.families import VisionTower
-from apm_hf.zero_shot import ENSEMBLE_TEMPLATES, classify
+from apm_hf.teachers.zero_shot import ENSEMBLE_TEMPLATES, classify
 
 SIZE, PATCH, WIDTH, PROJECTION, NUM_REGISTERS, NUM_LAYERS = 32, 8, 32, 24, 3, 3
 WORDS = "[PAD] [UNK] [CLS] [SEP] a photo of picture dark cat dog owl great white shark { } .".split()

@@ -7,9 +7,9 @@ from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from apm_hf import APMModelOutput
+from apm_hf.distillation.losses import DistillationTargets
 from apm_hf.distillation.validation import TILE, ValidationMetrics, validation_picture
 from apm_hf.islands import PCAColours
-from apm_hf.losses import DistillationTargets
 
 NUM_IMAGES, GRID, WIDTH = 7, (3, 2), 5
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from apm_hf.zero_shot import DEFAULT_TEMPLATES, ENSEMBLE_TEMPLATES, Prediction, classify, read_labels, topk
+from apm_hf.teachers.zero_shot import DEFAULT_TEMPLATES, ENSEMBLE_TEMPLATES, Prediction, classify, read_labels, topk
 
 
 def test_logits_are_scaled_cosines():

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apm_hf.provenance import commit, versions
+from apm_hf.runs.provenance import commit, versions
 
 Calls = dict[str, Callable[[], object]]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}

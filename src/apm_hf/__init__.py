@@ -31,9 +31,9 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 
-from .pipelines import TestTimeTrainingPipeline  # noqa: E402
 from .teachers import Teacher, TeacherOutput, load_teacher  # noqa: E402
 from .ttt import Adapted, TTTConfig, adapt  # noqa: E402
+from .ttt.pipeline import TestTimeTrainingPipeline  # noqa: E402
 
 __version__ = "0.1.0"
 

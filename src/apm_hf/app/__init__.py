@@ -53,7 +53,7 @@ def launch(
         import gradio  # noqa: F401
     except ImportError as error:
         raise ImportError('the app needs gradio: pip install "apm_hf[app]"') from error
-    from .machines import load_machines
+    from .models import load_machines
     from .page import build_page, page_style
 
     page = build_page(load_machines(model, teacher))

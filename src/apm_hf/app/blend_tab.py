@@ -1,6 +1,6 @@
 """Two photos -> what the machine sees at any place between them: their trigger columns are blended.
 
-Source: arXiv:2410.20535; what a blend is, and is not, stands in `interpolation.py`.
+Source: arXiv:2410.20535; what a blend is, and is not, stands in `islands/interpolation.py`.
 
 Legend: (rows, cols) a map of locations, row-major.
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from ..interpolation import InterpolationFrame, frame_between
 from ..islands.colours import PCAColours
-from ..photo_machine import map_size
-from .machines import Machines
+from ..islands.interpolation import InterpolationFrame, frame_between
+from ..ttt.photos import map_size
+from .models import Machines
 from .pictures import Picture, from_colours
 
 _SIZE = 96  # locations along the longer side

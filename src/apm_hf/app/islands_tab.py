@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..figures import figure_pixels
 from ..islands.colours import PCAColours
-from ..islands.maps import ask, upsample
+from ..islands.figures import figure_pixels
 from ..islands.panels import Panel, draw_panels, draw_regions
 from ..islands.similarity import similarity_map
 from ..islands.tree import RegionTree, tree_colours
-from ..photo_machine import ask_map, map_size, teacher_features
-from .machines import Machines
+from ..ttt.maps import ask, upsample
+from ..ttt.photos import ask_map, map_size, teacher_features
+from .models import Machines
 from .pictures import Picture, from_colours
 
 HEIGHTS = (2, 6, 20)  # regions: wholes, parts, sub-parts

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..figures import figure_pixels, new_figure
+from ..islands.figures import figure_pixels, new_figure
 from ..teachers import Teacher
+from ..teachers.zero_shot import class_embeds, classify
 from ..ttt import TTTConfig, TTTStep, adapt
-from ..zero_shot import class_embeds, classify
-from .machines import Machines
+from .models import Machines
 from .pictures import Picture
 
 _FRAMES = 10  # shown on the way, about

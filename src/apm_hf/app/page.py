@@ -17,7 +17,7 @@ from .. import __version__
 from .blend_tab import Pair, blend_pictures, pair
 from .islands_tab import HEIGHTS, Sight, island_pictures, look, point_of_pixel, similarity_picture
 from .labels_tab import adaptation, curve_picture
-from .machines import Machines, example_scenes
+from .models import Machines, example_scenes
 from .pictures import figures_html, scores_html
 from .uploads import MAX_LABELS, read_labels, read_photo, shown_size, unknown_labels
 

@@ -12,7 +12,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from ..photo_machine import map_size
+from ..ttt.photos import map_size
 
 _LONGEST = 480  # pixels of the longer side
 

@@ -9,9 +9,9 @@ HELP = "write a teacher's features to the disk, for distillations to read"
 DESCRIPTION = """
 Ask a teacher about every training image once and keep its answers in a folder that `apm distill --feature_cache` reads
 instead of asking again. Give the data set, its splits, --max_images and --seed as you give them to `apm distill`. The
-same command runs under `torchrun --nproc_per_node N -m apm_hf.cli cache-features ...` and `accelerate launch`, on any
-number of machines that share the folder. Started again, it verifies what is there and writes what is missing or
-damaged. docs/scaling.md says when a cache pays.
+same command runs under `torchrun --nproc_per_node N -m apm_hf.commands.main cache-features ...` and `accelerate
+launch`, on any number of machines that share the folder. Started again, it verifies what is there and writes what is
+missing or damaged. docs/scaling.md says when a cache pays.
 """
 EXAMPLES = (
     "apm cache-features --teacher facebook/dinov2-small --dataset photos/ --output_dir features --dry_run",
@@ -55,10 +55,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     from transformers.utils import logging
 
-    from ..data.feature_cache import CacheSettings, FeatureCache, estimate, write_feature_cache
     from ..data.loading import train_and_validation
-    from ..processes import process_state
+    from ..runs.processes import process_state
     from ..teachers import load_teacher
+    from ..teachers.feature_cache import CacheSettings, FeatureCache, estimate, write_feature_cache
 
     if options.verify:
         return _summary(FeatureCache(options.output_dir, verify=True))

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..demo_assets import DEMO_MODEL, DEMO_TEACHER
+from ..assets import DEMO_MODEL, DEMO_TEACHER
 from .options import add
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ def _classifier(options: argparse.Namespace) -> "TTTClassifier":
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from ..teachers import DEFAULT_TEMPLATES, load_teacher
+    from ..teachers.zero_shot import read_labels
     from ..ttt import TTTConfig
     from ..ttt.classification import TTTClassifier
-    from ..zero_shot import read_labels
 
     teacher_name, model_name = options.teacher or DEMO_TEACHER, options.model
     overrides: dict[str, Any] = {"seed": options.seed}
@@ -127,7 +127,7 @@ def _default_labels(options: argparse.Namespace, teacher: Any) -> list[str]:
 
 
 def _classify(classifier: "TTTClassifier", batch: list[tuple[str, Any]], top_k: int) -> list[dict[str, Any]]:
-    from ..zero_shot import topk
+    from ..teachers.zero_shot import topk
 
     started = time.perf_counter()
     result = classifier([image for _, image in batch])

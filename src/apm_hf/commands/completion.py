@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     import shtab
 
-    from ..cli import COMMANDS
+    from .main import COMMANDS
     from .parsing import build_parsers
 
     parser, parsers = build_parsers(COMMANDS)

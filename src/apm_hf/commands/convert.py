@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from ..conversion import convert_checkpoint
+    from ..publishing.conversion import convert_checkpoint
 
     given = {"image_size": options.image_size, "overwrite": options.overwrite}
     return {"output_dir": convert_checkpoint(options.checkpoint, options.output_dir, **given)}

@@ -4,7 +4,7 @@ import argparse
 import logging
 from typing import Any
 
-from ..demo_assets import DEMO_TEACHER
+from ..assets import DEMO_TEACHER
 from .options import add
 
 logger = logging.getLogger("apm_hf")
@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from ..demo import DemoConfig, run_demo
+    from ..demo.story import DemoConfig, run_demo
 
     given = {name: value for name in DemoConfig.__annotations__ if (value := getattr(options, name)) is not None}
     if options.teacher == DEMO_TEACHER:

@@ -9,8 +9,8 @@ from .options import SHARED
 HELP = "distil a teacher into an APM"
 DESCRIPTION = """
 Distil a teacher into an APM on your images and save it with its image processor and a card; --push_to_hub publishes
-it too. The same command runs under `torchrun --nproc_per_node N -m apm_hf.cli distill ...` and under
-`accelerate launch -m apm_hf.cli distill ...`.
+it too. The same command runs under `torchrun --nproc_per_node N -m apm_hf.commands.main distill ...` and under
+`accelerate launch -m apm_hf.commands.main distill ...`.
 """
 EXAMPLES = (
     "apm distill --teacher openai/clip-vit-base-patch16 --dataset photos/ --output_dir runs/photos",
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     from ..configuration_apm import PRESETS
     from ..distillation import DistillationConfig
-    from ..training import TrainingConfig
+    from ..distillation.recipe import TrainingConfig
 
     source = HfArgumentParser((TrainingConfig, DistillationConfig), add_help=False)
     for action in source._actions:
@@ -54,8 +54,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     from ..distillation import DistillationConfig
-    from ..processes import command_line
-    from ..training import TrainingConfig, train
+    from ..distillation.recipe import TrainingConfig, train
+    from ..runs.processes import command_line
 
     config = DistillationConfig(**_given(options, DistillationConfig))
     training = TrainingConfig(**_given(options, TrainingConfig))

@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
     from huggingface_hub import constants, get_token
 
     from .. import __version__
-    from ..demo_assets import DEMO_MODEL, DEMO_TEACHER
+    from ..assets import DEMO_MODEL, DEMO_TEACHER
 
     return {
         "versions": {"apm_hf": __version__, **{name: _version(name) for name in (*CORE, *BESIDE)}},
@@ -148,7 +148,7 @@ def _cpu_bfloat16() -> bool | None:
 def _defaults() -> dict[str, Any]:
     from transformers.utils import is_torchvision_available
 
-    from ..devices import default_device, default_precision
+    from ..runs.devices import default_device, default_precision
 
     device, precision = default_device(), None
     if _version("accelerate") is not None:

@@ -74,7 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
-    from ..processes import command_line, process_state
+    from ..runs.processes import command_line, process_state
 
     given = dict(vars(options))
     groups, task, command = given.pop("groups"), given.pop("task"), command_line("apm", given.pop("arguments"))
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _zero_shot(given: dict[str, Any], command: str) -> Path:
-    from ..evaluation.suites import evaluate
+    from ..evaluation.labels.suites import evaluate
 
     teachers = given.pop("teacher", [])
     return evaluate(**{"suite": "smoke", **given}, teachers=teachers, command=command)
@@ -100,7 +100,7 @@ def _zero_shot(given: dict[str, Any], command: str) -> Path:
 def _islands(given: dict[str, Any], command: str) -> Path:
     from dataclasses import replace
 
-    from ..evaluation.dense import GRID_TTT, evaluate_islands
+    from ..evaluation.masks import GRID_TTT, evaluate_islands
 
     teachers, steps = given.pop("teacher", [None]), given.pop("ttt_steps", GRID_TTT.steps)
     if len(teachers) > 1:

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModel
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    from ..export import export_model, read_description
+    from ..publishing.export import export_model, read_description
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators that no APM has
     model = AutoModel.from_pretrained(options.model)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .machines import TOLD, add_machine_options, describe, load_machine, read_photo, tell
+from .models import TOLD, add_machine_options, describe, load_machine, read_photo, tell
 from .options import add
 
 HELP = "blend the trigger columns of two photos: colours and features on the way, as a strip and a movie"
@@ -40,8 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from ..interpolation_pictures import InterpolationConfig, interpolation_picture
-    from ..photo_machine import fit_photos, map_size, teacher_features
+    from ..islands.interpolation_pictures import InterpolationConfig, interpolation_picture
+    from ..ttt.photos import fit_photos, map_size, teacher_features
 
     config = InterpolationConfig(
         steps=options.frames, size=options.size, blending=options.blending, patches=options.patches, fps=options.fps

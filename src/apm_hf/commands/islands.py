@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .machines import TOLD, Machine, add_machine_options, describe, load_machine, read_photo, tell
+from .models import TOLD, Machine, add_machine_options, describe, load_machine, read_photo, tell
 from .options import add
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..islands.pictures import IslandsConfig, islands_picture
-    from ..photo_machine import teacher_features
+    from ..ttt.photos import teacher_features
 
     config = IslandsConfig(
         size=options.size,
@@ -113,8 +113,8 @@ def _fit(
     options: argparse.Namespace,
 ) -> tuple["APMModel", list[Path]]:
     """The machine fitted to the photo, and the files of the movie, if one is asked for."""
-    from ..islands.movie import IslandsMovie
-    from ..photo_machine import fit_photo, photo_colours
+    from ..islands.fitting_film import IslandsMovie
+    from ..ttt.photos import fit_photo, photo_colours
 
     movie = None
     if options.movie:

@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from ..hub import publish
+    from ..publishing.hub import publish
 
     wishes = {name: getattr(options, name) for name in ("private", "revision", "create_pr", "commit_message")}
     given: dict[str, Any] = {name: value for name, value in wishes.items() if value}

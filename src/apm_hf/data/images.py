@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..image_processing_pil_apm import read_image
-from .bad_images import PROBLEM, packed
+from ..runs.unreadable_images import PROBLEM, packed
 
 ANSWERS = ("features", "image_embeds", "levels", "locations", "grid")  # of a teacher, in a row that has them
 
@@ -103,7 +103,7 @@ class ImageCollator:
     Calling it with B rows returns `pixel_values` `(B, 3, S_h, S_w)`, `teacher_pixel_values` likewise if there is a
     teacher's processor, `teacher_pixel_values.NAME` for every further teacher's, `labels` `(B,)` int64 if there is a
     label column, and `index` `(B,)` int64 if the rows have such a column. Teachers' processors see the same picture as
-    8-bit RGB, since few handle other modes well. Rows of [`apm_hf.data.feature_cache.CachedImages`] bring the
+    8-bit RGB, since few handle other modes well. Rows of [`apm_hf.teachers.feature_cache.CachedImages`] bring the
     teacher's answers; these are put together instead of `teacher_pixel_values`.
 
     Attributes:
@@ -114,7 +114,7 @@ class ImageCollator:
         teacher_image_processors: further teachers', by the names of their heads.
         max_bad_images: unreadable images that do not stop the run, of each process that loads images. With more than
             0, such a row becomes a blank picture, so that batches keep their size, and batches say in `problem`, see
-            [`apm_hf.data.bad_images`], which rows are blank and why. The same image counts once.
+            [`apm_hf.runs.unreadable_images`], which rows are blank and why. The same image counts once.
 
     Raises:
         ValueError: an unreadable image, or one beyond `max_bad_images`, or a label that is no integer; the message

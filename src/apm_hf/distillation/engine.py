@@ -15,9 +15,9 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_apm import APMConfig
-from ..devices import default_precision
 from ..modeling_apm import APMModel
-from ..processes import on_cpu
+from ..runs.devices import default_precision
+from ..runs.processes import on_cpu
 from .settings import DistillationConfig
 
 logger = logging.get_logger(__name__)

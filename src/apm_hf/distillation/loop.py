@@ -22,21 +22,21 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
-from ..data.bad_images import SkippedImages, readable
-from ..data.feature_cache import CachedImages
 from ..data.split_streams import PlacedCollator, SplitStream, StreamPlace
-from ..files import move_files, writable_folder
-from ..licenses import inherit
 from ..modeling_apm import APMModel
-from ..processes import process_state
-from ..stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
+from ..runs.checkpoints import PARTIAL, Checkpoints, progress_of
+from ..runs.files import move_files, writable_folder
+from ..runs.processes import process_state
+from ..runs.stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
+from ..runs.unreadable_images import SkippedImages, readable
 from ..teachers import Teacher
-from .checkpoints import PARTIAL, Checkpoints, progress_of
+from ..teachers.feature_cache import CachedImages
+from ..teachers.licenses import inherit
 from .engine import compile_in_place, make_accelerator, make_optimizer, prepare, sharded, whole_student
 from .epoch_sampler import EpochSampler
 from .feature_statistics import set_statistics, statistics_of
 from .objective import MAIN, Objective
-from .run_changes import check_changes, facts
+from .resuming import check_changes, facts
 from .settings import DistillationConfig, DistillationResult
 from .speed import SpeedMeter
 from .targets import TargetMaker
@@ -79,7 +79,7 @@ def distill(
         FileNotFoundError: with `config.resume`, where there is no checkpoint.
         OSError: for an `output_dir` that cannot be written to.
         RunStopped: after SIGTERM or SIGINT, when the step is done and a checkpoint saved. A `SystemExit`: a program
-            that lets it pass ends with status `apm_hf.stopping.EXIT_STOPPED`.
+            that lets it pass ends with status `apm_hf.runs.stopping.EXIT_STOPPED`.
     """
     writable_folder(config.output_dir)  # before anything is computed
     if teacher is not None and teacher.feature_size != student.config.feature_size:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..configuration_apm import APMConfig
-from ..losses import LossWeights, distillation_losses
 from ..modeling_apm import APMModelOutput
+from .losses import LossWeights, distillation_losses
 from .targets import Question, TargetMaker, ask_all
 
 MAIN = ""  # the main head's name among those of further teachers

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..losses import LossWeights
 from ..modeling_apm import APMModel
 from .feature_statistics import KINDS
+from .losses import LossWeights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dense_targets import moved
-from ..losses import DistillationTargets, normalise_levels, rgb_targets
 from ..modeling_apm import APMModelOutput
 from ..position_encoding import grid_coordinates
 from ..teachers import Teacher, TeacherOutput
+from ..teachers.dense_grids import moved
+from .losses import DistillationTargets, normalise_levels, rgb_targets
 
 
 class Question(NamedTuple):
@@ -45,7 +45,7 @@ class TargetMaker:
     Args:
         teacher: asked for every batch that does not carry its targets already, as `image_embeds` `(B, F)` and
             `features` `(B, rows, cols, F)`; or, of L places of each image, `features` `(B, L, F)`, `locations`
-            `(B, L)` in the row-major grid, and `grid` `(B, 2)`; see [`apm_hf.data.feature_cache`].
+            `(B, L)` in the row-major grid, and `grid` `(B, 2)`; see [`apm_hf.teachers.feature_cache`].
         image_processor: the student's; its normalisation is undone for the colours.
         layers: of the teacher, whose patch tokens are the student's levels, low to high.
         teachers: further ones, by the names of their heads; of a head NAME, batches carry `teacher_pixel_values.NAME`

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..islands import PCAColours
-from ..losses import DistillationTargets
 from ..modeling_apm import APMModelOutput
+from .losses import DistillationTargets
 
 TILE = 112  # side of one panel of a validation picture, in pixels
 

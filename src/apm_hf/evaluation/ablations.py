@@ -29,18 +29,18 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils.logging import tqdm
 
-from .. import provenance
 from ..configuration_apm import APMConfig
 from ..distillation import matching_image_processor
-from ..figures import load_matplotlib
-from ..files import write_atomically
-from ..losses import rgb_targets
+from ..distillation.losses import rgb_targets
+from ..islands.figures import load_matplotlib
 from ..modeling_apm import APMModel
+from ..runs import provenance
+from ..runs.files import write_atomically
 from ..teachers import Teacher
+from ..teachers.zero_shot import class_embeds, classify
 from ..ttt import Adapted, TTTConfig, adapt
 from ..ttt.targets import TTTTargets
-from ..zero_shot import class_embeds, classify
-from .benchmarks import LabelledImages
+from .labels.benchmarks import LabelledImages
 from .plots import COLOURS, error_bars
 from .statistics import Interval, mean_interval, paired_interval
 from .tables import NOTHING, _difference, _markdown, _share

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..data.corruptions import CORRUPTION_NAMES, EXTRA_CORRUPTION_NAMES
-from .task import Method, options_of
+from .methods.task import Method, options_of
 
 CLEAN = "none"
 
@@ -25,8 +25,9 @@ class Sweep:
     """Every combination of these.
 
     Args:
-        benchmarks: names in `apm_hf.evaluation.benchmarks.BENCHMARKS`, `"scenes"`, or folders, files and Hub names.
-        methods: names in `apm_hf.evaluation.methods.METHODS`.
+        benchmarks: names in `apm_hf.evaluation.labels.benchmarks.BENCHMARKS`, `"scenes"`, or folders, files and Hub
+            names.
+        methods: names in `apm_hf.evaluation.methods.registry.METHODS`.
         teachers: names or folders.
         corruptions: `"none"` for the images as they are, else names in `apm_hf.data.corruptions`.
         severities: 1 to 5, of every corruption but `"none"`.

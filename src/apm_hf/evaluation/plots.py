@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..figures import load_matplotlib
+from ..islands.figures import load_matplotlib
 from .metrics import NUM_BINS, bin_numbers, expected_calibration_error
 from .statistics import Interval, mean_interval
 

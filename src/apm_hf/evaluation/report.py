@@ -12,8 +12,8 @@ import numpy as np
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from ..data.bad_images import SKIPPED
-from ..files import write_atomically
+from ..runs.files import write_atomically
+from ..runs.unreadable_images import SKIPPED
 from .plots import Curve, Panels, draw_cost, draw_reliability, draw_severity, draw_steps
 from .results import CLEAN, Cell, Run, Scene, read_run
 from .statistics import Interval

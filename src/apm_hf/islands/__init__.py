@@ -3,10 +3,10 @@
 Source: the islands are GLOM's (Hinton 2021, arXiv:2102.12627).
 """
 
+from ..ttt.maps import feature_map, upsample
 from .agreement import collapse, distant_agreement, effective_rank, mean_pairwise_cosine, neighbour_agreement
 from .clusters import cluster
 from .colours import PCAColours, embed_colours, foreground_mask
-from .maps import feature_map, upsample
 from .regions import RegionGraph, region_graph
 from .similarity import similarity_map, similarity_to_point, similarity_to_text
 from .tree import RegionTree, tree_colours, upsample_labels

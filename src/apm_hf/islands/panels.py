@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..figures import new_figure, place
-from ..photo_machine import map_size
+from ..ttt.photos import map_size
+from .figures import new_figure, place
 
 DPI = 130
 _PANEL = 2.5  # inches, the side of a square panel

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..figures import png_bytes
-from ..files import write_atomically
 from ..modeling_apm import APMModel
-from ..photo_machine import ask_map, map_size, random_machine
+from ..runs.files import write_atomically
+from ..ttt.maps import ask, feature_map, upsample
+from ..ttt.photos import ask_map, map_size, random_machine
 from .colours import METHODS, PCAColours, embed_colours
-from .maps import ask, feature_map, upsample
+from .figures import png_bytes
 from .panels import Panel, draw_panels, draw_regions
 from .similarity import similarity_map
 from .tree import RegionTree, tree_colours

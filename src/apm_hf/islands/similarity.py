@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ttt import Adapted
-from .maps import ask, feature_map
+from ..ttt.maps import ask, feature_map
 
 
 def similarity_map(features: Tensor, query: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import ModelOutput, logging
 
-from ..devices import default_device
+from ..runs.devices import default_device
 from .families import DUAL_ENCODERS, VISION_TOWERS
 from .images import fitted, plain_image_processor, process, rgb_images, square_side
 from .text import (

@@ -20,7 +20,7 @@ from ..configuration_apm import APMConfig
 from ..distillation import matching_image_processor
 from ..modeling_apm import APMModel, APMPreTrainedModel
 from ..teachers import DEFAULT_TEMPLATES, Teacher
-from ..zero_shot import class_embeds, classify
+from ..teachers.zero_shot import class_embeds, classify
 from .adaptation import adapt
 from .adapted import Adapted
 from .settings import TTTConfig

@@ -1,0 +1,7 @@
+"""The tiny teacher and the APM distilled from it that travel with the package, for work without a network."""
+
+from pathlib import Path
+
+_ASSETS = Path(__file__).parent
+DEMO_TEACHER = str(_ASSETS / "demo-teacher")  # made by scripts/make_demo_teacher.py
+DEMO_MODEL = str(_ASSETS / "demo-apm")  # made by scripts/make_demo_model.py

@@ -1,0 +1,1 @@
+"""The demo and what is embedded in the package for it; import from the modules inside."""

@@ -1,0 +1,149 @@
+"""Pictures and a table of what an APM sees and what it is worth.
+
+Legend: L locations, F feature width, S image side, (rows, cols) the teacher's grid.
+"""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..islands import PCAColours, cluster
+from ..islands.figures import load_matplotlib
+from ..modeling_apm import APMModel
+from ..position_encoding import grid_coordinates
+from ..publishing.cards import CardFacts
+from ..ttt import Adapted
+
+MAP_SIZE = 48  # side of the map of locations asked for a picture: finer than any grid of the demo
+NUM_ISLANDS = 5
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What everybody sees in one image: panels `(height, width, 3)` in [0, 1] or label maps `(height, width)`."""
+
+    condition: str
+    panels: dict[str, np.ndarray]
+
+    @classmethod
+    def look(
+        cls,
+        condition: str,
+        image: Any,
+        pixel_values: Tensor,
+        features: Tensor,
+        machines: Mapping[str, APMModel],
+        adapted: Mapping[str, Adapted],
+        *,
+        index: int,
+    ) -> "Sight":
+        """Ask all machines for a fine map of one image.
+
+        Args:
+            image: PIL, the input as a person sees it.
+            pixel_values: `(1, 3, S, S)`.
+            features: `(1, rows, cols, F)`, the teacher's.
+            machines: by name; the first is the one whose islands and colours are shown.
+            adapted: machines after test-time training, for all images of the condition.
+            index: of this image among them.
+        """
+        coordinates = grid_coordinates(MAP_SIZE, MAP_SIZE, device=pixel_values.device)
+        colours = PCAColours.fit(features)
+        panels = {"input": np.asarray(image.convert("RGB")) / 255, "teacher": colours(features[0])}
+        for number, (name, machine) in enumerate(machines.items()):
+            with torch.no_grad():
+                outputs = machine(pixel_values, coordinates)
+            answers = outputs.last_hidden_state[0]  # (L, F)
+            # The student shares its teacher's colours; a control gets colours of its own, in which it shows the most.
+            panels[name] = _square((colours if number == 0 else PCAColours.fit(answers))(answers))
+            if number == 0:
+                panels["islands"] = _square(cluster(answers, NUM_ISLANDS))
+                if outputs.rgb is not None:
+                    panels["RGB decoded"] = _square(outputs.rgb[0].clamp(0, 1).cpu().numpy())
+        for name, result in adapted.items():
+            answers = result[index : index + 1].query(coordinates).last_hidden_state
+            assert answers is not None
+            panels[name] = _square(colours(answers[0]))
+        return cls(condition, panels)
+
+
+def write_report(
+    folder: Path,
+    rows: Mapping[str, Mapping[str, float]],
+    sights: Sequence[Sight],
+    losses: Mapping[str, Sequence[Tensor]],
+    facts: CardFacts,
+) -> tuple[str, list[Path]]:
+    """Write `report.md`, `sights.png`, `adaptation.png` and `results.json`; return the table and the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("report.md", "sights.png", "adaptation.png", "results.json")
+    paths = {name: folder / name for name in names}
+    _draw_sights(paths["sights.png"], sights)
+    _draw_adaptation(paths["adaptation.png"], losses)
+    table = _table(rows, "top-1") + "\n" + _table(rows, "cosine")
+    paths["results.json"].write_text(json.dumps(rows, indent=2) + "\n")
+    paths["report.md"].write_text(
+        f"# What the APM sees\n\nMade by `{facts.command}`; teacher: {facts.teacher}; images: {facts.dataset}.\n\n"
+        "![what each machine sees](sights.png)\n\nColours are the first three principal components of the features; "
+        "the distilled machines share their teacher's, a control has its own.\n\n"
+        "Top-1 accuracy on held-out images, and mean cosine between a machine's features and its teacher's:\n\n"
+        f"{table}"
+        "\nA machine that is adapted for longer comes closer to its teacher, not to the truth: the teacher's row is "
+        "what plain test-time training can reach.\n\n![loss against step](adaptation.png)\n"
+    )
+    return table, list(paths.values())
+
+
+def _square(values: np.ndarray) -> np.ndarray:
+    side = int(len(values) ** 0.5)
+    return values.reshape(side, side, *values.shape[1:])
+
+
+def _table(rows: Mapping[str, Mapping[str, float]], kind: str) -> str:
+    columns = [column for column in next(iter(rows.values())) if column.startswith(kind)]
+    if not columns:  # the teacher has no cosine to itself
+        columns = [column for column in list(rows.values())[1] if column.startswith(kind)]
+    lines = [f"| {kind} | " + " | ".join(column.split(", ")[1] for column in columns) + " |"]
+    lines.append("| --- |" + " ---: |" * len(columns))
+    for name, row in rows.items():
+        if columns[0] in row:
+            cells = (f"{100 * row[column]:.1f}" if kind == "top-1" else f"{row[column]:.3f}" for column in columns)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw_sights(path: Path, sights: Sequence[Sight]) -> None:
+    _, figure_module = load_matplotlib()
+    names = list(sights[0].panels)
+    figure = figure_module.Figure(figsize=(1.5 * len(names), 1.6 * len(sights) + 0.5), layout="constrained", dpi=100)
+    grid = figure.subplots(len(sights), len(names), squeeze=False)
+    for row, sight in zip(grid, sights, strict=True):
+        for axes, name in zip(row, names, strict=True):
+            axes.imshow(sight.panels[name], cmap="tab10", vmin=0, vmax=10, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+        row[0].set_ylabel(sight.condition.replace("_", " "))
+    for axes, name in zip(grid[0], names, strict=True):
+        axes.set_title("\n".join(textwrap.wrap(name, 14)), fontsize=9)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _draw_adaptation(path: Path, losses: Mapping[str, Sequence[Tensor]]) -> None:
+    figure = load_matplotlib()[1].Figure(figsize=(6, 3.5), layout="constrained", dpi=100)
+    axes = figure.subplots()
+    for name, parts in losses.items():
+        values = torch.cat(list(parts)).cpu().numpy()  # (images of all conditions, steps)
+        values = values[:, ~np.isnan(values).all(axis=0)]  # steps at which some image was still fitted
+        steps = np.arange(1, values.shape[1] + 1)
+        low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=0)
+        axes.plot(steps, middle, label=name)
+        axes.fill_between(steps, low, high, alpha=0.2)
+    axes.set(xlabel="step", ylabel="loss before the step (median, quartiles)", yscale="log")
+    axes.legend()
+    figure.savefig(path, metadata={"Software": None})

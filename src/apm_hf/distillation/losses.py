@@ -1,0 +1,129 @@
+"""What a student is asked for: tensors in, scalars out, in float32.
+
+Source: arXiv:2410.20535, section 3: L_grid on the teacher's patch features, L_cls on its image embedding, L_rgb on the
+image itself; all are mean squared errors. L_level is ours: the teacher's layers, for a column of levels per location.
+
+Legend: B images, L locations, N levels, C width of a level, F feature width, (rows, cols) the grid of the targets.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..modeling_apm import APMModelOutput
+
+
+@dataclass(frozen=True)
+class DistillationTargets:
+    """A teacher's answers for B images, at L locations.
+
+    Args:
+        image_embeds: `(B, F)`.
+        features: `(B, L, F)`.
+        rgb: `(B, L, 3)`, in [0, 1], of the main teacher.
+        levels: `(B, L, N, C)`, normalised by [`normalise_levels`], where the student predicts levels.
+    """
+
+    image_embeds: Tensor
+    features: Tensor
+    rgb: Tensor | None = None
+    levels: Tensor | None = None
+
+    def at(self, locations: Tensor | None) -> "DistillationTargets":
+        """The same for the locations with these indices, `(L',)`; None for all of them."""
+        if locations is None:
+            return self
+        rgb, levels = (None if x is None else x[:, locations] for x in (self.rgb, self.levels))
+        return DistillationTargets(self.image_embeds, self.features[:, locations], rgb, levels)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the losses; a loss of weight 0 is not computed.
+
+    Raises:
+        ValueError: for a negative weight, or where all are 0.
+    """
+
+    grid: float = 1.0
+    cls: float = 1.0
+    rgb: float = 1.0
+    level: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = (self.grid, self.cls, self.rgb, self.level)
+        # Levels alone are not enough: what a model answers without them has to be learnt.
+        if not all(0 <= weight < float("inf") for weight in weights) or not any(weights[:3]):
+            raise ValueError(f"loss weights: expected numbers >= 0, one of grid, cls and rgb positive, got {self}")
+
+
+def distillation_losses(
+    outputs: APMModelOutput,
+    targets: DistillationTargets,
+    weights: LossWeights,
+    *,
+    feature_std: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """L_grid, L_cls, L_rgb and L_level, as far as they are weighted, and their weighted sum under the name `loss`.
+
+    Levels count where there are targets for them.
+
+    Args:
+        feature_std: `(F,)` or `()`, the standard deviation of the teacher's features: L_grid and L_cls then compare in
+            the standardised space, where the means cancel.
+
+    Raises:
+        ValueError: where colours are asked for and the student has no RGB head, or levels of another shape than its.
+    """
+    if weights.rgb and outputs.rgb is None:
+        raise ValueError("rgb: expected a student with use_rgb_head=True, or a weight of 0, got a student without")
+    if weights.level and targets.levels is not None:
+        given, wanted = None if outputs.levels is None else outputs.levels.shape, targets.levels.shape
+        if given != wanted:
+            raise ValueError(f"levels: expected a student with levels of shape {tuple(wanted)}, got {given}")
+    pairs = {
+        "grid": (outputs.last_hidden_state, targets.features),
+        "cls": (outputs.pooler_output, targets.image_embeds),
+        "rgb": (outputs.rgb, targets.rgb),
+        "level": (outputs.levels, targets.levels),
+    }
+    losses = {}
+    for name, (answer, target) in pairs.items():
+        if answer is None or target is None or not getattr(weights, name):
+            continue
+        answer, target = answer.float(), target.float()
+        if feature_std is not None and name in ("grid", "cls"):
+            losses[f"loss_{name}"] = ((answer - target) / feature_std).square().mean()
+        else:
+            losses[f"loss_{name}"] = F.mse_loss(answer, target)
+    total = sum(getattr(weights, name.removeprefix("loss_")) * loss for name, loss in losses.items())
+    return {"loss": torch.as_tensor(total), **losses}
+
+
+def normalise_levels(levels: Tensor) -> Tensor:
+    """Every token of every layer to mean 0 and variance 1 over its width, as the next layer's layernorm sees it.
+
+    The layers of a transformer differ in scale; without this the top one would be all that a loss sees.
+
+    Args:
+        levels: `(..., C)`.
+    """
+    return F.layer_norm(levels.float(), levels.shape[-1:])
+
+
+def rgb_targets(pixel_values: Tensor, rows: int, cols: int, *, mean: Tensor, std: Tensor) -> Tensor:
+    """Mean colour of every cell of a grid.
+
+    Args:
+        pixel_values: `(B, 3, H, W)`, normalised.
+        rows, cols: the grid; it may be coarser or finer than the student's own.
+        mean, std: `(3,)`, of the normalisation, which is undone.
+
+    Returns:
+        `(B, rows * cols, 3)`, in [0, 1], row-major.
+    """
+    pooled = F.adaptive_avg_pool2d(pixel_values.float(), (rows, cols))
+    pooled = pooled * std[:, None, None] + mean[:, None, None]
+    return pooled.flatten(2).transpose(1, 2)  # (B, 3, rows, cols) -> (B, L, 3)

@@ -1,0 +1,214 @@
+"""A distillation from names: a teacher, a data set and settings in; a model folder with its card out.
+
+This is what `apm distill` and `examples/train.py` do. [`apm_hf.distillation.distill`] takes objects instead.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import set_seed
+from transformers.utils import logging
+
+from ..configuration_apm import APMConfig
+from ..data.augmentation import RandomCrops
+from ..data.images import ImageCollator
+from ..data.loading import train_and_validation
+from ..data.split_streams import SplitStream
+from ..modeling_apm import APMModel
+from ..publishing.cards import CardFacts, write_card, write_card_picture
+from ..publishing.hub import publish
+from ..runs.files import writable_folder
+from ..runs.processes import process_state
+from ..runs.unreadable_images import numbered
+from ..teachers import load_teacher
+from ..teachers.feature_cache import CachedImages, FeatureCache
+from ..teachers.licenses import inherit
+from ..teachers.matching import same_view
+from . import DistillationConfig, DistillationResult, distill, matching_image_processor
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What is distilled, into what, on which images; the names are also the flags of `apm distill`."""
+
+    teacher: str = field(
+        metadata={"help": "teacher, a Hub name or a folder; e.g. facebook/dinov2-with-registers-large"}
+    )
+    extra_teachers: list[str] = field(
+        default_factory=list, metadata={"help": "NAME=TEACHER of further teachers, each for a head NAME of its own"}
+    )
+    teacher_dtype: str | None = field(default=None, metadata={"help": "bfloat16, ...; see load_teacher"})
+    dataset: str = field(
+        metadata={"help": "images, a Hub dataset, a folder, parquet or tar files; org/name, or org/name:config"}
+    )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "folder of `apm cache-features`, read instead of asking the teacher about training images"},
+    )
+    preset: str = field(
+        default="tiny", metadata={"help": "ready-made settings; the architecture dinov2-large, clip-ttt or tiny"}
+    )
+    config_overrides: str = field(
+        default="{}", metadata={"help": "JSON: fields of APMConfig, e.g. '{\"local_patch\": true}'"}
+    )
+    image_processor: str = field(
+        default="{}", metadata={"help": "JSON: options of APMImageProcessor, e.g. '{\"do_min_max\": true}'"}
+    )
+    split: str | None = field(default=None, metadata={"help": "split of the data; to train on, by default found"})
+    validation_split: str | None = field(default=None, metadata={"help": "by default found, or held out"})
+    image_column: str | None = field(default=None, metadata={"help": "column of the images, by default found"})
+    label_column: str | None = field(default=None, metadata={"help": "by default found; not used in training"})
+    random_crops: bool = field(default=False, metadata={"help": "show random parts of images, mirrored half the time"})
+    streaming: bool = field(default=False, metadata={"help": "read the dataset while training"})
+    max_images: int | None = field(default=None, metadata={"help": "use so many images; to train on"})
+    max_validation_images: int = field(default=256, metadata={"help": "validate on so many images"})
+    push_to_hub: bool = field(default=False, metadata={"help": "publish the result, with its card"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "repository, user/name"})
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run leaves behind.
+
+    Args:
+        distillation: the student, its figures, and where it was saved.
+        num_processes: that it took.
+        is_main_process: whether this is the one that wrote card and model.
+        address: of the commit, where the result was published.
+    """
+
+    distillation: DistillationResult
+    num_processes: int
+    is_main_process: bool
+    address: str | None
+
+
+def train(training: TrainingConfig, config: DistillationConfig, *, command: str) -> TrainingResult:
+    """Load, distil, save with a card, and publish where that is asked for.
+
+    Args:
+        command: what the card says made the model, e.g. [`apm_hf.runs.processes.command_line`].
+
+    Raises:
+        ValueError: for settings, data or a teacher that do not go together.
+        OSError: for a teacher or data that are not to be had.
+    """
+    if training.push_to_hub and training.hub_model_id is None:
+        raise ValueError("--push_to_hub: expected --hub_model_id user/name, got none")
+    if training.random_crops and training.streaming:
+        raise ValueError("--random_crops: expected a data set that is not streamed")
+    if training.feature_cache is not None:
+        _check_cacheable(training, config)
+    if wrong := [one for one in training.extra_teachers if "=" not in one]:
+        raise ValueError(f"--extra_teachers: expected NAME=TEACHER, got {wrong}")
+    writable_folder(config.output_dir)  # before anything is fetched
+    overrides, processor_options = (_json_object(training, name) for name in ("config_overrides", "image_processor"))
+    set_seed(config.seed)
+    # Each process's own device: of several GPUs "cuda" alone is the first one until Accelerate has shared them out.
+    placed = {"device": process_state().device, "dtype": training.teacher_dtype}
+    teacher = load_teacher(training.teacher, **placed)
+    names = dict(one.split("=", 1) for one in training.extra_teachers)
+    teachers = {head: load_teacher(name, **placed) for head, name in names.items()}
+    overrides = {"feature_size": teacher.feature_size, **overrides}
+    if teachers:
+        heads = {head: {"feature_size": one.feature_size} for head, one in teachers.items()}
+        overrides = {"teacher_heads": heads, **overrides}
+    if config.level_layers:
+        overrides = {"num_levels": len(config.level_layers), "level_size": teacher.hidden_size, **overrides}
+    student = APMModel(APMConfig.preset(training.preset, **overrides))
+    inherit(student.config, [teacher, *teachers.values()], dataset=training.dataset)
+    image_processor = matching_image_processor(teacher, student.config.image_size, **processor_options)
+    data, validation = train_and_validation(
+        training.dataset,
+        split=training.split,
+        validation_split=training.validation_split,
+        image_column=training.image_column,
+        label_column=training.label_column,
+        streaming=training.streaming,
+        max_images=training.max_images,
+        max_validation_images=training.max_validation_images,
+        seed=config.seed,
+    )
+    images = data.dataset
+    if training.streaming:
+        whole = training.max_images is None and data.split == data.split.removesuffix("[rest]")
+        images = SplitStream(images, name=training.dataset, seed=config.seed, whole=whole)
+    if training.random_crops:
+        images = RandomCrops(images, data.image_column, seed=config.seed)
+    rows = numbered(images)
+    if training.feature_cache is not None:
+        cache = FeatureCache(training.feature_cache)
+        cache.check(teacher, images, image_column=data.image_column, level_layers=config.level_layers)
+        rows = CachedImages(images, cache)
+    result = distill(
+        student,
+        rows,
+        config=config,
+        image_processor=image_processor,
+        teacher=teacher,
+        teachers=teachers,
+        validation_data=numbered(validation.dataset),
+        collate_fn=ImageCollator(
+            image_processor,
+            data.image_column,
+            teacher_image_processor=teacher.image_processor,
+            teacher_image_processors={head: same_view(one, teacher) for head, one in teachers.items()},
+            max_bad_images=config.max_bad_images,
+        ),
+    )
+    state, address = process_state(), None
+    if state.is_main_process:
+        _draw_card_picture(result, image_processor)
+        write_card(result.output_dir, _facts(training, config, result, command))
+        if training.push_to_hub:
+            assert training.hub_model_id is not None
+            address = publish(result.output_dir, training.hub_model_id)
+            logger.info(address)
+    return TrainingResult(result, state.num_processes, state.is_main_process, address)
+
+
+def _check_cacheable(training: TrainingConfig, config: DistillationConfig) -> None:
+    """A cache holds what the teacher says of whole images, by row."""
+    for name, given in (("random_crops", training.random_crops), ("jitter", config.jitter)):
+        if given:
+            raise ValueError(f"--{name}: expected a teacher to show other views to, got --feature_cache")
+    if training.streaming:
+        raise ValueError("--feature_cache: expected a data set that is not streamed: answers are found by row")
+
+
+def _draw_card_picture(result: DistillationResult, image_processor: Any) -> None:
+    if result.student.config.trigger_source != "conv":
+        return  # its trigger column is the teacher's, who is not there when the model is used alone
+    try:
+        write_card_picture(result.output_dir, result.student, image_processor)
+    except ImportError as error:
+        logger.warning(f"the card goes without a picture: {error}")
+
+
+def _facts(
+    training: TrainingConfig, config: DistillationConfig, result: DistillationResult, command: str
+) -> CardFacts:
+    last = {name: value for name, value in result.metrics[-1].items() if name != "step"} if result.metrics else {}
+    return CardFacts(
+        repo_id=training.hub_model_id or config.output_dir,
+        teacher=training.teacher,
+        dataset=training.dataset,
+        command=command,
+        steps=config.max_steps,
+        num_parameters=result.student.num_parameters(),
+        metrics=last,
+    )
+
+
+def _json_object(training: TrainingConfig, name: str) -> dict[str, Any]:
+    text = getattr(training, name)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name}: expected a JSON object, got {text!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"--{name}: expected a JSON object, got {text!r}")
+    return value

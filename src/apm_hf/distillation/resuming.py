@@ -1,0 +1,93 @@
+"""What a resumed run may do otherwise than the one it goes on from.
+
+Refused is what would be silently without effect, or make the place in the data mean something else. The rest changes
+the course of the run from here on, and is said.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from transformers.utils import logging
+
+from ..configuration_apm import APMConfig
+from ..runs.provenance import versions
+from ..teachers.licenses import public_name
+
+logger = logging.get_logger(__name__)
+
+REFUSED = ("seed", "num_images", "teachers", "student", "level_layers", "statistics", "statistics_images", "sharded")
+# Nothing of these is in the weights.
+WITHOUT_EFFECT = (
+    "output_dir", "resume", "report_to", "num_workers", "num_pictures", "validation_steps", "checkpoint_steps",
+    "keep_checkpoints", "max_bad_images", "logging_steps", "peak_tflops",
+)  # fmt: skip
+# Of a student's configuration: found on the way, not given.
+FOUND = ("distilled_from", "feature_mean", "feature_std", "transformers_version", "dtype", "architectures", "auto_map")
+
+
+def facts(
+    config: Any,
+    student: APMConfig,
+    teachers: Mapping[str, Any],
+    *,
+    num_images: int | None,
+    num_processes: int,
+    sharded: bool = False,
+    feature_cache: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a run's weights depend on, as JSON gives it back.
+
+    Args:
+        config: a [`apm_hf.distillation.DistillationConfig`].
+        teachers: by the names of their heads.
+        num_images: None where nobody knows.
+        sharded: whether checkpoints are those of FSDP2, which nothing else reads.
+        feature_cache: settings of the one that is read instead of asking the teachers.
+    """
+    settings = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
+    known = settings | {
+        "num_processes": num_processes,
+        "num_images": num_images,
+        "sharded": sharded,
+        "feature_cache": feature_cache,
+        "teachers": {name: public_name(teacher.name) for name, teacher in teachers.items()},
+        "versions": versions(),
+        "student": _without_what_was_found(student.to_dict()),
+    }
+    return json.loads(json.dumps(known))
+
+
+def check_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Log what changed.
+
+    Raises:
+        ValueError: for a change that is refused; names all of them.
+    """
+    changed = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
+    changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+    if refused := [name for name in changed if name in REFUSED]:
+        raise ValueError(
+            f"resume: expected what the run began with, got {_listed({name: changed[name] for name in refused})}; "
+            "give it back, or start a new run in another output_dir"
+        )
+    if changed:
+        logger.warning(f"the resumed run goes on otherwise than it began: {_listed(changed)}")
+
+
+def _listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    lines = []
+    for name, (before, now) in changes.items():
+        if isinstance(before, dict) and isinstance(now, dict):
+            parts = {f"{name}.{key}": (before.get(key), now.get(key)) for key in {**before, **now}}
+            lines.append(_listed({key: pair for key, pair in parts.items() if pair[0] != pair[1]}))
+        else:
+            lines.append(f"{name} {before} -> {now}")
+    return ", ".join(lines)
+
+
+def _without_what_was_found(fields: Any) -> Any:
+    if isinstance(fields, dict):
+        return {name: _without_what_was_found(value) for name, value in fields.items() if name not in FOUND}
+    return fields

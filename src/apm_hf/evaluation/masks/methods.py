@@ -1,0 +1,242 @@
+"""Who answers: a teacher's grid, colours, superpixels, and the APM in its several states and its controls.
+
+A method is shown whole images, squeezed into a square, and gives a map of features, which everybody's segments and
+probes are then made of in the same way; superpixels and random segments have no features and give segments at once.
+
+Legend: B images, F width of the features, (rows, cols) a map of locations, row-major, over the whole image.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...distillation.losses import normalise_levels
+from ...islands import feature_map, upsample
+from ...modeling_apm import APMModel
+from ...teachers import Teacher
+from ...teachers.dense_grids import encode_densely
+from ...ttt import TTTConfig, adapt
+from ...ttt.photos import random_machine, whole_photos
+from ...ttt.targets import TTTTargets
+
+Images = Sequence[PIL.Image.Image]
+Size = tuple[int, int]
+MOVED_FACTOR = 2  # of the rival that is shown moved images: four of them
+
+# In the order of the tables. With levels, `teacher_level_1`, `apm_level_1` and so on come after `teacher` and `apm`.
+TITLES = {
+    "teacher": "teacher, upsampled",
+    "teacher_moved": "teacher on moved images, upsampled",
+    "apm": "APM distilled",
+    "apm_ttt": "APM distilled + TTT",
+    "apm_ttt_alone": "APM TTT alone",
+    "rgb": "RGB k-means",
+    "slic": "SLIC",
+    "apm_random": "APM random weights",
+    "image_shuffled": "APM, image shuffled",
+    "position_only": "APM, position only",
+    "shuffled_masks": "APM, masks shuffled",
+    "random": "random segments",
+}
+OF_DISTILLED = ("apm", "apm_ttt", "image_shuffled", "position_only", "shuffled_masks")
+# Rows made of the distilled APM's own maps: which image is shown, or what is made of its answers, differs.
+OF_SAME_MAPS = ("apm", "image_shuffled", "position_only", "shuffled_masks")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method and the rows of the tables that its maps make.
+
+    Args:
+        name: in file names.
+        rows: in `TITLES` or levels' names.
+        maps: `(images, size)` -> `(B, rows, cols, F)`; or None.
+        segments: `(image, num_segments, size=..., generator=...)` -> `(rows, cols)`, where there are no maps.
+        subject: (whose, which level), where agreement is measured.
+        depends_on: what else decides about its results.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    maps: Callable[[Images, Size], Tensor] | None = None
+    segments: Callable[..., NDArray[np.int64]] | None = None
+    subject: tuple[str, str] | None = None
+    depends_on: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The teacher, the APM and how it is adapted.
+
+    Args:
+        teacher: frozen.
+        model: an APM as wide as the teacher, on its device.
+        image_processor: the model's.
+        distilled: whether it was ever trained; else only its architecture is used.
+        level_layers: the teacher's layers that its levels are compared with, low to high.
+        ttt: how it is adapted to the teacher's features of an image.
+        ttt_factor: how many times as fine as the teacher's own the grid of these is.
+        seed: of the random weights.
+    """
+
+    teacher: Teacher
+    model: APMModel
+    image_processor: Any
+    distilled: bool
+    level_layers: tuple[int, ...]
+    ttt: TTTConfig
+    ttt_factor: int
+    seed: int
+
+    @property
+    def teacher_grid(self) -> Size:
+        side = self.teacher.image_size // self.teacher.patch_size
+        return side, side
+
+    def encode(self, images: Images, *, factor: int = 1, layers: Sequence[int] | None = None) -> Any:
+        """The teacher's answers on a grid `factor` times as fine as its own."""
+        side = self.teacher.image_size
+        pixels = whole_photos(self.teacher.image_processor, images, (side, side))
+        return encode_densely(self.teacher, pixels, factor, layers=layers)
+
+    def inputs(self, images: Images) -> tuple[Tensor, Tensor | None]:
+        """What an APM is given: pixels `(B, 3, S, S)`, and a trigger column `(B, D)` where it makes none itself."""
+        side, device = self.model.config.image_size, self.model.device
+        pixels = whole_photos(self.image_processor, images, (side, side)).to(device)
+        if self.model.config.trigger_source == "conv":
+            return pixels, None
+        return pixels, self.encode(images).image_embeds.to(device)
+
+    def teacher_maps(self, images: Images, size: Size, *, factor: int = 1) -> Tensor:
+        return upsample(self.encode(images, factor=factor).features, size)
+
+    def teacher_level_maps(self, images: Images, size: Size, *, layer: int) -> Tensor:
+        return upsample(normalise_levels(self.encode(images, layers=[layer]).levels[:, 0]), size)
+
+    def apm_maps(self, images: Images, size: Size, *, model: APMModel, level: int | None = None) -> Tensor:
+        pixels, trigger_column = self.inputs(images)
+        if level is None:
+            return feature_map(model, pixels, size, trigger_column=trigger_column)
+        return feature_map(model, pixels, size, trigger_column=trigger_column, output="levels")[:, level]
+
+    def adapted_maps(self, images: Images, size: Size, *, start: str) -> Tensor:
+        """Of machines that were first fitted to the teacher's grid of the very image.
+
+        Raises:
+            ValueError: where a fit diverged.
+        """
+        pixels, trigger_column = self.inputs(images)
+        features = self.encode(images, factor=self.ttt_factor).features
+        num_cells, num_locations = features.shape[1] * features.shape[2], self.ttt.num_locations
+        config = replace(
+            self.ttt, start=start, num_locations=None if num_locations is None else min(num_locations, num_cells)
+        )
+        adapted = adapt(
+            self.model, pixels, TTTTargets(features=features), config=config, trigger_column=trigger_column
+        )
+        if adapted.diverged.any():
+            raise ValueError(
+                f"ttt: expected fits that converge, {int(adapted.diverged.sum())} of {len(images)} diverged at "
+                f"learning_rate={self.ttt.learning_rate}; lower it"
+            )
+        return feature_map(adapted, None, size)
+
+
+def colour_maps(images: Images, size: Size) -> Tensor:
+    """Mean colours `(B, rows, cols, 4)`, in [-0.5, 0.5], beside a constant.
+
+    Everybody is clustered by direction; beside a constant that is large against them, colours' directions differ as
+    the colours themselves do, so that dark and bright stay apart.
+    """
+    height, width = size
+    small = [image.resize((width, height), PIL.Image.Resampling.BILINEAR) for image in images]
+    colours = torch.from_numpy(np.stack([np.asarray(image) for image in small])).float() / 255 - 0.5
+    return torch.cat([colours, torch.full((*colours.shape[:-1], 1), 4.0)], dim=-1)
+
+
+def slic_segments(
+    image: PIL.Image.Image, num_segments: int, *, size: Size, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Superpixels (Achanta et al. 2012, 10.1109/TPAMI.2012.120): the fewest that are at least so many.
+
+    SLIC lays a square grid of seeds, and of two segments asked for it makes one; the number asked for is raised until
+    enough are found, to four times as many at most.
+    """
+    try:
+        from skimage.segmentation import slic
+    except ImportError as error:
+        raise ImportError('SLIC needs scikit-image: pip install "apm_hf[viz]"') from error
+    height, width = size
+    small = np.asarray(image.resize((width, height), PIL.Image.Resampling.BILINEAR))
+    labels = np.zeros(size, dtype=np.int64)
+    for asked in range(num_segments, 4 * num_segments + 1):
+        labels = slic(small, n_segments=asked, start_label=0).astype(np.int64)
+        if len(np.unique(labels)) >= num_segments:
+            break
+    return labels
+
+
+def random_segments(
+    image: PIL.Image.Image, num_segments: int, *, size: Size, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Which of so many random places each location is nearest to: whoever knows nothing but that segments cohere."""
+    places = generator.random((num_segments, 2))
+    rows, cols = ((np.arange(count) + 0.5) / count for count in size)
+    distances = (rows[:, None, None] - places[:, 0]) ** 2 + (cols[None, :, None] - places[:, 1]) ** 2
+    return distances.argmin(axis=-1)
+
+
+def titles(machines: Machines) -> dict[str, str]:
+    """Name -> title of every row that there can be, in order."""
+    found = {}
+    for name, title in TITLES.items():
+        if name in OF_DISTILLED and not machines.distilled:
+            continue
+        found[name] = title
+        num_levels = {"teacher": len(machines.level_layers), "apm": machines.model.config.num_levels}.get(name, 0)
+        for number in range(1, num_levels + 1):
+            layer = f" (layer {machines.level_layers[number - 1]})" if name == "teacher" else ""
+            found[f"{name}_level_{number}"] = f"{title.split(',')[0]}, level {number}{layer}"
+    return found
+
+
+def make_jobs(machines: Machines, rows: Sequence[str]) -> list[Job]:
+    """The jobs that make these rows; agreement of the levels of random weights comes with both."""
+    model = machines.model
+    same_maps = tuple(name for name in OF_SAME_MAPS if name in rows)
+    adapting = {"ttt": repr(machines.ttt), "ttt_factor": machines.ttt_factor}
+    jobs = [Job("teacher", ("teacher",), machines.teacher_maps, subject=("teacher", "features"))]
+    for number, layer in enumerate(machines.level_layers, start=1):
+        name, maps = f"teacher_level_{number}", partial(machines.teacher_level_maps, layer=layer)
+        jobs.append(Job(name, (name,), maps, subject=("teacher", f"level {number}"), depends_on={"layer": layer}))
+    moved = partial(machines.teacher_maps, factor=MOVED_FACTOR)
+    jobs.append(Job("teacher_moved", ("teacher_moved",), moved))
+    if same_maps:
+        subject = ("APM", "features") if "apm" in rows else None
+        jobs.append(Job("apm", same_maps, partial(machines.apm_maps, model=model), subject=subject))
+    for level in range(model.config.num_levels):
+        name, maps = f"apm_level_{level + 1}", partial(machines.apm_maps, model=model, level=level)
+        jobs.append(Job(name, (name,), maps, subject=("APM", f"level {level + 1}")))
+    for name, start in (("apm_ttt", "model"), ("apm_ttt_alone", "random")):
+        jobs.append(Job(name, (name,), partial(machines.adapted_maps, start=start), depends_on=adapting))
+    jobs.append(Job("rgb", ("rgb",), colour_maps))
+    jobs.append(Job("slic", ("slic",), segments=slic_segments))
+    if "apm_random" in rows:
+        drawn = random_machine(model.config, seed=machines.seed).to(model.device)
+        for level in (None, *range(model.config.num_levels)):
+            maps = partial(machines.apm_maps, model=drawn, level=level)
+            if level is None:
+                jobs.append(Job("apm_random", ("apm_random",), maps, subject=("APM random", "features")))
+            else:  # agreement alone
+                name = f"apm_random_level_{level + 1}"
+                jobs.append(Job(name, (), maps, subject=("APM random", f"level {level + 1}")))
+    jobs.append(Job("random", ("random",), segments=random_segments))
+    levels_asked = any(name.startswith("apm_level_") for name in rows)
+    return [job for job in jobs if set(job.rows) & set(rows) or (not job.rows and levels_asked)]

@@ -1,0 +1,1 @@
+"""The methods that an evaluation compares; import from the modules inside."""

@@ -1,0 +1,246 @@
+"""Methods with an APM: adapted to each image (arXiv:2410.20535, Sec. 4), or distilled beforehand and only asked.
+
+The teacher's embeddings are those that the other methods get too; a machine sees the image itself. A machine fitted to
+the end repeats its target, so what differs from the baseline is due to the target, to an early end or to what a
+distilled machine knew before.
+
+Legend: B images, V views, K classes, F width of the teacher's embeddings, S the machine's image side.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModel
+
+# At its top level transformers 5.17 refuses this class without torchvision, though the PIL backend works.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from ...configuration_apm import APMConfig
+from ...distillation import matching_image_processor
+from ...modeling_apm import APMModel, APMPreTrainedModel
+from ...teachers import Teacher, first_five
+from ...teachers.zero_shot import classify
+from ...ttt import TTTConfig, TTTStep, adapt
+from .task import ImageBatch, MethodOutput, ZeroShotTask
+from .votes import check_views, mean_direction, recentred
+
+STEPS = (1, 2, 3, 5, 8, 10, 15, 20, 30)  # after which predictions are recorded, beside the last
+TARGETS = ("views", "recentred")
+CONSENSUS = (None, "probabilities", "embeddings")
+STARTS = ("random", "model")
+
+# A machine serves every method that asks for the same one, as long as its teacher is there.
+_MACHINES: WeakKeyDictionary[Teacher, dict[Any, tuple[APMModel, Any]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class APMAdapted:
+    """A machine is fitted to the teacher's embedding of each image and then classified.
+
+    All images start from the same weights, so an image's answer does not depend on its batch, but for the target
+    `"recentred"`. A target made of several embeddings is as long as the teacher's embedding of the image itself, which
+    is what learning rates are meant for.
+
+    Args:
+        num_views: of which the target is made.
+        preset, overrides: the recipe, see [`TTTConfig.preset`]; its `start` is given here.
+        start: `"random"` for a fresh `clip-ttt` as wide as the teacher, `"model"` for `model`.
+        model: folder or Hub name of the machine to start from, with its image processor.
+        target: `"views"`: the mean direction of the views, for one view the teacher's embedding as it is;
+            `"recentred"`: that, less the batch's mean.
+        keep: share of the views in the target, the most confident ones by entropy.
+        consensus: `"probabilities"` or `"embeddings"`: answer with the mean of the machine's and of the target's, for
+            embeddings of their directions. None: the machine alone.
+        record_steps: also say what would have been predicted after fewer steps.
+
+    Raises:
+        ValueError: for an option outside its range.
+    """
+
+    name: str = "apm_fast"
+    title: str = "APM, fast"
+    num_views: int = 1
+    baseline: str | None = "zero_shot"
+    sequential: bool = False
+    preset: str = "fast"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    start: str = "random"
+    model: str | None = None
+    target: str = "views"
+    keep: float = 1.0
+    consensus: str | None = None
+    record_steps: bool = False
+
+    def __post_init__(self) -> None:
+        check_views(self.num_views, self.keep)
+        _check_choice(self, target=TARGETS, consensus=CONSENSUS, start=STARTS)
+        _ = self.config  # raises where an override is out of range
+
+    @property
+    def config(self) -> TTTConfig:
+        return TTTConfig.preset(self.preset, **{**self.overrides, "start": self.start})
+
+    def __call__(self, task: ZeroShotTask, batch: ImageBatch) -> MethodOutput:
+        """
+        Raises:
+            ValueError: for a machine that does not fit the teacher; where a fit diverged, naming the images.
+        """
+        config = self.config
+        # Random weights are drawn once, for all batches.
+        machine, image_processor = load_machine(task.teacher, self.start, self.model, seed=config.seed)
+        views = batch.embeds(self.num_views)  # (B, V, F)
+        targets = self.targets(task, views)
+        pixel_values = image_processor(list(batch.images), return_tensors="pt")["pixel_values"]  # (B, 3, S, S)
+        recorded: dict[int, Tensor] = {}
+
+        def record(step: TTTStep) -> None:  # before the update of a step: after as many as its number
+            if step.step in STEPS:
+                classes = recorded.setdefault(step.step, torch.full((len(targets),), -1))
+                sound = step.image_embeds.isfinite().all(dim=1).cpu()
+                images = step.images[sound]
+                embeds = step.image_embeds[sound.to(step.image_embeds.device)]
+                classes[images] = self.answer(task, embeds, targets[images.to(targets.device)]).argmax(dim=1)
+
+        adapted = adapt(
+            machine,
+            pixel_values,
+            targets,
+            config=replace(config, start="model"),
+            trigger_column=views[:, 0] if machine.config.trigger_source == "embedding" else None,
+            text_embeds=task.text_embeds if config.stop == "stable" else None,
+            callback=record if self.record_steps else None,
+            keep_models=False,
+        )
+        if adapted.diverged.any():
+            images = [batch.indices[row] for row in adapted.diverged.nonzero().flatten().tolist()]
+            raise ValueError(
+                f"{self.name}: expected fits that converge, got divergence for the images {first_five(images)}"
+            )
+        logits, steps = self.answer(task, adapted.image_embeds, targets), adapted.steps.cpu()
+        if not self.record_steps:
+            return MethodOutput(logits=logits, steps=steps)
+        last = logits.argmax(dim=1)
+        by_step = {  # an image that stopped keeps its answer
+            step: torch.where(steps > step, recorded.get(step, last), last) for step in STEPS if step < config.steps
+        }
+        return MethodOutput(logits=logits, steps=steps, by_step=by_step | {config.steps: last})
+
+    def targets(self, task: ZeroShotTask, views: Tensor) -> Tensor:
+        """`(B, F)` for the teacher's embeddings `(B, V, F)` of the views."""
+        image = views[:, 0]
+        if self.num_views == 1 and self.target == "views":
+            return image
+        direction = image if self.num_views == 1 else mean_direction(task, views, self.keep)
+        direction = recentred(direction) if self.target == "recentred" else direction
+        return F.normalize(direction, dim=1) * image.norm(dim=1, keepdim=True)
+
+    def answer(self, task: ZeroShotTask, embeds: Tensor, targets: Tensor) -> Tensor:
+        """Logits `(B, K)` on the CPU for the machines' embeddings `(B, F)` and what they were fitted to."""
+        return _consensus(task, embeds, targets, self.consensus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class APMForward:
+    """A machine answers as it is, without adapting: one that was distilled, or as a control one of random weights.
+
+    Args:
+        start: `"model"` for `model`, `"random"` for a fresh `clip-ttt` as wide as the teacher.
+        model: folder or Hub name of a machine with its image processor.
+        seed: of random weights.
+        consensus: as in [`APMAdapted`], with the teacher's embedding of the image.
+    """
+
+    name: str = "apm_distilled"
+    title: str = "APM, distilled"
+    num_views: int = 1
+    baseline: str | None = "zero_shot"
+    sequential: bool = False
+    start: str = "model"
+    model: str | None = None
+    seed: int = 0
+    consensus: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice(self, consensus=CONSENSUS, start=STARTS)
+        if self.num_views != 1:
+            raise ValueError(f"num_views: expected 1, since the machine sees the image itself, got {self.num_views}")
+
+    @torch.no_grad()
+    def __call__(self, task: ZeroShotTask, batch: ImageBatch) -> MethodOutput:
+        machine, image_processor = load_machine(task.teacher, self.start, self.model, seed=self.seed)
+        routed = machine.config.trigger_source == "embedding"
+        # Not asked for where it is not needed: a distilled machine can do without its teacher.
+        targets = batch.embeds()[:, 0] if routed or self.consensus else None
+        pixel_values = image_processor(list(batch.images), return_tensors="pt")["pixel_values"].to(machine.device)
+        triggers = targets if routed else None
+        # One at a time: an image has a thousand locations, each as wide as the machine.
+        embeds = [
+            machine.pooled_features(
+                pixel_values[row : row + 1], trigger_column=None if triggers is None else triggers[row : row + 1]
+            )
+            for row in range(len(pixel_values))
+        ]
+        return MethodOutput(logits=_consensus(task, torch.cat(embeds).float(), targets, self.consensus))
+
+
+def load_machine(teacher: Teacher, start: str, model: str | None, *, seed: int) -> tuple[APMModel, Any]:
+    """A machine on the teacher's device, and its image processor; the same objects for the same arguments.
+
+    Args:
+        start: `"model"` for the given one, `"random"` for a fresh `clip-ttt` as wide as the teacher, which is shown
+            what the teacher sees.
+        model: folder or Hub name.
+        seed: of a fresh machine's weights.
+
+    Raises:
+        ValueError: no model where one is needed, one that is no APM or of another width than the teacher.
+    """
+    if start == "model" and model is None:
+        raise ValueError("model: expected the folder or name of a distilled APM, got none")
+    machines = _MACHINES.setdefault(teacher, {})
+    key = model if start == "model" else seed
+    if key not in machines:
+        if start == "model":
+            machine = AutoModel.from_pretrained(model)
+            _check_machine(machine, teacher, model)
+            image_processor = AutoImageProcessor.from_pretrained(model)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                machine = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size))
+            image_processor = matching_image_processor(teacher, machine.config.image_size)
+        machines[key] = machine.eval().requires_grad_(False).to(teacher.device), image_processor
+    return machines[key]
+
+
+def _check_machine(machine: Any, teacher: Teacher, model: str | None) -> None:
+    if not isinstance(machine, APMPreTrainedModel):
+        raise ValueError(f"model: expected an APM in {model}, got {type(machine).__name__}")
+    if machine.config.feature_size != teacher.feature_size:
+        raise ValueError(
+            f"model: expected features as wide as the teacher's, {teacher.feature_size}, "
+            f"got {machine.config.feature_size} in {model}"
+        )
+
+
+def _consensus(task: ZeroShotTask, embeds: Tensor, targets: Tensor | None, how: str | None) -> Tensor:
+    texts, scale = task.text_embeds, task.teacher.logit_scale
+    if how is None:
+        return classify(embeds, texts, logit_scale=scale).cpu()
+    assert targets is not None
+    if how == "embeddings":
+        embeds = F.normalize(embeds, dim=1) + F.normalize(targets, dim=1)
+        return classify(embeds, texts, logit_scale=scale).cpu()
+    both = [classify(one, texts, logit_scale=scale).log_softmax(dim=1) for one in (embeds, targets)]
+    return torch.logaddexp(*both).log_softmax(dim=1).cpu()
+
+
+def _check_choice(method: Any, **choices: tuple[str | None, ...]) -> None:
+    for name, known in choices.items():
+        if getattr(method, name) not in known:
+            raise ValueError(f"{name}: expected one of {list(known)}, got {getattr(method, name)!r}")

@@ -1,0 +1,196 @@
+"""The model card: how a model was made, what was measured, whose obligations it carries, how it is loaded.
+
+The card is `model_card.md`, filled in through `huggingface_hub.ModelCard.from_template`. What it was filled in with is
+kept beside it in `card.json`, so that a model that moves can be given a card for its new place.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..runs import provenance
+from ..runs.files import write_atomically
+from ..teachers.licenses import public_name
+
+FACTS_FILE = "card.json"
+PICTURE = "islands.png"
+# In a wheel the template lies beside this file, in a checkout at the top.
+_TEMPLATES = (Path(__file__).with_name("model_card.md"), Path(__file__).parents[3] / "model_card.md")
+_TASK = "image-feature-extraction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card says.
+
+    Args:
+        repo_id: how the model is loaded: `user/name`, or a folder.
+        teacher, dataset: names on the Hub, or of local folders, of which only the last part is told.
+        command: that made the model.
+        steps: optimiser steps.
+        num_parameters: of the student.
+        metrics: measured figures of this model by name.
+        comparison: what others reach, in Markdown.
+        versions: by package; `commit` is that of a checkout. By default, those at hand.
+    """
+
+    repo_id: str
+    teacher: str
+    dataset: str
+    command: str
+    steps: int
+    num_parameters: int
+    metrics: Mapping[str, float]
+    comparison: str = ""
+    versions: Mapping[str, str] | None = None
+
+    def public(self) -> "CardFacts":
+        """The same without paths of this machine."""
+        versions = self.versions
+        if versions is None:
+            at_hand, commit = provenance.versions(), provenance.commit()
+            versions = {name: at_hand[name] for name in ("apm_hf", "torch", "transformers") if name in at_hand}
+            versions |= {} if commit is None else {"commit": commit}
+        return replace(
+            self,
+            repo_id=public_name(self.repo_id),
+            teacher=public_name(self.teacher),
+            dataset=public_name(self.dataset),
+            versions=versions,
+            metrics=dict(self.metrics),
+        )
+
+
+def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
+    """Write `README.md`, the model card, and `card.json`, its facts, into a model folder.
+
+    The picture `islands.png` is shown where it lies in the folder; see [`write_card_picture`]. Licences are those of
+    `distilled_from` in the folder's configuration.
+
+    Raises:
+        FileNotFoundError: if the package was installed without its template.
+    """
+    folder = Path(folder)
+    teacher, dataset = (_hub_name(name) for name in (facts.teacher, facts.dataset))
+    facts = facts.public()
+    hub_names = {"base_model": teacher, "datasets": None if dataset is None else [dataset]}
+    content = {**asdict(facts), "hub_names": hub_names}
+    card = _render(folder, facts, hub_names)
+    write_atomically(folder / FACTS_FILE, json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / "README.md", card)
+    return folder / "README.md"
+
+
+def move_card(folder: str | os.PathLike[str], repo_id: str) -> bool:
+    """Give a folder's card, if it is as `write_card` left it, the name the model will be loaded by.
+
+    Returns:
+        Whether the card is now of that name; a card that somebody has edited is left as it is.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / FACTS_FILE).read_text())
+        hub_names = content.pop("hub_names")
+        known = {field.name for field in fields(CardFacts)}
+        facts = CardFacts(**{name: value for name, value in content.items() if name in known})
+        if (folder / "README.md").read_text() != _render(folder, facts, hub_names):
+            return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    facts = replace(facts, repo_id=repo_id)
+    content = {**asdict(facts), "hub_names": hub_names}
+    card = _render(folder, facts, hub_names)
+    write_atomically(folder / FACTS_FILE, json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / "README.md", card)
+    return True
+
+
+def write_card_picture(folder: str | os.PathLike[str], model: Any, image_processor: Any, *, seed: int = 0) -> Path:
+    """Write `islands.png`, the islands of a drawn scene and their controls: nobody else's picture is published.
+
+    Raises:
+        ImportError: without the extra `viz`.
+    """
+    import torch
+
+    from ..data.scenes import SceneDataset
+    from ..islands.pictures import IslandsConfig, islands_picture
+
+    scene = SceneDataset(1, seed=seed + 424_243)[0]["image"]  # a stream of its own
+    pixel_values = image_processor(scene, return_tensors="pt")["pixel_values"].to(model.device)
+    with torch.no_grad():
+        return islands_picture(scene, Path(folder), model, pixel_values, config=IslandsConfig(size=128, seed=seed))
+
+
+def _hub_name(name: str) -> str | None:
+    """`user/name`, without the configuration of a data set; None for what is no repository."""
+    name = name.partition(":")[0]
+    return name if not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) else None
+
+
+def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str:
+    template = next((path for path in _TEMPLATES if path.exists()), None)
+    if template is None:
+        raise FileNotFoundError(f"model_card.md: expected the card's template in one of {list(map(str, _TEMPLATES))}")
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    teachers = [entry for entry in config.get("distilled_from") or [] if entry.get("name")]
+    name = Path(facts.repo_id).name
+    data = ModelCardData(
+        license=_licence(teachers),
+        license_name=None if _licence(teachers) != "other" else "see-teacher-and-data",
+        library_name="transformers",
+        pipeline_tag=_TASK,
+        tags=["apm", "glom", "distillation", "custom_code"],
+        model_name=name if facts.metrics else None,
+        eval_results=[
+            EvalResult(
+                task_type=_TASK,
+                dataset_type=(hub_names["datasets"] or ["local"])[0],
+                dataset_name=facts.dataset,
+                metric_type=metric,
+                metric_value=round(value, 4),
+            )
+            for metric, value in facts.metrics.items()
+        ]
+        or None,
+        **hub_names,
+    )
+    rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in facts.metrics.items())
+    size, patch = config.get("image_size", 448), config.get("patch_size", 14)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(template),
+        model_name=name,
+        repo_id=facts.repo_id,
+        teacher=facts.teacher,
+        dataset=facts.dataset,
+        command=facts.command,
+        steps=facts.steps,
+        num_parameters=f"{facts.num_parameters:,}",
+        num_locations=f"{(size // patch) ** 2:,}",
+        feature_size=config.get("feature_size", 1024),
+        versions=", ".join(f"{package} {version}" for package, version in (facts.versions or {}).items()),
+        licences=_licence_table(teachers, facts.teacher),
+        metrics=f"| | |\n| --- | --- |\n{rows}" if rows else "Nothing was measured.",
+        comparison=facts.comparison,
+        picture=PICTURE if (folder / PICTURE).exists() else None,
+    )
+    return str(card)
+
+
+def _licence(teachers: list[dict[str, Any]]) -> str:
+    """The weights' own: the teachers', where it is known and one."""
+    found = {entry.get("license") or "other" for entry in teachers}
+    return found.pop() if len(found) == 1 else "other"
+
+
+def _licence_table(teachers: list[dict[str, Any]], teacher: str) -> str:
+    rows = [(entry["name"], entry.get("license")) for entry in teachers] or [(teacher, None)]
+    lines = [f"| {name} | {licence or 'unknown: look it up before you use this model'} |" for name, licence in rows]
+    return "| teacher | licence |\n| --- | --- |\n" + "\n".join(lines)

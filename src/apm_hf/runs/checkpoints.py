@@ -1,0 +1,188 @@
+"""Checkpoints of a training run: there whole or not at all, and verified before they are used.
+
+    OUTPUT_DIR/checkpoints/step_00000500/
+        model.safetensors, optimizer.bin, random_states_0.pkl, ...   what `Accelerator.save_state` writes
+        progress.json                                                where the run stands, and its settings
+        manifest.json                                                size and SHA-256 of all of these; written last
+
+A checkpoint is written under another name, brought to the disk, sealed with its manifest and renamed: whatever moment
+a run is killed at, the checkpoints under their final names are whole. What a disk does to them later, the manifest
+tells. The folder is one that all processes share.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from .checksums import digest_of, fault_of, read_sealed, write_sealed
+from .files import sync
+from .provenance import versions
+
+logger = logging.get_logger(__name__)
+
+FOLDER = "checkpoints"
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
+PARTIAL = ".partial"
+
+
+class Checkpoints:
+    """Those of one run.
+
+    Args:
+        output_dir: of the run; they lie in its folder `checkpoints`.
+        keep: how many whole ones stay on the disk.
+    """
+
+    def __init__(self, output_dir: Path, *, keep: int) -> None:
+        self.folder, self.keep = output_dir / FOLDER, keep
+        self._removed = output_dir / f"{FOLDER}{PARTIAL}"
+
+    def names(self) -> list[str]:
+        """Of all, oldest first, verified or not."""
+        return sorted(path.name for path in self.folder.glob("step_*") if path.suffix != PARTIAL)
+
+    def newest(self) -> Path:
+        """The newest whole one; what is wrong with newer ones is logged.
+
+        Raises:
+            FileNotFoundError: where there is none.
+            ValueError: where all are damaged.
+        """
+        names = self.names()
+        if not names:
+            raise FileNotFoundError(f"resume: found no checkpoint in {self.folder}; start the run without resume")
+        for name in reversed(names):
+            found = faults(self.folder / name)
+            if not found:
+                return self.folder / name
+            logger.warning(f"checkpoint {name} is damaged, the one before it is tried: {'; '.join(found)}")
+        raise ValueError(
+            f"resume: expected a whole checkpoint in {self.folder}, got {len(names)} damaged; of {name}: {found[0]}"
+        )
+
+    def save(self, accelerator: Any, step: int, progress: Mapping[str, Any]) -> None:
+        """Called by all processes, after an optimiser step.
+
+        Args:
+            accelerator: whose state is saved.
+            progress: kept as JSON.
+
+        Raises:
+            OSError: on a disk that is full or fails; checkpoints that were there stay.
+        """
+        final = self.folder / f"step_{step:08d}"
+        partial = final.with_name(final.name + PARTIAL)
+        if accelerator.is_main_process:
+            self.sweep()
+        accelerator.wait_for_everyone()
+        with self._explained(final.name, partial):
+            accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            with self._explained(final.name, partial):
+                (partial / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+                seal(partial, step=step, num_processes=accelerator.num_processes)
+            if final.exists():
+                self._discard(final)
+            partial.rename(final)
+            sync(self.folder)
+            self._prune()
+        accelerator.wait_for_everyone()
+
+    def clear(self) -> None:
+        """Away with all: checkpoints of an earlier run must not be what this one is resumed from."""
+        self.sweep()
+        if names := self.names():
+            logger.warning(f"{len(names)} checkpoints of an earlier run are removed from {self.folder.parent}")
+            self.folder.rename(self._removed)  # all at once: none is left should the run be killed here
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Away with what a run that was killed left half written, or half removed."""
+        shutil.rmtree(self._removed, ignore_errors=True)
+        for path in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(path)
+
+    def _prune(self) -> None:
+        """Verified anew: of two checkpoints of which one is damaged, a third is worth its place."""
+        whole = 0
+        for name in reversed(self.names()):
+            path = self.folder / name
+            if whole == self.keep:
+                self._discard(path)
+            elif found := faults(path):
+                logger.warning(f"checkpoint {name} is damaged and removed: {'; '.join(found)}")
+                self._discard(path)
+            else:
+                whole += 1
+
+    @contextmanager
+    def _explained(self, name: str, partial: Path) -> Iterator[None]:
+        """What cannot be written is named, in the same words whichever library was writing, and takes no room."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # What torch says of a full disk is its own position in the file.
+            torn = isinstance(error, RuntimeError) and "inline_container" in str(error)
+            if isinstance(error, RuntimeError) and not torn:
+                raise
+            free = shutil.disk_usage(self.folder).free
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = "a file ended before its time" if torn else getattr(error, "strerror", None) or str(error)
+            names = self.names()
+            raise OSError(
+                f"checkpoint {name}: cannot write it to {self.folder}, {free / 2**20:,.1f} MiB are free: {reason}; "
+                + (f"{names[-1]} is there" if names else "there is none before it")
+            ) from error
+
+    def _discard(self, path: Path) -> None:
+        """Renamed first: no half of it is ever left under its name."""
+        shutil.rmtree(path.rename(path.with_name(f"{path.name}.old{PARTIAL}")))
+
+
+def progress_of(checkpoint: Path) -> dict[str, Any]:
+    """What [`Checkpoints.save`] was given."""
+    return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+
+
+def manifest_of(checkpoint: Path) -> dict[str, Any]:
+    """`step`, `num_processes`, `versions` (by package) and `files` (name -> `size` in bytes and `sha256`).
+
+    Raises:
+        ValueError: for a manifest that is not as it was written.
+        FileNotFoundError: where there is none.
+    """
+    return read_sealed(checkpoint / MANIFEST)
+
+
+def seal(folder: Path, *, step: int, num_processes: int) -> None:
+    """Bring all files of a folder to the disk, and write down what they are."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    manifest = {
+        "step": step,
+        "num_processes": num_processes,
+        "versions": versions(),
+        "files": {name: {"size": path.stat().st_size, "sha256": digest_of(path)} for name, path in files.items()},
+    }
+    for path in (*files.values(), *{path.parent for path in files.values()}):
+        sync(path)
+    write_sealed(folder / MANIFEST, manifest)
+    sync(folder)
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint: file, what was expected, what was found. Empty for a whole one."""
+    try:
+        files = manifest_of(checkpoint)["files"]
+    except ValueError as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{MANIFEST}: expected a file, found {error.strerror}"]
+    found = ((name, fault_of(checkpoint / name, **expected)) for name, expected in files.items())
+    return [f"{name}: {fault}" for name, fault in found if fault]

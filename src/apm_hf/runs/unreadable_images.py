@@ -1,0 +1,154 @@
+"""Images that cannot be read: counted, listed and left out, up to a limit.
+
+Batches keep their size whatever is in them, since processes that share a step must all take it: a row whose image
+cannot be read is a blank picture, and `problem` `(B, W)` uint8 says why, as UTF-8 filled up with zeros; a row of
+zeros is an image that was read. Text travels as a tensor because everything that cuts, gathers and sends batches
+(worker processes, Accelerate) knows what to do with tensors.
+
+Which images are left out depends on the images alone, so a run that is resumed leaves out the same.
+
+Legend: B images, W bytes of a reason.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from transformers.utils import logging
+
+from .files import write_atomically
+
+logger = logging.get_logger(__name__)
+
+PROBLEM = "problem"  # key of a batch
+SKIPPED = "skipped_images.jsonl"  # in the output folder
+WIDTH = 384  # W
+
+
+def packed(text: str) -> Tensor:
+    """`(1, W)` uint8; what is longer is cut."""
+    data = text.encode()[:WIDTH]
+    return torch.tensor([list(data) + [0] * (WIDTH - len(data))], dtype=torch.uint8)
+
+
+def problems(batch_or_column: Mapping[str, Tensor] | Tensor) -> list[str]:
+    """Of every row, why its image could not be read; empty for those that were, none for batches without `problem`."""
+    column = batch_or_column if isinstance(batch_or_column, Tensor) else batch_or_column.get(PROBLEM)
+    rows = () if column is None else column.cpu()
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def readable(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows whose images were read, without `problem`; there may be none."""
+    if PROBLEM not in batch:
+        return batch
+    good = ~batch[PROBLEM].bool().any(dim=1)
+    return {name: values[good] for name, values in batch.items() if name != PROBLEM}
+
+
+class SkippedImages:
+    """What was left out in a run, and the limit; equal in all processes.
+
+    Args:
+        folder: where `skipped_images.jsonl` is written, a line `{"step", "image", "reason"}` for each image.
+        limit: so many different images may be left out.
+        gather: joins the rows of all processes, as `Accelerator.gather` does.
+        is_main_process: whether this is the process that writes.
+    """
+
+    def __init__(
+        self, folder: Path, limit: int, *, gather: Callable[[Tensor], Tensor], is_main_process: bool = True
+    ) -> None:
+        self.path, self.limit, self.gather, self.is_main_process = folder / SKIPPED, limit, gather, is_main_process
+        self.lines: dict[str, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def begin(self, step: int) -> None:
+        """At the start of a run, or where one goes on: what was found after `step` is found again."""
+        self.lines = {}
+        if step and self.path.exists():
+            found = (json.loads(line) for line in self.path.read_text().splitlines())
+            self.lines = {line["image"]: line for line in found if line["step"] <= step}
+        elif self.is_main_process:
+            self.path.unlink(missing_ok=True)
+
+    def sift(self, batch: dict[str, Tensor], step: int) -> tuple[dict[str, Tensor], float]:
+        """The images that were read, and 1; where there is none, blank ones, and 0 to weigh their loss with.
+
+        Every process calls this with its part of the same step.
+
+        Raises:
+            ValueError: for more bad images than the limit, in all processes.
+        """
+        if PROBLEM not in batch:
+            return batch, 1.0
+        self._record(problems(self.gather(batch[PROBLEM])), step)
+        good = readable(batch)
+        if len(good["pixel_values"]):
+            return good, 1.0
+        return {name: values for name, values in batch.items() if name != PROBLEM}, 0.0
+
+    def sift_answers(
+        self, answers: dict[str, dict[str, Tensor]], batch: dict[str, Tensor], gather: Callable[[Any], Any], step: int
+    ) -> dict[str, dict[str, Tensor]]:
+        """Of figures by head and name, one row an image, those of images that were read, from all processes.
+
+        Args:
+            gather: as `Accelerator.gather_for_metrics` does.
+        """
+        if PROBLEM not in batch:
+            return gather(answers)
+        found, column = gather((answers, batch[PROBLEM]))
+        self._record([reason and f"validation {reason}" for reason in problems(column)], step)
+        good = ~column.bool().any(dim=1)
+        return {name: {key: rows[good] for key, rows in figures.items()} for name, figures in found.items()}
+
+    def _record(self, reasons: list[str], step: int) -> None:
+        known = len(self.lines)
+        for reason in filter(None, reasons):
+            image, _, why = reason.partition(": ")
+            self.lines.setdefault(image, {"step": step, "image": image, "reason": why})
+        if len(self.lines) == known:
+            return
+        new = list(self.lines.values())[known:]
+        if self.is_main_process:
+            write_atomically(self.path, (json.dumps(line) + "\n" for line in self.lines.values()))
+        for line in new:
+            logger.warning(f"skipped {line['image']}: {line['reason']} ({len(self)} of at most {self.limit})")
+        if len(self) > self.limit:
+            raise ValueError(
+                f"max_bad_images: expected at most {self.limit} unreadable images, got {len(self)}, the last of them "
+                f"{new[-1]['image']}: {new[-1]['reason']}"
+            )
+
+
+class Numbered(Dataset):
+    """Rows of a data set with their place in it, `index`, by which messages name them."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"index": index, **self.dataset[index]}
+
+    def set_epoch(self, epoch: int) -> None:
+        """For data sets that differ from epoch to epoch."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+def numbered(dataset: Any) -> Any:
+    """Rows with their `index`, unless they are a stream, whose order may change; those keep the names of files."""
+    return dataset if isinstance(dataset, IterableDataset) else Numbered(dataset)
+
+
+__all__ = ["PROBLEM", "SKIPPED", "Numbered", "SkippedImages", "numbered", "packed", "problems", "readable"]

@@ -1,0 +1,79 @@
+"""A teacher's answers between its patches: the image is moved by fractions of a patch, and the grids are interlaced.
+
+A vision transformer answers once per patch. Moved images give it other patches, so its answers on a finer grid need
+no interpolation; FeatUp (arXiv:2403.10516) learns from such jittered views. An APM answers at any coordinate, so it
+can be asked exactly where these answers belong.
+
+Legend: B images, N levels, C width of the vision tower, F width of the teacher's embeddings, (rows, cols) its grid.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..position_encoding import cell_centres
+from . import Teacher, TeacherOutput
+
+
+def encode_densely(
+    teacher: Teacher, pixel_values: Tensor, factor: int, *, layers: Sequence[int] | None = None
+) -> TeacherOutput:
+    """The teacher's answers on a grid that is `factor` times as fine as its own, in factor**2 passes.
+
+    Args:
+        pixel_values: `(B, 3, H, W)`, made by the teacher's image processor.
+        factor: fine cells along a side of a patch; 1 is one plain pass.
+        layers: see [`Teacher.encode_images`].
+
+    Returns:
+        [`TeacherOutput`] with `features` `(B, rows * factor, cols * factor, F)` and, where asked for, `levels`
+        `(B, N, rows * factor, cols * factor, C)`; `image_embeds` are those of the image as it is.
+
+    Raises:
+        ValueError: for a factor below 1 or above the patch's pixels.
+    """
+    if not 1 <= factor <= teacher.patch_size:
+        raise ValueError(f"factor: expected 1 to {teacher.patch_size}, the patch size, got {factor}")
+    plain = teacher.encode_images(pixel_values=pixel_values, layers=layers)
+    if factor == 1:
+        return plain
+    finer = {name: _finer(values, factor) for name, values in plain.items() if name != "image_embeds"}
+    for row in range(factor):
+        for column in range(factor):
+            # From the middle of a patch to the middle of the fine cell, in pixels.
+            shift = [((number + 0.5) / factor - 0.5) * teacher.patch_size for number in (row, column)]
+            answer = plain
+            if any(shift):
+                answer = teacher.encode_images(pixel_values=moved(pixel_values, *shift), layers=layers)
+            for name, values in finer.items():  # (..., rows, cols, width)
+                values[..., row::factor, column::factor, :] = answer[name]
+    return TeacherOutput(image_embeds=plain.image_embeds, **finer)
+
+
+def moved(pixel_values: Tensor, down: float, right: float) -> Tensor:
+    """Return what a window that lies `down` and `right` pixels away sees of the image; reflected beyond its edges.
+
+    Args:
+        pixel_values: `(B, C, H, W)`, of any floating-point dtype.
+        down, right: in pixels, fractions too (bilinear).
+
+    Returns:
+        `(B, C, H, W)`, of the same dtype; positions and sampling are at least float32.
+    """
+    height, width = pixel_values.shape[-2:]
+    # Half precision would shift pixels by whole ones: places and sampling take float32 at least. They are sums alone,
+    # since autocast would round the product of matrices that `affine_grid` is.
+    pixels = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
+    y = cell_centres(height, device=pixels.device) + 2 * down / height
+    x = cell_centres(width, device=pixels.device) + 2 * right / width
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)  # (H, W, 2); grid_sample takes (x, y)
+    grid = grid.to(pixels.dtype).expand(len(pixels), -1, -1, -1)
+    window = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    return window.to(pixel_values.dtype)
+
+
+def _finer(values: Tensor, factor: int) -> Tensor:
+    *leading, rows, cols, width = values.shape
+    return values.new_empty(*leading, rows * factor, cols * factor, width)

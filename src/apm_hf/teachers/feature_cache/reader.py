@@ -1,0 +1,175 @@
+"""A feature cache as a data set: rows read where they lie, each beside its image.
+
+safetensors maps files into memory, and `safe_open(...).get_tensor` gives a whole shard as a view of the map: nothing
+is read until a row is, and its bytes are copied once, when a batch is made. `benchmarks/data.py` compares other ways.
+
+Legend: N levels, C width of a level, F feature width, (rows, cols) the teacher's grid, l locations kept of it.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...runs.checksums import fault_of, read_sealed
+from .layout import INDEX, fingerprint, of_teacher
+
+
+class FeatureCache(Dataset):
+    """The answers to every image that could be read, in the data set's order.
+
+    A row has `features` `(rows, cols, F)`, `image_embeds` `(F,)` float32 and, where they were kept, `levels`
+    `(N, rows, cols, C)`. Of a cache of l locations it has `features` `(l, F)`, `levels` `(N, l, C)`, `locations`
+    `(l,)` int64, indices into the row-major grid, and that `grid` `(2,)`. Features are views of the files: copy before
+    writing into them. It can be pickled; every process maps the files for itself.
+
+    Attributes:
+        index: what `index.json` says.
+        rows: numbers, in the data set, of the rows there are; ascending.
+
+    Args:
+        folder: made by [`write_feature_cache`] or `apm cache-features`.
+        verify: also compare every file's SHA-256, which reads them all.
+
+    Raises:
+        ValueError: for what is no whole cache, or a damaged one; names the file, what was expected and found.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, verify: bool = False) -> None:
+        self.folder = Path(folder)
+        try:
+            self.index = read_sealed(self.folder / INDEX)
+        except OSError as error:
+            raise ValueError(
+                f"feature_cache: expected a folder with {INDEX}, got {os.fspath(folder)!r} ({error.strerror}): not a "
+                "cache, or one half written, which `apm cache-features` goes on with"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"feature_cache: {error}") from error
+        for shard in self.index["shards"]:
+            fault = fault_of(self.folder / shard["file"], shard["bytes"], shard["sha256"] if verify else None)
+            if fault:
+                raise ValueError(f"feature_cache: {self.folder / shard['file']}: {fault}{_AGAIN}")
+        self._bad = np.array([bad["row"] for bad in self.index["bad"]], dtype=np.int64)
+        everything = range(self.index["num_rows"])
+        self.rows: np.ndarray | range = np.delete(everything, self._bad) if len(self._bad) else everything
+        self._open: dict[int, dict[str, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        row = int(self.rows[position])
+        number = row // self.index["images_per_shard"]
+        start = number * self.index["images_per_shard"]
+        tensors, place = self._shard(number), row - start
+        if len(self._bad):
+            first, last = np.searchsorted(self._bad, [start, row]).tolist()
+            place -= last - first
+        answer: dict[str, Tensor] = {name: tensors[name][place] for name in ("features", "levels") if name in tensors}
+        answer["image_embeds"] = tensors["image_embeds"][place].float()
+        if "locations" in tensors:
+            answer["locations"], answer["grid"] = tensors["locations"][place].long(), torch.tensor(self.index["grid"])
+        return answer
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Tensor]]:
+        return [self[position] for position in positions]
+
+    def check(
+        self,
+        teacher: Any,
+        images: Any,
+        *,
+        image_column: str = "image",
+        level_layers: Sequence[int] | None = None,
+    ) -> None:
+        """Whether these are this teacher's answers about these images.
+
+        Raises:
+            ValueError: names all that differs; `expected` is what is asked for, `got` the cache's.
+        """
+        found = differences({"teacher": self.index["teacher"]}, {"teacher": of_teacher(teacher)})
+        if self.index["teacher"]["dtype"] != str(teacher.dtype).removeprefix("torch."):
+            # Another precision changes last bits, which is allowed, and so the hash of the weights.
+            found = [line for line in found if not line.startswith(("teacher.dtype", "teacher.weights"))]
+        if len(images) != self.index["num_rows"]:
+            found.append(f"number of images (expected {len(images)}, got {self.index['num_rows']})")
+        elif fingerprint(images, image_column) != self.index["dataset"]["fingerprint"]:
+            found.append(f"images (the cache is of {self.index['dataset']['name']!r})")
+        kept, asked = self.index["settings"]["level_layers"] or [], list(level_layers or [])
+        if asked != kept:
+            found.append(f"level_layers (expected {asked}, got {kept})")
+        if found:
+            raise ValueError(f"feature_cache: {self.folder} does not fit, it has other {', '.join(found)}")
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._open:
+            shard = self.index["shards"][number]
+            path = self.folder / shard["file"]
+            try:
+                with safe_open(path, framework="pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"feature_cache: {path}: {error}{_AGAIN}") from error
+            if len(tensors.pop("rows", ())) != shard["rows"]:
+                raise ValueError(f"feature_cache: {path}: expected {shard['rows']} rows, found others{_AGAIN}")
+            self._open[number] = tensors
+        return self._open[number]
+
+
+_AGAIN = "; the command that made the cache verifies it and writes again what is damaged"
+
+
+class CachedImages(Dataset):
+    """Rows of a data set, each with its `index` and the answers of a cache; images without an answer are left out.
+
+    Args:
+        images: rows with images, by index.
+        cache: of these images.
+    """
+
+    def __init__(self, images: Any, cache: FeatureCache) -> None:
+        self.images, self.cache = images, cache
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        rows = [int(self.cache.rows[position]) for position in positions]
+        at_once = getattr(self.images, "__getitems__", None)
+        images = at_once(rows) if at_once else [self.images[row] for row in rows]
+        answers = self.cache.__getitems__(positions)
+        return [{"index": row, **image, **answer} for row, image, answer in zip(rows, images, answers, strict=True)]
+
+
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> list[str]:
+    """Where two descriptions differ: `teacher.name (expected a, got b)`."""
+    return list(_differences(there, wanted, within))
+
+
+def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], within: str) -> Iterator[str]:
+    for name in {**wanted, **there}:
+        got, expected = there.get(name), wanted.get(name)
+        if got == expected:
+            continue
+        if isinstance(got, dict) and isinstance(expected, dict):
+            yield from _differences(got, expected, f"{within}{name}.")
+        elif name in ("weights", "fingerprint"):
+            yield f"{within}{name}"
+        else:
+            yield f"{within}{name} (expected {expected}, got {got})"
+
+
+__all__ = ["CachedImages", "FeatureCache"]

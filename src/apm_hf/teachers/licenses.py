@@ -1,0 +1,86 @@
+"""What a student inherits: its teacher's public name, revision and licence, as far as they are found, never guessed.
+
+The licence stands in the front matter of a teacher's model card (https://huggingface.co/docs/hub/model-cards). It is
+read from the teacher's folder or from the Hub's cache; nothing is downloaded, and None means unknown. For a teacher on
+the Hub, `hf download NAME README.md` puts the card into the cache.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers.utils import logging
+
+from ..configuration_apm import APMConfig
+
+logger = logging.get_logger(__name__)
+
+
+def public_name(name: str) -> str:
+    """A Hub name as it is; of a path only the last part, which says nothing of the machine."""
+    local = os.path.exists(name) or name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    return Path(os.path.abspath(name)).name if local else name
+
+
+def teacher_license(teacher: Any) -> str | None:
+    """The licence of a [`Teacher`], e.g. `"apache-2.0"`; the name of one that the Hub knows only as `"other"`."""
+    card = _card_path(teacher)
+    if card is None:
+        return None
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning(f"{teacher.name}: its model card cannot be read, so its licence is unknown: {error}")
+        return None
+    found = data.get("license")
+    if found == "other":
+        found = data.get("license_name") or found
+    found = ", ".join(map(str, found)) if isinstance(found, list) else found
+    return str(found).strip() or None if found is not None else None
+
+
+def origin(teacher: Any, *, dataset: str | None = None) -> dict[str, str | None]:
+    """An entry of `APMConfig.distilled_from`.
+
+    Args:
+        teacher: a [`Teacher`].
+        dataset: what was distilled on: a name on the Hub or a folder.
+    """
+    entry = {
+        "name": public_name(teacher.name),
+        "license": teacher_license(teacher),
+        "revision": _revision(teacher),
+    }
+    if entry["license"] is None:
+        logger.info(f"{entry['name']}: its licence was not found; look it up before you publish what it has taught")
+    return entry if dataset is None else entry | {"dataset": public_name(dataset)}
+
+
+def inherit(config: APMConfig, teachers: Iterable[Any], *, dataset: str | None = None) -> None:
+    """Add teachers to `config.distilled_from`; those that are there already, by name, stay as they are."""
+    entries = list(config.distilled_from or [])
+    for teacher in teachers:
+        if public_name(teacher.name) not in {entry["name"] for entry in entries}:
+            entries.append(origin(teacher, dataset=dataset))
+    config.distilled_from = entries or None
+    config.validate_architecture()
+
+
+def _revision(teacher: Any) -> str | None:
+    """The commit on the Hub that was loaded."""
+    return getattr(getattr(teacher.model, "config", None), "_commit_hash", None)
+
+
+def _card_path(teacher: Any) -> str | None:
+    if os.path.isdir(teacher.name):
+        path = Path(teacher.name) / "README.md"
+        return str(path) if path.is_file() else None
+    try:
+        cached = try_to_load_from_cache(teacher.name, "README.md", revision=_revision(teacher))
+    except HFValidationError:  # no name on the Hub
+        return None
+    return cached if isinstance(cached, str) else None

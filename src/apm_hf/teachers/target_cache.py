@@ -1,0 +1,104 @@
+"""Images with their teacher's answers, in memory: what is asked once need not be asked again at every epoch.
+
+Legend: M images, N levels, C width of a level, F feature width, S image side, (rows, cols) the targets' grid.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers.utils.logging import tqdm
+
+from ..distillation.losses import normalise_levels
+from . import Teacher
+from .dense_grids import encode_densely
+
+BATCH_SIZE = 64
+
+
+class TargetCache(Dataset):
+    """Rows `pixel_values` `(3, S, S)`, `image_embeds` `(F,)`, `features` `(rows, cols, F)` and, where there are any,
+    `levels` `(N, rows, cols, C)`, for [`distill`].
+
+    Args:
+        pixel_values: `(M, 3, S, S)`, the student's input.
+        image_embeds: `(M, F)`.
+        features: `(M, rows, cols, F)`.
+        levels: `(M, N, rows, cols, C)`, normalised.
+        order: `(M,)`; image i gets the answer to image `order[i]`. None is the identity.
+    """
+
+    def __init__(
+        self,
+        pixel_values: Tensor,
+        image_embeds: Tensor,
+        features: Tensor,
+        *,
+        levels: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        self.pixel_values, self.image_embeds, self.features = pixel_values, image_embeds, features
+        self.levels = levels
+        self.order = torch.arange(len(pixel_values)) if order is None else order
+
+    @classmethod
+    def build(
+        cls,
+        images: Sequence[Any],
+        teacher: Teacher,
+        image_processor: Any,
+        *,
+        factor: int = 1,
+        layers: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        description: str | None = None,
+    ) -> "TargetCache":
+        """Ask the teacher about every image.
+
+        Args:
+            images: PIL images, or anything else that both image processors take.
+            image_processor: the student's.
+            factor: how many times as fine as the teacher's own the targets' grid is, see [`encode_densely`].
+            layers: of the teacher, for levels.
+            dtype: in which features and levels are kept.
+            description: of the progress bar; None shows none.
+        """
+        if len(images) == 0:
+            raise ValueError("images: expected at least one image, got none")
+        pixels, embeds, features, levels = [], [], [], []
+        starts = tqdm(range(0, len(images), BATCH_SIZE), desc=description, disable=description is None)
+        for start in starts:
+            batch = [images[i] for i in range(start, min(start + BATCH_SIZE, len(images)))]
+            seen = teacher.pixel_values(batch)
+            answer = encode_densely(teacher, seen, factor, layers=layers)
+            assert answer.image_embeds is not None and answer.features is not None
+            pixels.append(image_processor(batch, return_tensors="pt")["pixel_values"])
+            embeds.append(answer.image_embeds.cpu())
+            features.append(answer.features.to("cpu", dtype))
+            if answer.levels is not None:
+                levels.append(normalise_levels(answer.levels).to("cpu", dtype))
+        column = torch.cat(levels) if levels else None
+        return cls(torch.cat(pixels), torch.cat(embeds), torch.cat(features), levels=column)
+
+    def shuffled(self, seed: int) -> "TargetCache":
+        """The control: the same answers, every one given to another image than the one it was given for."""
+        if len(self) < 2:
+            raise ValueError(f"shuffled: expected at least two images, got {len(self)}")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        wrong = torch.empty_like(order)
+        wrong[order] = order.roll(1)  # one cycle through all images, so none keeps its own answer
+        return TargetCache(self.pixel_values, self.image_embeds, self.features, levels=self.levels, order=wrong)
+
+    def __len__(self) -> int:
+        return len(self.pixel_values)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        answer = self.order[index]
+        row = {
+            "pixel_values": self.pixel_values[index],
+            "image_embeds": self.image_embeds[answer],
+            "features": self.features[answer],
+        }
+        return row if self.levels is None else row | {"levels": self.levels[answer]}

@@ -1,0 +1,166 @@
+"""A transformers pipeline that adapts an APM to every image and classifies it zero-shot (arXiv:2410.20535, section 4).
+
+    pipe = pipeline("apm-zero-shot-image-classification", model="apm", teacher="openai/clip-vit-large-patch14")
+    pipe("photo.jpg", candidate_labels=["cat", "dog"])  # [{"score": 0.9, "label": "cat"}, {"score": 0.1, ...}]
+
+Legend: B images, K labels, F feature width. Imports inside methods: registering the class, below, takes none of it.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+from transformers.image_utils import load_image
+from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
+
+from ..assets import DEMO_MODEL
+from ..configuration_apm import APMConfig
+
+_MAX_CACHED_TEXTS = 16
+
+
+class TestTimeTrainingPipeline(Pipeline):
+    """Scores labels for images: an APM is fitted to the teacher's embedding of each image, then classified.
+
+    A batch is adapted to at once; its size changes scores by rounding alone.
+
+    Args:
+        model: the APM, bare or with a head; never changed, but moved to `device`. `transformers.pipeline` takes a
+            folder or Hub name too, by default the demo's; here None is a fresh `clip-ttt` as wide as the teacher.
+        teacher: gives targets and class embeddings: a [`Teacher`], or a name or folder for [`load_teacher`].
+        preset: recipe, `"fast"` by default; it starts from the weights of the model that is given.
+        ttt_config: a [`TTTConfig`] instead, followed to the letter; `transformers.pipeline` has a `config` of its own.
+        **options: of [`Pipeline`], and defaults for those of a call. `image_processor`, the model's, is by default
+            its folder's, else one that shows what the teacher sees.
+
+    Raises:
+        ValueError: no teacher, no APM, widths that differ, or a preset and a configuration.
+    """
+
+    __test__ = False  # pytest would take the class for a test
+    _load_processor = _load_feature_extractor = _load_video_processor = _load_tokenizer = False
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        teacher: Any = None,
+        preset: str | None = None,
+        ttt_config: Any = None,
+        **options: Any,
+    ):
+        from ..distillation import matching_image_processor
+        from ..modeling_apm import APMModel, APMPreTrainedModel
+        from ..teachers import Teacher, load_teacher
+        from . import TTTConfig, redraw
+
+        if not isinstance(teacher, Teacher | str | os.PathLike):
+            raise ValueError(f"teacher: expected a Teacher, or a name or folder of one, got {type(teacher).__name__}")
+        if preset is not None and ttt_config is not None:
+            raise ValueError("preset, ttt_config: expected one of them, got both")
+        start = "random" if model is None else "model"
+        self.ttt_config = ttt_config or TTTConfig.preset(preset or "fast", start=start)
+        if model is None:
+            teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
+            model = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size))
+        if not isinstance(model, APMPreTrainedModel):
+            raise ValueError(f"model: expected an APM, got {type(model).__name__}")
+        options.pop("local_files_only", None)  # `transformers.pipeline` has used it
+        super().__init__(model=model, **options)
+        self.teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=self.device)
+        if (width := model.config.feature_size) != (wanted := self.teacher.feature_size):
+            raise ValueError(f"model: expected features as wide as the teacher's, {wanted}, got {width}")
+        matching = matching_image_processor(self.teacher, model.config.image_size)
+        self.image_processor: Any = self.image_processor or matching
+        self._text_embeds: dict[Any, Tensor] = {}
+        self._start, self._config = self.model, self.ttt_config
+        if self.ttt_config.start == "random":  # drawn once
+            self._start = redraw(model, self.ttt_config.seed)
+            self._config = replace(self.ttt_config, start="model")
+
+    def __call__(self, images: Any, candidate_labels: Iterable[str] | None = None, **options: Any) -> Any:
+        """Score the labels for an image, or for a list, generator or dataset of images.
+
+        Args:
+            images: path, URL, PIL image, encoded bytes or `{"bytes", "path"}`.
+            candidate_labels: K different names.
+            **options: `hypothesis_template`, a prompt with `{}` for the name, or several, averaged; `return_teacher`,
+                for the teacher's own `"teacher_score"` beside; `timeout` of URLs, in seconds; `batch_size`.
+
+        Returns:
+            For each image K dicts `{"score", "label"}`, highest first, scores in [0, 1] of sum 1. Where the fit
+            diverged, the scores are None and the labels in the order given.
+
+        Raises:
+            ValueError: labels or templates that [`Teacher.encode_text`] refuses, an unreadable image.
+        """
+        if candidate_labels is not None:
+            options["candidate_labels"] = candidate_labels
+        elif "labels" not in self._forward_params:
+            raise ValueError("candidate_labels: expected at least one label, got none")
+        return [] if images == [] else super().__call__(images, **options)  # it looks at the first of a list
+
+    def _sanitize_parameters(
+        self, *, candidate_labels=None, hypothesis_template=None, return_teacher=None, timeout=None
+    ):
+        labels, templates = candidate_labels, hypothesis_template
+        if labels is not None and (isinstance(labels, str) or not (labels := tuple(labels))):
+            raise ValueError(f"candidate_labels: expected a list of at least one label, got {labels!r}")
+        templates = (templates,) if isinstance(templates, str) else templates and tuple(templates)
+        named = {"labels": labels}
+        stages = ({"timeout": timeout}, named | {"templates": templates}, named | {"return_teacher": return_teacher})
+        return tuple({name: value for name, value in stage.items() if value is not None} for stage in stages)
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
+        from ..data.images import decode_image, eight_bit_rgb
+
+        # Only what is no file goes to transformers, whose reader clips deep pixels and paints transparency black.
+        elsewhere = isinstance(image, str) and not os.path.isfile(image)
+        image = eight_bit_rgb(load_image(image, timeout=timeout) if elsewhere else decode_image(image))
+        return {"pixel_values": self.image_processor(image, return_tensors="pt")["pixel_values"], "image": image}
+
+    def _forward(self, inputs: dict[str, Any], labels=(), templates=None) -> dict[str, Tensor]:
+        from ..teachers import DEFAULT_TEMPLATES
+        from ..teachers.zero_shot import classify
+        from . import adapt
+
+        key = (labels, templates or DEFAULT_TEMPLATES)
+        if key not in self._text_embeds:
+            if len(self._text_embeds) == _MAX_CACHED_TEXTS:
+                del self._text_embeds[next(iter(self._text_embeds))]  # the oldest
+            self._text_embeds[key] = self.teacher.encode_text(*key).to(self.device)
+        texts, scale = self._text_embeds[key], self.teacher.logit_scale  # (K, F)
+        images = inputs["image"] if isinstance(inputs["image"], list) else [inputs["image"]]
+        # One at a time here and below: a product of another batch size rounds otherwise, which would show in scores.
+        targets = torch.cat([self.teacher.encode_images(image)["image_embeds"] for image in images]).to(self.device)
+        adapted = adapt(
+            self._start, inputs["pixel_values"], targets, config=self._config, text_embeds=texts,
+            trigger_column=targets if self.model.config.trigger_source == "embedding" else None, keep_models=False,
+        )  # fmt: skip
+        diverged = adapted.diverged[:, None]
+        both = torch.where(diverged, targets, adapted.image_embeds), targets  # each (B, F) -> (B, K)
+        scores = [torch.cat([classify(row, texts, logit_scale=scale) for row in x.split(1)]).softmax(-1) for x in both]
+        return {"scores": scores[0].masked_fill(diverged, torch.nan), "teacher_scores": scores[1]}
+
+    def postprocess(self, outputs: dict[str, Tensor], labels=(), return_teacher=False) -> list[dict[str, Any]]:
+        known = not outputs["scores"].isnan().any()
+        columns = {"score": outputs["scores"][0].tolist() if known else [None] * len(labels), "label": labels}
+        if return_teacher:
+            columns["teacher_score"] = outputs["teacher_scores"][0].tolist()
+        answers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return sorted(answers, key=lambda answer: -answer["score"]) if known else answers
+
+
+PIPELINE_REGISTRY.register_pipeline(
+    "apm-zero-shot-image-classification",
+    TestTimeTrainingPipeline,
+    pt_model=AutoModel,
+    default={"model": (DEMO_MODEL, "main")},
+    type="multimodal",
+)
+# Saved with a model, this entry would make `transformers.pipeline` ask for remote code, which is not there.
+del TestTimeTrainingPipeline._registered_impl
