@@ -24,7 +24,7 @@ from apm_hf.data.loading import load_images
 from apm_hf.data.scenes import SceneDataset
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
 from apm_hf.teachers import Teacher
-from apm_hf.teachers.target_cache import TargetCache
+from apm_hf.teachers.targets import TargetCache
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {

@@ -39,7 +39,7 @@ from transformers import (
     set_seed,
 )
 
-from apm_hf.data.corruptions import CORRUPTIONS, corrupt
+from apm_hf.data.basic_corruptions import CORRUPTIONS, corrupt
 from apm_hf.data.scenes import CLASS_NAMES, PART_NAMES, make_scene
 from apm_hf.position_encoding import grid_coordinates, position_code
 

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from apm_hf.distillation import DistillationConfig, distill
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.runs.stopping import RunStopped
-from apm_hf.teachers.target_cache import TargetCache
+from apm_hf.teachers.targets import TargetCache
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, student
 
 # 20 images are five passes an epoch: steps of two passes, and checkpoints, cross the ends of epochs.

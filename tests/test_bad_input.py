@@ -29,7 +29,7 @@ from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.runs.files import write_atomically
 from apm_hf.runs.unreadable_images import SKIPPED, numbered, packed, problems
 from apm_hf.teachers import load_teacher
-from apm_hf.teachers.target_cache import TargetCache
+from apm_hf.teachers.targets import TargetCache
 from fixtures_runs import forget_accelerate
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip, student
 

@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apm_hf.data.corruptions import (
-    CORRUPTION_NAMES,
-    CORRUPTIONS,
-    EXTRA_CORRUPTION_NAMES,
-    corrupt,
-    corrupt_image,
-    imagenet_crop,
-)
+from apm_hf.data.basic_corruptions import CORRUPTIONS, apply_basic, corrupt
+from apm_hf.data.corruptions import CORRUPTION_NAMES, EXTRA_CORRUPTION_NAMES, corrupt_image, imagenet_crop
 from apm_hf.data.scenes import make_scene
 
 imagecorruptions = pytest.importorskip("imagecorruptions")
@@ -221,8 +215,6 @@ def test_our_functions_agree_with_the_package_where_nothing_is_drawn(name):
 
 @pytest.mark.parametrize(("name", "basic"), [("defocus_blur", "defocus"), ("contrast", "contrast")])
 def test_our_basic_functions_agree_with_the_package(name, basic):
-    from apm_hf.data.corruptions import apply_basic
-
     image = photo(64)
     ours = np.asarray(apply_basic(image, basic, PACKAGE_CONSTANTS[name], None), dtype=float)
     assert np.abs(ours - np.asarray(getattr(imagecorruptions, name)(image, 3))).max() <= 0.51

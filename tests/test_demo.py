@@ -15,7 +15,7 @@ from apm_hf.distillation import distill
 from apm_hf.modeling_apm import APMModel
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.teachers import load_teacher
-from apm_hf.teachers.target_cache import TargetCache
+from apm_hf.teachers.targets import TargetCache
 from apm_hf.teachers.zero_shot import classify
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
 
 import apm_hf
-from apm_hf.data.corruptions import corrupt
+from apm_hf.data.basic_corruptions import corrupt
 from apm_hf.data.scenes import CLASS_NAMES, PART_NAMES, SceneDataset
 
 FOLDER = Path(apm_hf.__file__).parent / "assets" / "demo-teacher"

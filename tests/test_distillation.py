@@ -29,7 +29,7 @@ from apm_hf.distillation.losses import DistillationTargets, LossWeights
 from apm_hf.distillation.targets import TargetMaker, ask
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.position_encoding import grid_coordinates
-from apm_hf.teachers.target_cache import TargetCache
+from apm_hf.teachers.targets import TargetCache
 from fixtures_runs import forget_accelerate
 from fixtures_tiny import (
     FEATURE_SIZE,

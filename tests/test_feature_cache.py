@@ -25,7 +25,7 @@ from apm_hf.data.images import ImageCollator
 from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DistillationConfig, matching_image_processor
 from apm_hf.distillation import recipe as training
-from apm_hf.distillation.losses import LossWeights, normalise_levels
+from apm_hf.distillation.losses import LossWeights
 from apm_hf.distillation.objective import Objective
 from apm_hf.distillation.targets import TargetMaker
 from apm_hf.position_encoding import grid_coordinates
@@ -40,6 +40,7 @@ from apm_hf.teachers.feature_cache import (
     write_feature_cache,
     writer,
 )
+from apm_hf.teachers.targets import normalise_levels
 from fixtures_runs import forget_accelerate, forked, processes, status_of
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip, save_splits, student
 

@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 from apm_hf import APMConfig, APMImageProcessor, APMModel, load_teacher
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
-from apm_hf.distillation.losses import DistillationTargets, LossWeights, distillation_losses, normalise_levels
+from apm_hf.distillation.losses import DistillationTargets, LossWeights, distillation_losses
 from apm_hf.distillation.targets import TargetMaker, ask
 from apm_hf.teachers.dense_grids import moved
+from apm_hf.teachers.targets import normalise_levels
 from fixtures_tiny import (
     FEATURE_SIZE,
     STUDENT_SIZE,

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from apm_hf import APMModelOutput
-from apm_hf.distillation.losses import DistillationTargets, LossWeights, distillation_losses, rgb_targets
+from apm_hf.distillation.losses import DistillationTargets, LossWeights, distillation_losses
+from apm_hf.teachers.targets import rgb_targets
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.5])
 

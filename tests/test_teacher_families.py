@@ -62,7 +62,7 @@ from apm_hf.teachers import TeacherOutput
 from apm_hf.teachers import families as teacher_families
 from apm_hf.teachers.dense_grids import encode_densely
 from apm_hf.teachers.images import plain_image_processor
-from apm_hf.teachers.target_cache import TargetCache
+from apm_hf.teachers.targets import TargetCache
 from apm_hf.teachers.vision import FamilyVision
 from apm_hf.teachers.zero_shot import classify
 from apm_hf.ttt.photos import teacher_features

@@ -28,7 +28,7 @@ from apm_hf.position_encoding import grid_coordinates
 from apm_hf.teachers.dense_grids import moved
 from apm_hf.teachers.licenses import inherit, public_name, teacher_license
 from apm_hf.teachers.matching import same_view
-from apm_hf.teachers.target_cache import TargetCache
+from apm_hf.teachers.targets import TargetCache
 from apm_hf.ttt.maps import feature_map
 from apm_hf.ttt.targets import TTTTargets
 from fixtures_runs import forget_accelerate

@@ -31,10 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     import shtab
 
-    from .main import COMMANDS
     from .parsing import build_parsers
 
-    parser, parsers = build_parsers(COMMANDS)
+    parser, parsers = build_parsers(options.commands)
     for command in parsers.values():
         for action in command._actions:
             if action.metavar in FILES and action.choices is None:

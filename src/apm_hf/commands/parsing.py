@@ -14,7 +14,7 @@ DESCRIPTION = "The Asynchronous Perception Machine (arXiv:2410.20535): distil, a
 
 
 def parse(commands: Mapping[str, ModuleType], arguments: Sequence[str], *, version: str) -> argparse.Namespace:
-    """The options, with `command` and, as they were given, `arguments`.
+    """The options, with `command`, all `commands` and, as they were given, `arguments`.
 
     Options are added to the chosen command's parser alone: some ask for libraries that take seconds to load.
 
@@ -28,7 +28,9 @@ def parse(commands: Mapping[str, ModuleType], arguments: Sequence[str], *, versi
         parser.error(f"unknown command {name!r}{_suggestion(name, parsers)}")
     if name:
         _refuse_unknown(parsers[name], arguments[arguments.index(name) + 1 :])
-    given = argparse.Namespace(arguments=arguments, json=False, quiet=False, verbose=False, debug=False)
+    given = argparse.Namespace(
+        commands=commands, arguments=arguments, json=False, quiet=False, verbose=False, debug=False
+    )
     return parser.parse_args(arguments, given)
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from scipy import ndimage
 from skimage.color import hsv2rgb, rgb2hsv
 
-from .corruptions import _CONSTANTS, FloatImage, apply_basic, to_image
+from .basic_corruptions import CONSTANTS, FloatImage, apply_basic, to_image
 
 FloatMap = NDArray[np.float64]  # (H, W)
 
@@ -37,7 +37,7 @@ def corrupt_small(image: Image.Image, name: str, *, severity: int, generator: Ge
     """An RGB image, corrupted with CIFAR-10-C's constants; called by [`corrupt_image`], which checks."""
     if name in _BASIC:
         basic = _BASIC[name]
-        return apply_basic(image, basic, _CONSTANTS[0][basic][severity - 1], generator)
+        return apply_basic(image, basic, CONSTANTS[0][basic][severity - 1], generator)
     function, constants = _CORRUPTIONS[name]
     return to_image(function(np.asarray(image) / 255.0, constants[severity - 1], generator))
 

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..assets import DEMO_TEACHER
 from ..configuration_apm import APMConfig
-from ..data.corruptions import corrupt
+from ..data.basic_corruptions import corrupt
 from ..data.scenes import CLASS_NAMES, SceneDataset
 from ..distillation import DistillationConfig, distill, matching_image_processor
 from ..modeling_apm import APMModel
@@ -29,7 +29,7 @@ from ..position_encoding import grid_coordinates
 from ..publishing.cards import CardFacts, write_card, write_card_picture
 from ..teachers import Teacher, load_teacher
 from ..teachers.licenses import inherit
-from ..teachers.target_cache import TargetCache
+from ..teachers.targets import TargetCache
 from ..teachers.zero_shot import classify
 from ..ttt import TTTConfig, adapt
 from .report import Sight, write_report

@@ -100,30 +100,3 @@ def distillation_losses(
             losses[f"loss_{name}"] = F.mse_loss(answer, target)
     total = sum(getattr(weights, name.removeprefix("loss_")) * loss for name, loss in losses.items())
     return {"loss": torch.as_tensor(total), **losses}
-
-
-def normalise_levels(levels: Tensor) -> Tensor:
-    """Every token of every layer to mean 0 and variance 1 over its width, as the next layer's layernorm sees it.
-
-    The layers of a transformer differ in scale; without this the top one would be all that a loss sees.
-
-    Args:
-        levels: `(..., C)`.
-    """
-    return F.layer_norm(levels.float(), levels.shape[-1:])
-
-
-def rgb_targets(pixel_values: Tensor, rows: int, cols: int, *, mean: Tensor, std: Tensor) -> Tensor:
-    """Mean colour of every cell of a grid.
-
-    Args:
-        pixel_values: `(B, 3, H, W)`, normalised.
-        rows, cols: the grid; it may be coarser or finer than the student's own.
-        mean, std: `(3,)`, of the normalisation, which is undone.
-
-    Returns:
-        `(B, rows * cols, 3)`, in [0, 1], row-major.
-    """
-    pooled = F.adaptive_avg_pool2d(pixel_values.float(), (rows, cols))
-    pooled = pooled * std[:, None, None] + mean[:, None, None]
-    return pooled.flatten(2).transpose(1, 2)  # (B, 3, rows, cols) -> (B, L, 3)

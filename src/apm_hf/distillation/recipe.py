@@ -24,8 +24,9 @@ from ..runs.unreadable_images import numbered
 from ..teachers import load_teacher
 from ..teachers.feature_cache import CachedImages, FeatureCache
 from ..teachers.licenses import inherit
-from ..teachers.matching import same_view
-from . import DistillationConfig, DistillationResult, distill, matching_image_processor
+from ..teachers.matching import matching_image_processor, same_view
+from .loop import distill
+from .settings import DistillationConfig, DistillationResult
 
 logger = logging.get_logger(__name__)
 

@@ -21,7 +21,8 @@ from ..modeling_apm import APMModelOutput
 from ..position_encoding import grid_coordinates
 from ..teachers import Teacher, TeacherOutput
 from ..teachers.dense_grids import moved
-from .losses import DistillationTargets, normalise_levels, rgb_targets
+from ..teachers.targets import normalise_levels, rgb_targets
+from .losses import DistillationTargets
 
 
 class Question(NamedTuple):

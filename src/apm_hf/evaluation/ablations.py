@@ -30,13 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils.logging import tqdm
 
 from ..configuration_apm import APMConfig
-from ..distillation import matching_image_processor
-from ..distillation.losses import rgb_targets
 from ..islands.figures import load_matplotlib
 from ..modeling_apm import APMModel
 from ..runs import provenance
 from ..runs.files import write_atomically
 from ..teachers import Teacher
+from ..teachers.matching import matching_image_processor
+from ..teachers.targets import rgb_targets
 from ..teachers.zero_shot import class_embeds, classify
 from ..ttt import Adapted, TTTConfig, adapt
 from ..ttt.targets import TTTTargets

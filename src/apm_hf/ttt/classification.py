@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..configuration_apm import APMConfig
-from ..distillation import matching_image_processor
 from ..modeling_apm import APMModel, APMPreTrainedModel
 from ..teachers import DEFAULT_TEMPLATES, Teacher
+from ..teachers.matching import matching_image_processor
 from ..teachers.zero_shot import class_embeds, classify
 from .adaptation import adapt
 from .adapted import Adapted

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from ..configuration_apm import APMConfig
-from ..distillation.losses import rgb_targets
 from ..image_processing_apm import APMImageProcessor
 from ..modeling_apm import APMModel
 from ..position_encoding import grid_coordinates
 from ..teachers import Teacher
 from ..teachers.dense_grids import encode_densely
+from ..teachers.targets import rgb_targets
 from . import TTTConfig, TTTStep, adapt
 from .maps import ask
 from .targets import TTTTargets
@@ -209,7 +209,7 @@ def fit_photos(
     """
     try:
         from ..distillation import DistillationConfig, distill
-        from ..teachers.target_cache import TargetCache
+        from ..teachers.targets import TargetCache
     except ImportError as error:
         raise ImportError('one machine for several photos needs accelerate: pip install "apm_hf[train]"') from error
     embeds = features.mean(dim=(1, 2))  # of weight 0

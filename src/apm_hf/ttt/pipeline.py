@@ -53,9 +53,9 @@ class TestTimeTrainingPipeline(Pipeline):
         ttt_config: Any = None,
         **options: Any,
     ):
-        from ..distillation import matching_image_processor
         from ..modeling_apm import APMModel, APMPreTrainedModel
         from ..teachers import Teacher, load_teacher
+        from ..teachers.matching import matching_image_processor
         from . import TTTConfig, redraw
 
         if not isinstance(teacher, Teacher | str | os.PathLike):

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...distillation.losses import normalise_levels
 from ...islands import feature_map, upsample
 from ...modeling_apm import APMModel
 from ...teachers import Teacher
 from ...teachers.dense_grids import encode_densely
+from ...teachers.targets import normalise_levels
 from ...ttt import TTTConfig, adapt
 from ...ttt.photos import random_machine, whole_photos
 from ...ttt.targets import TTTTargets

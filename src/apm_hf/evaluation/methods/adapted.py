@@ -21,9 +21,9 @@ from transformers import AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ...configuration_apm import APMConfig
-from ...distillation import matching_image_processor
 from ...modeling_apm import APMModel, APMPreTrainedModel
 from ...teachers import Teacher, first_five
+from ...teachers.matching import matching_image_processor
 from ...teachers.zero_shot import classify
 from ...ttt import TTTConfig, TTTStep, adapt
 from .task import ImageBatch, MethodOutput, ZeroShotTask

@@ -21,12 +21,12 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ...data.images import ImageCollator
-from ...distillation.losses import normalise_levels
 from ...runs.checksums import fault_of, read_sealed, write_sealed
 from ...runs.files import sync, writable_folder, write_atomically
 from ...runs.processes import process_state
 from ...runs.stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
 from ...runs.unreadable_images import PROBLEM, problems
+from ..targets import normalise_levels
 from .checks import check_plan, check_room, write_index
 from .layout import (
     DTYPES,

@@ -1,6 +1,6 @@
-"""Images with their teacher's answers, in memory: what is asked once need not be asked again at every epoch.
+"""Turn a teacher's outputs into targets for a student, and hold those of a set of images in memory.
 
-Legend: M images, N levels, C width of a level, F feature width, S image side, (rows, cols) the targets' grid.
+Legend: B or M images, L locations, N levels, C width of a level, F feature width, S image side, (rows, cols) the targets' grid.
 """
 
 from collections.abc import Sequence
@@ -8,14 +8,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers.utils.logging import tqdm
 
-from ..distillation.losses import normalise_levels
 from . import Teacher
 from .dense_grids import encode_densely
 
 BATCH_SIZE = 64
+
+
+def normalise_levels(levels: Tensor) -> Tensor:
+    """Every token of every layer to mean 0 and variance 1 over its width, as the next layer's layernorm sees it.
+
+    The layers of a transformer differ in scale; without this the top one would be all that a loss sees.
+
+    Args:
+        levels: `(..., C)`.
+    """
+    return F.layer_norm(levels.float(), levels.shape[-1:])
+
+
+def rgb_targets(pixel_values: Tensor, rows: int, cols: int, *, mean: Tensor, std: Tensor) -> Tensor:
+    """Mean colour of every cell of a grid.
+
+    Args:
+        pixel_values: `(B, 3, H, W)`, normalised.
+        rows, cols: the grid; it may be coarser or finer than the student's own.
+        mean, std: `(3,)`, of the normalisation, which is undone.
+
+    Returns:
+        `(B, rows * cols, 3)`, in [0, 1], row-major.
+    """
+    pooled = F.adaptive_avg_pool2d(pixel_values.float(), (rows, cols))
+    pooled = pooled * std[:, None, None] + mean[:, None, None]
+    return pooled.flatten(2).transpose(1, 2)  # (B, 3, rows, cols) -> (B, L, 3)
 
 
 class TargetCache(Dataset):

@@ -6,9 +6,9 @@ import torch
 
 from apm_hf import load_teacher
 from apm_hf.distillation import matching_image_processor
-from apm_hf.teachers import target_cache as targets
+from apm_hf.teachers import targets
 from apm_hf.teachers.dense_grids import encode_densely
-from apm_hf.teachers.target_cache import TargetCache
+from apm_hf.teachers.targets import TargetCache
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip
 
 
