@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from apm_hf import APMImageProcessor
+from apm_hf import APM, APMImageProcessor
 from apm_hf.evaluation.masks import GRID_TTT, MaskedImages, evaluate_islands, methods, scoring, summary
-from apm_hf.evaluation.masks.methods import Job, Machines, colour_maps, random_segments, slic_segments
+from apm_hf.evaluation.masks.methods import Job, Models, colour_maps, random_segments, slic_segments
 from apm_hf.evaluation.masks.probes import MeanIoU
 from apm_hf.evaluation.masks.scoring import JobRun, ScoringConfig, exchanged
 from apm_hf.islands import cluster, collapse, distant_agreement, neighbour_agreement, upsample
@@ -260,7 +260,7 @@ def test_mean_iou_is_that_of_all_images_together_and_lies_in_its_interval():
     assert summary._accuracy([counts]) == pytest.approx(metric.pixel_accuracy)
 
 
-# ---- machines -------------------------------------------------------------------------------------------------------
+# ---- models ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trigger_source", ["conv", "embedding"])
@@ -268,22 +268,22 @@ def test_adapted_machines_answer_more_like_the_teacher_on_their_own_images(teach
     loaded = load_teacher(teacher, device="cpu")
     machine = student(trigger_source=trigger_source, local_patch=True)
     processor = APMImageProcessor(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE})
-    machines = Machines(loaded, machine, processor, True, (), replace(GRID_TTT, steps=40), 2, seed=0)
+    models = Models(APM(machine, processor, loaded), (), replace(GRID_TTT, steps=40), 2, seed=0)
     images, size = [photo(seed) for seed in range(3)], (TEACHER_GRID * 2,) * 2
-    wanted = machines.encode(images, factor=2).features
+    wanted = models.encode(images, factor=2).features
 
     def error(maps):
         assert maps.shape == wanted.shape
         return float((maps - wanted).square().mean())
 
-    before = error(machines.apm_maps(images, size, model=machine))
-    after = {start: error(machines.adapted_maps(images, size, start=start)) for start in ("model", "random")}
+    before = error(models.apm_maps(images, size, model=machine))
+    after = {start: error(models.adapted_maps(images, size, start=start)) for start in ("model", "random")}
     assert after["model"] < 0.7 * before and after["random"] < 0.9 * before and after["model"] != after["random"]
 
 
 def test_the_teacher_sees_the_whole_image_not_its_middle(teacher):
     loaded = load_teacher(teacher, device="cpu")  # its own processor crops
-    machines = Machines(loaded, student(), None, True, (), TTT, 1, seed=0)
+    models = Models(APM(student(), None, loaded), (), TTT, 1, seed=0)
     image = photo(0, size=(80, 40))
     squeezed = image.resize((32, 32), Image.Resampling.BICUBIC)
     own = loaded.encode_images(
@@ -291,7 +291,7 @@ def test_the_teacher_sees_the_whole_image_not_its_middle(teacher):
             "pixel_values"
         ]
     )
-    torch.testing.assert_close(machines.encode([image]).features, own.features)
+    torch.testing.assert_close(models.encode([image]).features, own.features)
 
 
 # ---- from end to end ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from apm_hf import APMImageProcessor, load_teacher
 from apm_hf.distillation import matching_image_processor
 from apm_hf.evaluation.methods import adapted as apm_methods
-from apm_hf.evaluation.methods.adapted import APMAdapted, APMForward, load_machine
+from apm_hf.evaluation.methods.adapted import APMAdapted, APMForward, load_student
 from apm_hf.evaluation.methods.prompt_tuning import TPT
 from apm_hf.evaluation.methods.registry import METHODS, MeanViews, Recentred, ZeroShot, make_methods
 from apm_hf.evaluation.methods.task import ImageBatch, ZeroShotTask
@@ -353,7 +353,7 @@ def small_machines(monkeypatch):
         return preset(name, **overrides, **sizes, initializer_range=0.2)
 
     monkeypatch.setattr(apm_methods.APMConfig, "preset", small)
-    apm_methods._MACHINES.clear()
+    apm_methods._STUDENTS.clear()
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +386,7 @@ def cosines(task, embeds):
 
 
 def machine_and_pixels(task, batch, *, seed=0):
-    machine, _ = load_machine(task.teacher, "random", None, seed=seed)
+    machine = load_student(task.teacher, "random", None, seed=seed).bare_model
     processor = matching_image_processor(task.teacher, machine.config.image_size)
     return machine, processor(batch.images, return_tensors="pt")["pixel_values"]
 
@@ -555,7 +555,7 @@ def test_the_random_control_understands_nothing_but_is_the_same_in_every_run(tas
     state = torch.get_rng_state()
     first = method(task, photo_batch(task.teacher)).logits
     assert torch.get_rng_state().equal(state), "it drew from everybody's random numbers"
-    apm_methods._MACHINES.clear()
+    apm_methods._STUDENTS.clear()
     torch.manual_seed(99)
     torch.testing.assert_close(method(task, photo_batch(task.teacher)).logits, first, rtol=0, atol=0)
     other = replace(method, seed=1)(task, photo_batch(task.teacher)).logits
@@ -564,12 +564,12 @@ def test_the_random_control_understands_nothing_but_is_the_same_in_every_run(tas
 
 def test_a_machine_is_made_once_for_all_methods_and_goes_with_its_teacher(tmp_path):
     teacher = load_teacher(save_clip(tmp_path), device="cpu")
-    first = load_machine(teacher, "random", None, seed=0)
-    assert load_machine(teacher, "random", None, seed=0)[0] is first[0]
-    assert load_machine(teacher, "random", None, seed=1)[0] is not first[0]
-    assert len(apm_methods._MACHINES) == 1
+    first = load_student(teacher, "random", None, seed=0)
+    assert load_student(teacher, "random", None, seed=0) is first
+    assert load_student(teacher, "random", None, seed=1) is not first
+    assert len(apm_methods._STUDENTS) == 1
     del teacher
-    assert len(apm_methods._MACHINES) == 0
+    assert len(apm_methods._STUDENTS) == 0
 
 
 def test_machines_that_do_not_fit_the_teacher_are_refused(task, tmp_path):

@@ -70,7 +70,7 @@ def make_costs(rows):
 INFO = {
     "command": "apm evaluate --suite made-up",
     "commit": "abc",
-    "machine": "none",
+    "computer": "none",
     "versions": {"torch": "2"},
     "methods": {
         name: {"title": name.capitalize(), "baseline": baseline, "num_views": 1, "options": {}}

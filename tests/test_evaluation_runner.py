@@ -1,6 +1,7 @@
 """A run of an evaluation: the same bytes however it was cut, killed or shared out; nothing of another run in it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,11 @@ import torch
 from filelock import FileLock
 
 from apm_hf.assets import DEMO_TEACHER
+from apm_hf.evaluation.labels import runner
 from apm_hf.evaluation.labels.benchmarks import LabelledImages
 from apm_hf.evaluation.labels.runner import (
     COSTS,
-    PARTS,
     RESULTS,
-    RUN,
     EvaluationConfig,
     PeakMemory,
     run_evaluation,
@@ -25,9 +25,10 @@ from apm_hf.evaluation.labels.runner import (
 from apm_hf.evaluation.labels.suites import evaluate
 from apm_hf.evaluation.plan import CLEAN, Cell, Sweep
 from apm_hf.evaluation.report import write_report
-from apm_hf.runs import stopping
+from apm_hf.runs import run as runs
 from apm_hf.runs.files import write_atomically
 from apm_hf.runs.processes import process_state
+from apm_hf.runs.run import PARTS, RUN
 from apm_hf.runs.unreadable_images import SKIPPED
 from fixtures_runs import forget_accelerate, processes
 
@@ -111,29 +112,70 @@ def test_no_path_of_the_machine_is_in_the_results(finished):
 
 def test_a_run_that_is_started_again_computes_nothing_anew(finished, monkeypatch):
     before = (finished / RESULTS).read_bytes()
-    monkeypatch.setattr("apm_hf.evaluation.labels.runner._Run._answers", None)  # a call would raise
+    monkeypatch.setattr("apm_hf.evaluation.labels.runner._Evaluation._answers", None)  # a call would raise
     run(finished)
     assert (finished / RESULTS).read_bytes() == before
 
 
 def test_lost_batches_are_computed_again_to_the_same_bytes(finished, tmp_path):
-    import shutil
-
     folder = shutil.copytree(finished, tmp_path / "copy")
     (folder / RESULTS).unlink()
-    parts = sorted((folder / PARTS).rglob("*0000*.jsonl"))
+    parts = sorted((folder / PARTS).rglob("*0000*.json"))
     for part in parts[1::2]:
         part.unlink()
-    (parts[1].parent / "000009.jsonl.123").write_text("torn")  # what a killed process leaves
+    (parts[1].parent / ".000009.json.123").write_text("torn")  # what a killed process leaves
     run(folder)
     assert (folder / RESULTS).read_bytes() == (finished / RESULTS).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "a prediction changed", "tensors"])
+def test_damaged_parts_are_computed_again_to_the_same_bytes(finished, tmp_path, damage, caplog):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    part = min((folder / PARTS).rglob("000001.json"))
+    text = part.read_bytes()
+    if damage == "tensors":
+        part = part.with_suffix(".safetensors")
+        text = part.read_bytes()
+        part.write_bytes(text[:-1] + bytes([text[-1] ^ 1]))
+    elif damage == "a prediction changed":
+        at = text.index(b"top5") + 10
+        part.write_bytes(text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :])
+    else:
+        part.write_bytes(text[: len(text) // 2] if damage == "truncated" else b"")
+    (folder / RESULTS).unlink()
+    run(folder)
+    assert (folder / RESULTS).read_bytes() == (finished / RESULTS).read_bytes()
+    assert "000001.json is damaged and computed again" in caplog.text
+
+
+def test_a_teacher_whose_weights_changed_is_another_run(finished, tmp_path, monkeypatch):
+    """Under the same name, as after another training in the same folder."""
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    load = runner.load_teacher
+
+    def changed(name, **options):
+        teacher = load(name, **options)
+        next(teacher.model.parameters()).data.view(-1)[7] += 1e-3
+        return teacher
+
+    monkeypatch.setattr(runner, "load_teacher", changed)
+    with pytest.raises(ValueError, match=r"another run in .*, which differs in teachers\.demo-teacher\.weights"):
+        run(folder)
+
+
+def test_a_finished_file_that_was_changed_is_not_reported(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    text = (folder / RESULTS).read_bytes()
+    (folder / RESULTS).write_bytes(text.replace(b'"image": 1', b'"image": 2', 1))
+    with pytest.raises(ValueError, match=rf"{RESULTS}: expected SHA-256 .*run the evaluation again"):
+        write_report(folder)
 
 
 def test_a_run_killed_halfway_and_started_again_gives_the_same_bytes(finished, environment, tmp_path):
     folder = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, *command(folder)], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(folder.glob(f"{PARTS}/*/*.jsonl")) and time.monotonic() < deadline and process.poll() is None:
+    while not list(folder.glob(f"{PARTS}/*/*.json")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -208,15 +250,15 @@ def test_more_bad_images_than_the_limit_stop_the_run_and_lose_nothing(damaged, t
         ValueError, match="max_bad_images: expected at most 3 unreadable images, got 5, .* image 11 of"
     ):
         run(folder, max_bad_images=3)
-    there = set(folder.glob(f"{PARTS}/*/*.jsonl"))
+    there = set(folder.glob(f"{PARTS}/*/*.json"))
     run(folder, max_bad_images=5)  # goes on
-    assert there and there < set(folder.glob(f"{PARTS}/*/*.jsonl"))
+    assert there and there < set(folder.glob(f"{PARTS}/*/*.json"))
 
 
 def test_a_folder_that_another_run_writes_is_refused(finished, monkeypatch):
-    monkeypatch.setattr(stopping, "LOCK_PATIENCE", 0)
+    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
     before = (finished / RESULTS).read_bytes()
-    with FileLock(finished / stopping.LOCK), pytest.raises(ValueError, match="output_dir: expected a folder that no"):
+    with FileLock(finished / runs.LOCK), pytest.raises(ValueError, match="output_dir: expected a folder that no"):
         run(finished)
     assert (finished / RESULTS).read_bytes() == before
 
@@ -292,8 +334,6 @@ def test_cells_of_different_sweeps_never_share_a_folder():
 
 
 def test_labels_of_another_data_set_are_refused(tmp_path, monkeypatch):
-    from apm_hf.evaluation.labels import runner
-
     real = runner.load_benchmark
 
     class Shuffled:

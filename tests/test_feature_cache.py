@@ -29,6 +29,7 @@ from apm_hf.distillation.losses import LossWeights
 from apm_hf.distillation.objective import Objective
 from apm_hf.distillation.targets import TargetMaker
 from apm_hf.position_encoding import grid_coordinates
+from apm_hf.runs.identity import images_digest
 from apm_hf.runs.processes import process_state
 from apm_hf.runs.stopping import EXIT_STOPPED
 from apm_hf.teachers.feature_cache import (
@@ -36,7 +37,6 @@ from apm_hf.teachers.feature_cache import (
     CacheSettings,
     FeatureCache,
     estimate,
-    layout,
     write_feature_cache,
     writer,
 )
@@ -110,7 +110,7 @@ def contents_of(folder):
 
 
 def test_rows_are_what_the_teacher_says(whole, teacher, images):
-    cache = FeatureCache(whole, verify=True)
+    cache = FeatureCache(whole).verify()
     assert len(cache) == NUM_IMAGES and len(list(whole.glob("*.safetensors"))) == 3
     for position in (0, 3, 4, 10):
         row, answer = cache[position], teacher.encode_images(images[position]["image"])
@@ -158,7 +158,7 @@ def test_it_is_joined_with_its_images_in_any_order_and_process(whole, images):
 def test_writing_into_a_row_leaves_the_files_alone(whole):
     cache = FeatureCache(whole)
     cache[0]["features"].fill_(7)
-    assert FeatureCache(whole, verify=True)[0]["features"].abs().max() < 7
+    assert FeatureCache(whole).verify()[0]["features"].abs().max() < 7
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -198,25 +198,26 @@ def flip(path, position=None):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["00001.safetensors", "00001.json", "plan.json", "index.json"])
+@pytest.mark.parametrize("name", ["00001.safetensors", "00001.json", "run.json", "index.json"])
 def test_a_flipped_byte_in_any_file_is_detected_and_mended(whole, teacher, images, tmp_path, name, caplog):
     for file, content in contents_of(whole).items():
         (tmp_path / file).write_bytes(content)
     flip(tmp_path / name)
     if name.endswith("safetensors"):
-        assert len(FeatureCache(tmp_path)) == NUM_IMAGES  # by its size alone nothing is to be seen
+        cache = FeatureCache(tmp_path)  # by its size alone nothing is to be seen
+        assert len(cache) == NUM_IMAGES
         with pytest.raises(ValueError, match=rf"{name}: expected SHA-256 \w+\.\.\., found \w+"):
-            FeatureCache(tmp_path, verify=True)
+            cache[5]
     elif name == "index.json":
         with pytest.raises(ValueError, match=f"feature_cache: .*{name}: expected text that fits its checksum"):
             FeatureCache(tmp_path)
-    if name == "plan.json":
+    if name == "run.json":
         with pytest.raises(ValueError, match=f"{name}: expected text that fits its checksum"):
             write(tmp_path, teacher, images)
         return
     write(tmp_path, teacher, images)
     assert contents_of(tmp_path) == contents_of(whole)
-    assert ("00001.safetensors is damaged and written again" in caplog.text) == name.startswith("00001")
+    assert ("00001.json is damaged and computed again" in caplog.text) == name.startswith("00001")
 
 
 def test_truncated_missing_and_broken_shards_are_named(whole, tmp_path):
@@ -240,11 +241,11 @@ def test_truncated_missing_and_broken_shards_are_named(whole, tmp_path):
 
 def test_another_cache_or_other_files_in_the_folder_are_refused(whole, teacher, images, tmp_path):
     before = contents_of(whole)
-    with pytest.raises(ValueError, match=r"with other settings.dtype \(expected bfloat16, got float32\)"):
+    with pytest.raises(ValueError, match=r"which differs in settings.dtype \(expected bfloat16, got float32\)"):
         write(whole, teacher, images, dtype="bfloat16")
     assert contents_of(whole) == before
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="expected a new folder or a cache, got .*, with other files"):
+    with pytest.raises(ValueError, match="expected an empty folder or a run to go on with"):
         write(tmp_path, teacher, images)
 
 
@@ -551,7 +552,7 @@ def test_the_fingerprint_depends_on_contents_not_on_places(tmp_path):
         photo(1).save(tmp_path / name / "x.png")
     rows = {name: [{"image": str(tmp_path / name / "x.png")}] for name in ("a", "b")}
     rows["bytes"] = [{"image": {"bytes": (tmp_path / "a/x.png").read_bytes(), "path": "elsewhere.png"}}]
-    found = {name: layout.fingerprint(row, "image") for name, row in rows.items()}
+    found = {name: images_digest(row, "image") for name, row in rows.items()}
     assert len(set(found.values())) == 1
-    assert layout.fingerprint([{"image": Image.new("RGB", (2, 2))}], "image") not in found.values()
+    assert images_digest([{"image": Image.new("RGB", (2, 2))}], "image") not in found.values()
     assert Path(tmp_path / "a/x.png").exists() and FEATURE_SIZE == 16

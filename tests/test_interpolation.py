@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from apm_hf.islands.interpolation import blend, interpolate
 from apm_hf.islands.interpolation_pictures import InterpolationConfig, interpolation_picture
-from apm_hf.ttt.photos import ask_map
+from apm_hf.ttt.photos import query_map
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, photo, student
 
 WIDE = {"initializer_range": 0.3}
@@ -59,7 +59,7 @@ def test_the_ends_are_what_the_machine_answers_about_each_image(local_patch, ble
     frames = list(interpolate(model, *images(), 4, SIZE, blending=blending))
     assert [frame.alpha for frame in frames] == pytest.approx([0, 1 / 3, 2 / 3, 1])
     for frame, pixel_values in ((frames[0], images()[0]), (frames[-1], images()[1])):
-        features, rgb = ask_map(model, pixel_values, SIZE)
+        features, rgb = query_map(model, pixel_values, SIZE)
         torch.testing.assert_close(frame.features, features[0])
         torch.testing.assert_close(frame.rgb, rgb[0])
         assert frame.features.shape == (*SIZE, FEATURE_SIZE) and frame.rgb.shape == (*SIZE, 3)
@@ -69,7 +69,7 @@ def test_the_ends_are_what_the_machine_answers_about_each_image(local_patch, ble
 def test_a_linear_blend_is_the_machine_s_answer_to_the_cross_faded_image():
     model, (first, second) = student(local_patch=True, **WIDE), images()
     middle = list(interpolate(model, first, second, 3, SIZE))[1]
-    features, _ = ask_map(model, (first + second) / 2, SIZE)
+    features, _ = query_map(model, (first + second) / 2, SIZE)
     torch.testing.assert_close(middle.features, features[0])
     spherical = list(interpolate(model, first, second, 3, SIZE, blending="spherical"))[1]
     assert (spherical.features - middle.features).abs().max() > 0.01
@@ -81,14 +81,14 @@ def test_the_patches_of_one_image_can_be_kept(kept):
     frames = list(interpolate(model, *pair, 2, SIZE, patches=kept))
     pixel_values = pair["ab".index(kept)]
     for frame, own in zip(frames, pair, strict=True):
-        features, _ = ask_map(model, pixel_values, SIZE, trigger_column=model.fold(own).detach())
+        features, _ = query_map(model, pixel_values, SIZE, trigger_column=model.fold(own).detach())
         torch.testing.assert_close(frame.features, features[0])
 
 
 def test_a_machine_that_takes_its_columns_from_the_caller_is_given_them():
     model, columns = student(trigger_source="embedding", **WIDE), vectors(FEATURE_SIZE)
     frames = list(interpolate(model, None, None, 3, SIZE, trigger_columns=columns))
-    features, _ = ask_map(model, None, SIZE, trigger_column=(columns[0] + columns[1]) / 2)
+    features, _ = query_map(model, None, SIZE, trigger_column=(columns[0] + columns[1]) / 2)
     torch.testing.assert_close(frames[1].features, features[0])
 
 
@@ -108,7 +108,7 @@ def test_the_border_of_a_fine_map_sees_whole_patches_alone():
         for query in (model.decoder.query, model.decoder.rgb_head.query):
             query.row.weight.zero_()
             query.column.weight.zero_()
-    features, _ = ask_map(model, constant, (20, 30), trigger_column=column)
+    features, _ = query_map(model, constant, (20, 30), trigger_column=column)
     torch.testing.assert_close(features, features[:, :1, :1].expand_as(features))
 
 

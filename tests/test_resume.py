@@ -24,6 +24,7 @@ from transformers import modeling_utils
 from apm_hf.commands.main import main
 from apm_hf.distillation import loop
 from apm_hf.distillation import recipe as training
+from apm_hf.runs import run as runs
 from apm_hf.runs import stopping
 from apm_hf.runs.checkpoints import Checkpoints, faults, manifest_of, progress_of
 from apm_hf.runs.stopping import EXIT_STOPPED, RunStopped
@@ -344,7 +345,7 @@ def test_the_command_ends_with_the_status_and_says_how_to_go_on(monkeypatch, cap
 
 
 def test_a_second_writer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(stopping, "LOCK_PATIENCE", 0)
+    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
     folder, ready = tmp_path / "run", tmp_path / "ready"
 
     def write():
@@ -357,14 +358,57 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path, m
         while not ready.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         before = Checkpoints(folder, keep=1).names()
-        for resume in (False, True):
+        for options in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(ValueError, match="output_dir: expected a folder that no other run writes, got"):
-                run(folder, resume=resume)
+                run(folder, **options)
         assert Checkpoints(folder, keep=1).names() == before == ["step_00000002"]
     finally:
         os.kill(child, signal.SIGKILL)
         assert status_of(child) == -signal.SIGKILL
     assert run(folder, resume=True, statistics_images=0).output_dir == folder
+
+
+# --- a folder that holds something -----------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_run_is_refused_unless_it_is_resumed_or_overwritten(begun, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(begun, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="which holds checkpoints.*; --resume goes on with a run, --overwrite repl"):
+        run(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with pytest.raises(ValueError, match="expected one of them, got both"):
+        run(folder, resume=True, overwrite=True)
+
+
+def test_a_run_that_is_replaced_stays_until_the_new_one_has_saved_something(begun, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(begun, folder)
+    (folder / "notes.txt").write_text("a person's")
+    child = forked(lambda: run(folder, overwrite=True, data=Fatal(random_targets(20), 2), checkpoint_steps=50))
+    assert status_of(child) == -signal.SIGKILL
+    previous = Checkpoints(folder / "previous", keep=1)
+    assert previous.names() == ["step_00000002"] and not faults(previous.folder / "step_00000002")
+    with pytest.raises(FileNotFoundError, match="found no checkpoint in .*; the run before it lies in previous"):
+        run(folder, resume=True)
+    assert run(folder, overwrite=True).output_dir == folder
+    assert not (folder / "previous").exists() and (folder / "notes.txt").read_text() == "a person's"
+
+
+def test_fewer_steps_than_are_done_are_refused(begun):
+    with pytest.raises(ValueError, match="max_steps: expected at least the 2 steps that are done, got 1"):
+        run(begun, resume=True, max_steps=1)
+
+
+def test_a_stray_file_among_the_checkpoints_does_no_harm(begun, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(begun, folder)
+    for name in ("step_00000099", "step_00000004", "step_00000050.partial"):
+        (folder / "checkpoints" / name).write_text("stray")
+    go_on(folder)
+    for name in ("model.safetensors", "metrics.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
 # --- otherwise than it began ----------------------------------------------------------------------------------------
@@ -375,10 +419,11 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path, m
     [
         ({"seed": 1}, "seed 0 -> 1"),
         ({"data": random_targets(21)}, "num_images 20 -> 21"),
+        ({"data": random_targets(20).shuffled(seed=3)}, "data "),
         ({"machine": student(position_size=32)}, "student.position_size 16 -> 32"),
         ({"statistics": "scalar", "seed": 2}, "statistics channel -> scalar"),
     ],
-    ids=["seed", "data", "student", "statistics"],
+    ids=["seed", "number of images", "images", "student", "statistics"],
 )
 def test_what_makes_it_another_run_is_refused(begun, changes, message):
     with pytest.raises(ValueError, match=f"resume: expected what the run began with, got .*{message}"):

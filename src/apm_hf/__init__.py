@@ -31,6 +31,7 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 
+from .pair import APM  # noqa: E402
 from .teachers import Teacher, TeacherOutput, load_teacher  # noqa: E402
 from .ttt import Adapted, TTTConfig, adapt  # noqa: E402
 from .ttt.pipeline import TestTimeTrainingPipeline  # noqa: E402
@@ -38,6 +39,7 @@ from .ttt.pipeline import TestTimeTrainingPipeline  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "APM",
     "APMConfig",
     "APMForImageClassification",
     "APMForSemanticSegmentation",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import gradio
 
-# Bytes of one upload; larger photos say little more to machines that see a few hundred pixels.
+# Bytes of one upload; larger photos say little more to models that see a few hundred pixels.
 MAX_UPLOAD = "30mb"
 
 
@@ -53,10 +53,10 @@ def launch(
         import gradio  # noqa: F401
     except ImportError as error:
         raise ImportError('the app needs gradio: pip install "apm_hf[app]"') from error
-    from .models import load_machines
+    from .models import load_models
     from .page import build_page, page_style
 
-    page = build_page(load_machines(model, teacher))
+    page = build_page(load_models(model, teacher))
     page.launch(
         server_port=port,
         server_name=host,

@@ -18,9 +18,9 @@ from ..islands.figures import figure_pixels
 from ..islands.panels import Panel, draw_panels, draw_regions
 from ..islands.similarity import similarity_map
 from ..islands.tree import RegionTree, tree_colours
-from ..ttt.maps import ask, upsample
-from ..ttt.photos import ask_map, map_size, teacher_features
-from .models import Machines
+from ..ttt.maps import query, upsample
+from ..ttt.photos import map_size, query_map, teacher_features
+from .models import AppModels
 from .pictures import Picture, from_colours
 
 HEIGHTS = (2, 6, 20)  # regions: wholes, parts, sub-parts
@@ -31,13 +31,13 @@ _TREE_SIZE = 64  # locations along the longer side of the maps that trees are fi
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
-    """A photo and what the machine sees in it.
+class PhotoFeatures:
+    """A photo and the features of its locations.
 
     Args:
         photo: 8-bit RGB.
-        pixel_values: `(1, C, S, S)`, as the machine is shown it.
-        trigger_column: `(1, D)`, where the machine takes it from its teacher.
+        pixel_values: `(1, C, S, S)`, the input of the model.
+        trigger_column: `(1, D)`, where the model takes it from its teacher.
         features: `(rows, cols, F)`.
         rgb: `(rows, cols, 3)` in [0, 1], or None without RGB head.
     """
@@ -49,15 +49,15 @@ class Sight:
     rgb: Tensor | None
 
 
-def look(machines: Machines, photo: Image.Image, *, size: int = 128) -> Sight:
-    """Show the machine a photo, and ask for `size` locations along its longer side."""
-    pixel_values, column = machines.machine.pixel_values([photo]), machines.machine.trigger_column([photo])
-    features, rgb = ask_map(machines.model, pixel_values, map_size(photo, size), trigger_column=column)
-    return Sight(photo, pixel_values, column, features[0], None if rgb is None else rgb[0])
+def photo_features(models: AppModels, photo: Image.Image, *, size: int = 128) -> PhotoFeatures:
+    """Query the features of a photo at `size` locations along its longer side."""
+    pixel_values, column = models.apm.pixel_values([photo]), models.apm.trigger_column([photo])
+    features, rgb = query_map(models.model, pixel_values, map_size(photo, size), trigger_column=column)
+    return PhotoFeatures(photo, pixel_values, column, features[0], None if rgb is None else rgb[0])
 
 
 def island_pictures(
-    machines: Machines, sight: Sight, heights: Sequence[int] = HEIGHTS
+    models: AppModels, seen: PhotoFeatures, heights: Sequence[int] = HEIGHTS
 ) -> tuple[list[Picture], list[Picture]]:
     """Islands at three heights with their control, and what they are made of with its control.
 
@@ -66,21 +66,21 @@ def island_pictures(
     """
     if min(heights) < 1 or list(heights) != sorted(set(heights)):
         raise ValueError("Wholes, parts and sub-parts: please give three numbers of regions, each above the last.")
-    size = map_size(sight.photo, min(_TREE_SIZE, max(sight.features.shape[:2])))
+    size = map_size(seen.photo, min(_TREE_SIZE, max(seen.features.shape[:2])))
     if heights[-1] > size[0] * size[1]:
         raise ValueError(f"{heights[-1]} regions are too many for this photo: please ask for fewer.")
     features, control_features = (
-        ask_map(model, sight.pixel_values, size, trigger_column=sight.trigger_column)[0][0]
-        for model in (machines.model, machines.control)
+        query_map(model, seen.pixel_values, size, trigger_column=seen.trigger_column)[0][0]
+        for model in (models.model, models.control)
     )
-    return _islands(sight, features, control_features, heights), _made_of(machines, sight, control_features)
+    return _islands(seen, features, control_features, heights), _made_of(models, seen, control_features)
 
 
-def _islands(sight: Sight, features: Tensor, control_features: Tensor, heights: Sequence[int]) -> list[Picture]:
+def _islands(seen: PhotoFeatures, features: Tensor, control_features: Tensor, heights: Sequence[int]) -> list[Picture]:
     cuts = RegionTree.fit(features).cuts(heights)
     control_cut = RegionTree.fit(control_features).cut(heights[1])
     drawn = [
-        from_colours(draw_regions(np.asarray(sight.photo), cut, fill), sight.photo)
+        from_colours(draw_regions(np.asarray(seen.photo), cut, fill), seen.photo)
         for cut, fill in zip([*cuts, control_cut], [*tree_colours(cuts), *tree_colours([control_cut])], strict=True)
     ]
     islands = [
@@ -90,24 +90,24 @@ def _islands(sight: Sight, features: Tensor, control_features: Tensor, heights: 
     return [*islands, Picture(f"Control: {heights[1]} parts", drawn[-1], _CONTROL, is_control=True)]
 
 
-def _made_of(machines: Machines, sight: Sight, control_features: Tensor) -> list[Picture]:
-    colours = PCAColours.fit(sight.features)
-    shown = {"Features": (colours(sight.features), "of the APM, three principal components")}
-    if machines.teacher is not None:
-        grid = teacher_features(machines.teacher, [sight.photo], fine=False)[0]
+def _made_of(models: AppModels, seen: PhotoFeatures, control_features: Tensor) -> list[Picture]:
+    colours = PCAColours.fit(seen.features)
+    shown = {"Features": (colours(seen.features), "of the APM, three principal components")}
+    if models.teacher is not None:
+        grid = teacher_features(models.teacher, [seen.photo], fine=False)[0]
         note = f"its {len(grid)} × {grid.shape[1]} features, in the same colours"
-        shown["Teacher"] = colours(upsample(grid, (sight.features.shape[0], sight.features.shape[1]))), note
-    if sight.rgb is not None:
-        shown["RGB decoded"] = sight.rgb.float().cpu().numpy(), "the photo as the APM holds it"
+        shown["Teacher"] = colours(upsample(grid, (seen.features.shape[0], seen.features.shape[1]))), note
+    if seen.rgb is not None:
+        shown["RGB decoded"] = seen.rgb.float().cpu().numpy(), "the photo as the APM holds it"
     # Colours of its own, in which a control shows the most.
     shown["Control: features"] = PCAColours.fit(control_features)(control_features), _CONTROL
     return [
-        Picture(title, from_colours(picture, sight.photo), note, is_control=note == _CONTROL)
+        Picture(title, from_colours(picture, seen.photo), note, is_control=note == _CONTROL)
         for title, (picture, note) in shown.items()
     ]
 
 
-def similarity_picture(machines: Machines, sight: Sight, point: tuple[float, float]) -> Picture:
+def similarity_picture(models: AppModels, seen: PhotoFeatures, point: tuple[float, float]) -> Picture:
     """Where the features are like those at a point (y, x) in [-1, 1].
 
     Raises:
@@ -117,9 +117,9 @@ def similarity_picture(machines: Machines, sight: Sight, point: tuple[float, flo
     if max(abs(y), abs(x)) > 1:
         raise ValueError("The point lies outside of the photo: y and x go from -1 to 1.")
     where = torch.tensor([[y, x]])
-    there = ask(machines.model, sight.pixel_values, where, trigger_column=sight.trigger_column).last_hidden_state
+    there = query(models.model, seen.pixel_values, where, trigger_column=seen.trigger_column).last_hidden_state
     assert there is not None
-    similar = similarity_map(sight.features[None], there)[0, 0].cpu().numpy()
+    similar = similarity_map(seen.features[None], there)[0, 0].cpu().numpy()
     figure = draw_panels(
         [[Panel("Like the point", similar, "cosine similarity", point=point)]], similar.shape[0] / similar.shape[1]
     )

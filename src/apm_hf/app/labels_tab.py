@@ -1,6 +1,6 @@
 """A photo and labels -> the teacher's scores against the APM's, while the APM adapts to the photo.
 
-Source: test-time training, arXiv:2410.20535, section 4. A machine that is fitted to the end repeats its teacher; what
+Source: test-time training, arXiv:2410.20535, section 4. A model that is fitted to the end repeats its teacher; what
 it said before is shown beside.
 
 Legend: K labels, F feature width.
@@ -21,7 +21,7 @@ from ..islands.figures import figure_pixels, new_figure
 from ..teachers import Teacher
 from ..teachers.zero_shot import class_embeds, classify
 from ..ttt import TTTConfig, TTTStep, adapt
-from .models import Machines
+from .models import AppModels
 from .pictures import Picture
 
 _FRAMES = 10  # shown on the way, about
@@ -34,11 +34,11 @@ class Progress:
 
     Args:
         step: updates taken.
-        cosines: step and cosine between the machine's pooled feature, of the whole grid, and the teacher's embedding,
+        cosines: step and cosine between the student's pooled feature, of the whole grid, and the teacher's embedding,
             so far.
         teacher: `(K,)` probabilities, the teacher's.
-        before: `(K,)`, the machine's before the first update.
-        now: `(K,)`, the machine's.
+        before: `(K,)`, the student's before the first update.
+        now: `(K,)`, the student's.
     """
 
     step: int
@@ -49,7 +49,7 @@ class Progress:
 
 
 def adaptation(
-    machines: Machines,
+    models: AppModels,
     photo: Image.Image,
     labels: Sequence[str],
     *,
@@ -70,13 +70,13 @@ def adaptation(
         ValueError: without a teacher that knows the labels, or where the fit diverges.
     """
     config = TTTConfig.preset("fast", steps=num_steps, start=start, seed=seed)
-    teacher = _check_teacher(machines.teacher, labels)
+    teacher = _check_teacher(models.teacher, labels)
     texts = class_embeds(teacher, list(labels)).cpu()  # (K, F)
     target = teacher.encode_images([photo]).image_embeds
     assert target is not None
-    pixel_values = machines.machine.image_processor([photo], return_tensors="pt")["pixel_values"]
-    column = machines.machine.trigger_column([photo])
-    machine, updates = copy.deepcopy(machines.model), list[Progress]()
+    pixel_values = models.apm.image_processor([photo], return_tensors="pt")["pixel_values"]
+    column = models.apm.trigger_column([photo])
+    student, updates = copy.deepcopy(models.model), list[Progress]()
 
     def scores(embeds: Tensor) -> list[float]:
         return classify(embeds.cpu(), texts, logit_scale=teacher.logit_scale)[0].softmax(dim=-1).tolist()
@@ -84,10 +84,10 @@ def adaptation(
     teachers_scores = scores(target)
 
     def progress(step: int, weights: dict[str, Tensor]) -> Progress:
-        machine.load_state_dict(weights)
+        student.load_state_dict(weights)
         with torch.no_grad():
-            inputs = pixel_values.to(machine.device)
-            embeds = machine(inputs, trigger_column=column, return_dict=True).pooler_output.float()
+            inputs = pixel_values.to(student.device)
+            embeds = student(inputs, trigger_column=column, return_dict=True).pooler_output.float()
         cosine = float(F.cosine_similarity(embeds, target.to(embeds)))
         now, past = scores(embeds), updates[-1].cosines if updates else ()
         before = updates[0].now if updates else now
@@ -106,7 +106,7 @@ def adaptation(
     def fit() -> None:
         try:
             adapted = adapt(
-                machines.model, pixel_values, target, config=config, trigger_column=column, callback=callback
+                models.model, pixel_values, target, config=config, trigger_column=column, callback=callback
             )
             if adapted.diverged.any():
                 raise ValueError("The fit diverged: please take fewer steps or another photo.")
@@ -128,7 +128,7 @@ def adaptation(
 
 
 def curve_picture(progress: Progress, num_steps: int) -> Picture:
-    """How close the machine has come to its teacher, step by step."""
+    """How close the student has come to its teacher, step by step."""
     steps, cosines = zip(*progress.cosines, strict=True)
     figure = new_figure(5.2, 3.1, dpi=150)
     axes = figure.add_axes((0.13, 0.19, 0.84, 0.76))

@@ -14,12 +14,12 @@ import gradio as gr
 from PIL import Image
 
 from .. import __version__
-from .blend_tab import Pair, blend_pictures, pair
-from .islands_tab import HEIGHTS, Sight, island_pictures, look, point_of_pixel, similarity_picture
+from .blend_tab import Blend, blend, blend_pictures
+from .islands_tab import HEIGHTS, PhotoFeatures, island_pictures, photo_features, point_of_pixel, similarity_picture
 from .labels_tab import adaptation, curve_picture
-from .models import Machines, example_scenes
+from .models import AppModels, example_scenes
 from .pictures import figures_html, scores_html
-from .uploads import MAX_LABELS, read_labels, read_photo, shown_size, unknown_labels
+from .uploads import MAX_LABELS, read_labels, read_upload, shown_size, unknown_labels
 
 _TITLE = "Asynchronous Perception Machine"
 _SESSION_SECONDS, _SWEEP_SECONDS = 3600, 600  # how long what a visitor gave is kept; how often it is swept away
@@ -37,34 +37,34 @@ def page_style() -> dict[str, Any]:
     return {"theme": theme, "css_paths": Path(__file__).parent / "style.css", "js": _NAME_EXAMPLES}
 
 
-def build_page(machines: Machines) -> gr.Blocks:
+def build_page(models: AppModels) -> gr.Blocks:
     """The page, to be launched with [`page_style`]. It opens with drawn scenes already looked at."""
     scenes = example_scenes()
     kept = (_SWEEP_SECONDS, _SESSION_SECONDS)
     with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=kept) as page:
-        gr.Markdown(_introduction(machines), elem_classes="apm-intro")
+        gr.Markdown(_introduction(models), elem_classes="apm-intro")
         with gr.Tab("Islands"):
-            _islands_tab(machines, scenes)
+            _islands_tab(models, scenes)
         with gr.Tab("Labels"):
-            _labels_tab(machines, scenes)
+            _labels_tab(models, scenes)
         with gr.Tab("Blends"):
-            _blend_tab(machines, scenes)
+            _blend_tab(models, scenes)
         gr.Markdown(f"apm_hf {__version__}. Photos are dropped after an hour, and used for nothing else.")
     page.queue(max_size=_WAITING, default_concurrency_limit=_AT_ONCE)
     return page
 
 
-def _introduction(machines: Machines) -> str:
-    size = f"{machines.model.num_parameters() / 1e6:.1f} M parameters"
-    if machines.is_embedded:
-        names = ", ".join(machines.default_labels)
+def _introduction(models: AppModels) -> str:
+    size = f"{models.model.num_parameters() / 1e6:.1f} M parameters"
+    if models.apm.is_embedded:
+        names = ", ".join(models.apm.default_labels)
         known = (
             f"**What this one knows:** it is the demo model of the package ({size}). It and its teacher learnt twelve "
             f"kinds of *drawn scenes* ({names}) and have never seen a photograph. Scenes like the examples work as "
             "meant; in your own photos expect regions of colour and edges, not objects."
         )
     else:
-        teacher = "" if machines.teacher is None else f", compared with its teacher {machines.teacher.name}"
+        teacher = "" if models.teacher is None else f", compared with its teacher {models.teacher.name}"
         known = f"**Here:** an APM of {size}{teacher}."
     return (
         f"# {_TITLE}\nAn image is folded into one vector; a small network then answers, for any place asked about, "
@@ -73,31 +73,33 @@ def _introduction(machines: Machines) -> str:
     )
 
 
-def _islands_tab(machines: Machines, scenes: list[Image.Image]) -> None:
-    def see(image: Image.Image, y: float | None, x: float | None, *numbers: int | None) -> tuple[Sight, str, str]:
-        sight = look(machines, image)
-        islands, made_of = island_pictures(machines, sight, [number or 0 for number in numbers])
+def _islands_tab(models: AppModels, scenes: list[Image.Image]) -> None:
+    def see(
+        image: Image.Image, y: float | None, x: float | None, *numbers: int | None
+    ) -> tuple[PhotoFeatures, str, str]:
+        seen = photo_features(models, image)
+        islands, made_of = island_pictures(models, seen, [number or 0 for number in numbers])
         html = figures_html(islands, "Islands of agreement") + figures_html(made_of, "What they are made of")
-        return sight, html, like(sight, y or 0.0, x or 0.0)
+        return seen, html, like(seen, y or 0.0, x or 0.0)
 
-    def like(sight: Sight, y: float | None, x: float | None) -> str:
+    def like(seen: PhotoFeatures, y: float | None, x: float | None) -> str:
         if y is None or x is None:
             raise ValueError("Please write both y and x, numbers from -1 to 1.")
-        return figures_html([similarity_picture(machines, sight, (y, x))], columns=1)
+        return figures_html([similarity_picture(models, seen, (y, x))], columns=1)
 
     def see_upload(path: str | None, *settings: Any) -> Any:
-        return see(read_photo(path), *settings)
+        return see(read_upload(path), *settings)
 
-    def like_place(sight: Sight | None, path: str | None, y: float | None, x: float | None) -> str:
-        return like(sight or look(machines, read_photo(path)), y, x)
+    def like_place(seen: PhotoFeatures | None, path: str | None, y: float | None, x: float | None) -> str:
+        return like(seen or photo_features(models, read_upload(path)), y, x)
 
-    def like_click(sight: Sight | None, path: str, event: gr.SelectData) -> Any:
+    def like_click(seen: PhotoFeatures | None, path: str, event: gr.SelectData) -> Any:
         column, row = event.index
         y, x = point_of_pixel(column, row, shown_size(path))
-        return like_place(sight, path, y, x), round(y, 3), round(x, 3)
+        return like_place(seen, path, y, x), round(y, 3), round(x, 3)
 
-    first_sight, first_islands, first_similar = see(scenes[0], 0.0, 0.0, *HEIGHTS)
-    sight = gr.State(first_sight, time_to_live=_SESSION_SECONDS)
+    first_seen, first_islands, first_similar = see(scenes[0], 0.0, 0.0, *HEIGHTS)
+    seen = gr.State(first_seen, time_to_live=_SESSION_SECONDS)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             photo = _photo("Photo: click a point, × for another", "islands-photo", scenes[0])
@@ -120,20 +122,20 @@ def _islands_tab(machines: Machines, scenes: list[Image.Image]) -> None:
                 show = gr.Button("Show the islands", variant="primary", elem_id="islands-show", min_width=200)
             islands = gr.HTML(first_islands, elem_id="islands")
 
-    inputs, outputs = [photo, *place, *heights], [sight, islands, similar]
+    inputs, outputs = [photo, *place, *heights], [seen, islands, similar]
     _on_change([photo], see_upload, inputs, outputs)
     show.click(_telling(see_upload, None, "", ""), inputs, outputs, api_visibility="private")
-    photo.select(_telling(like_click, *[gr.skip()] * 3), [sight, photo], [similar, *place], api_visibility="private")
-    compare.click(_telling(like_place, gr.skip()), [sight, photo, *place], similar, api_visibility="private")
+    photo.select(_telling(like_click, *[gr.skip()] * 3), [seen, photo], [similar, *place], api_visibility="private")
+    compare.click(_telling(like_place, gr.skip()), [seen, photo, *place], similar, api_visibility="private")
 
 
-def _labels_tab(machines: Machines, scenes: list[Image.Image]) -> None:
+def _labels_tab(models: AppModels, scenes: list[Image.Image]) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             photo = _photo("Photo, × for another", "labels-photo", scenes[1])
             _examples(scenes, photo)
             labels = gr.Textbox(
-                ", ".join(machines.default_labels), lines=3, elem_id="labels",
+                ", ".join(models.apm.default_labels), lines=3, elem_id="labels",
                 label=f"Labels, 2 to {MAX_LABELS}, with commas between them",
             )  # fmt: skip
             starts = [("the distilled APM", "model"), ("an APM with random weights", "random")]
@@ -149,10 +151,10 @@ def _labels_tab(machines: Machines, scenes: list[Image.Image]) -> None:
                     curve = gr.HTML(elem_id="curve")
 
     def adapt_live(path: str | None, text: str, start: str, num_steps: int) -> Iterator[Any]:
-        image, names = read_photo(path), read_labels(text)
-        if machines.teacher is not None and (unknown := unknown_labels(machines.teacher, names)):
+        image, names = read_upload(path), read_labels(text)
+        if models.teacher is not None and (unknown := unknown_labels(models.teacher, names)):
             gr.Warning(f"This teacher has no words for: {', '.join(unknown)}. It cannot tell such labels apart.")
-        for progress in adaptation(machines, image, names, start=start, num_steps=num_steps):
+        for progress in adaptation(models, image, names, start=start, num_steps=num_steps):
             columns = [
                 ("teacher", progress.teacher),
                 ("APM before", progress.before),
@@ -168,28 +170,28 @@ def _labels_tab(machines: Machines, scenes: list[Image.Image]) -> None:
     )
 
 
-def _blend_tab(machines: Machines, scenes: list[Image.Image]) -> None:
-    def take(first: Image.Image, second: Image.Image, patches: str, alpha: float) -> tuple[Pair, str]:
-        taken = pair(machines, first, second, patches=patches)
-        return taken, blend(taken, alpha)
+def _blend_tab(models: AppModels, scenes: list[Image.Image]) -> None:
+    def take(first: Image.Image, second: Image.Image, patches: str, alpha: float) -> tuple[Blend, str]:
+        taken = blend(models, first, second, patches=patches)
+        return taken, pictures(taken, alpha)
 
-    def blend(taken: Pair, alpha: float) -> str:
+    def pictures(taken: Blend, alpha: float) -> str:
         return figures_html(blend_pictures(taken, alpha), columns=2)
 
-    def take_uploads(first: str | None, second: str | None, patches: str, alpha: float) -> tuple[Pair, str]:
+    def take_uploads(first: str | None, second: str | None, patches: str, alpha: float) -> tuple[Blend, str]:
         photos = []
         for name, path in (("A", first), ("B", second)):
             try:
-                photos.append(read_photo(path))
+                photos.append(read_upload(path))
             except ValueError as error:
                 raise ValueError(f"Photo {name}: {error}") from error
         return take(photos[0], photos[1], patches, alpha)
 
-    def move(taken: Pair | None, *settings: Any) -> str:
-        return take_uploads(*settings)[1] if taken is None else blend(taken, settings[-1])
+    def move(taken: Blend | None, *settings: Any) -> str:
+        return take_uploads(*settings)[1] if taken is None else pictures(taken, settings[-1])
 
-    first_pair, first_blend = take(scenes[2], scenes[3], "blend", 0.5)
-    way = gr.State(first_pair, time_to_live=_SESSION_SECONDS)
+    first_way, first_blend = take(scenes[2], scenes[3], "blend", 0.5)
+    way = gr.State(first_way, time_to_live=_SESSION_SECONDS)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             with gr.Row():
@@ -207,10 +209,10 @@ def _blend_tab(machines: Machines, scenes: list[Image.Image]) -> None:
                 [("both photos, cross-faded", "blend"), ("photo A", "a"), ("photo B", "b")],
                 value="blend",
                 label="Local patches in the queries are those of",
-                visible=machines.model.config.local_patch,
+                visible=models.model.config.local_patch,
             )
             between = gr.HTML(first_blend, elem_id="between")
-            gr.Markdown(_WHAT_A_BLEND_IS, visible=machines.model.config.local_patch)
+            gr.Markdown(_WHAT_A_BLEND_IS, visible=models.model.config.local_patch)
 
     inputs, outputs = [*photos, patches, share], [way, between]
     _on_change(photos, take_uploads, inputs, outputs)

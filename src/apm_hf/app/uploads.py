@@ -7,13 +7,13 @@ from ..teachers import Teacher
 
 MAX_MEGAPIXELS = 50
 MAX_LABELS, MAX_LABEL_LENGTH = 30, 60
-# Pixels of the longer side that are kept: more than machines see and than the page shows.
+# Pixels of the longer side that are kept: more than models see and than the page shows.
 _LONGEST = 1024
 _SCALABLE = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that Pillow scales down smoothly
 _TOO_LARGE = f"This picture has more than {MAX_MEGAPIXELS} megapixels: please upload a smaller one."
 
 
-def read_photo(path: str | None) -> Image.Image:
+def read_upload(path: str | None) -> Image.Image:
     """An upright 8-bit RGB photo, of 1024 pixels at most along its longer side.
 
     Raises:

@@ -8,7 +8,7 @@ from .options import add
 
 HELP = "try an APM in the browser: islands, places, labels, two photos"
 DESCRIPTION = """
-Serve the app on this machine until Ctrl-C: a photo's islands, its decoding, places that look alike, labels with the
+Serve the app on this computer until Ctrl-C: a photo's islands, its decoding, places that look alike, labels with the
 teacher beside the APM, and the way from one photo to another. Without --model and --teacher the embedded ones are
 used, which know drawn scenes only.
 """

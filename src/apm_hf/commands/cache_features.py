@@ -10,7 +10,7 @@ DESCRIPTION = """
 Ask a teacher about every training image once and keep its answers in a folder that `apm distill --feature_cache` reads
 instead of asking again. Give the data set, its splits, --max_images and --seed as you give them to `apm distill`. The
 same command runs under `torchrun --nproc_per_node N -m apm_hf.commands.main cache-features ...` and `accelerate
-launch`, on any number of machines that share the folder. Started again, it verifies what is there and writes what is
+launch`, on any number of computers that share the folder. Started again, it verifies what is there and writes what is
 missing or damaged. docs/scaling.md says when a cache pays.
 """
 EXAMPLES = (
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     from ..teachers.feature_cache import CacheSettings, FeatureCache, estimate, write_feature_cache
 
     if options.verify:
-        return _summary(FeatureCache(options.output_dir, verify=True))
+        return _summary(FeatureCache(options.output_dir).verify())
     if missing := [f"--{name}" for name in ("teacher", "dataset") if getattr(options, name) is None]:
         raise ValueError(f"{', '.join(missing)}: expected a name or a folder, or --verify, got none")
     settings = CacheSettings(

@@ -1,4 +1,4 @@
-"""`apm classify`: photos in, the teacher's and the adapted machines' predictions out."""
+"""`apm classify`: photos in, the teacher's and the adapted students' predictions out."""
 
 import argparse
 import logging
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..assets import DEMO_MODEL, DEMO_TEACHER
 from .options import add
+from .pairs import note_embedded
 
 if TYPE_CHECKING:
     from ..ttt.classification import TTTClassifier
@@ -16,8 +17,8 @@ logger = logging.getLogger("apm_hf")
 
 HELP = "adapt to photos and classify them, the teacher beside the APM"
 DESCRIPTION = """
-Adapt an APM to each photo at test time and classify it zero-shot, the teacher's own answer beside it: a machine that
-is fitted to the end repeats its teacher. With --teacher alone a fresh machine is fitted; without --teacher and --model
+Adapt an APM to each photo at test time and classify it zero-shot, the teacher's own answer beside it: a student that
+is fitted to the end repeats its teacher. With --teacher alone a fresh student is fitted; without --teacher and --model
 the embedded ones are used, which know drawn scenes only.
 """
 EXAMPLES = (
@@ -77,53 +78,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _classifier(options: argparse.Namespace) -> "TTTClassifier":
-    from transformers import AutoModel
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    from ..teachers import DEFAULT_TEMPLATES, load_teacher
+    from ..pair import APM
+    from ..teachers import DEFAULT_TEMPLATES
     from ..teachers.zero_shot import read_labels
     from ..ttt import TTTConfig
-    from ..ttt.classification import TTTClassifier
 
-    teacher_name, model_name = options.teacher or DEMO_TEACHER, options.model
-    overrides: dict[str, Any] = {"seed": options.seed}
+    if options.teacher is None and options.model is None:
+        note_embedded()
+    alone = options.model is None and options.teacher is not None
+    overrides: dict[str, Any] = {"seed": options.seed, "start": "random" if alone else "model"}
     if options.steps is not None:
         overrides["steps"] = options.steps
-    if options.teacher is None and model_name is None:
-        model_name = DEMO_MODEL
-        logger.info(
-            "no --teacher and no --model: the demo's own, which are in this package and know drawn scenes only"
-        )
-    model = image_processor = None
-    if model_name is not None:
-        model = AutoModel.from_pretrained(model_name)
-        image_processor = AutoImageProcessor.from_pretrained(model_name)
-        overrides["start"] = "model"
     config = TTTConfig.preset(options.preset, **overrides)
-    labels = read_labels(options.labels) if options.labels is not None else None
-    teacher = load_teacher(teacher_name)
-    if labels is None:
-        labels = _default_labels(options, teacher)
-    return TTTClassifier(
-        teacher,
-        labels,
-        config=config,
-        model=model,
-        image_processor=image_processor,
-        templates=options.template or DEFAULT_TEMPLATES,
-    )
-
-
-def _default_labels(options: argparse.Namespace, teacher: Any) -> list[str]:
-    if options.teacher is None:
-        from ..data.scenes import CLASS_NAMES
-
-        return list(CLASS_NAMES)
-    if teacher.class_names is None:
+    labels = None if options.labels is None else read_labels(options.labels)
+    pair = APM.load(None if alone else options.model or DEMO_MODEL, teacher=options.teacher or DEMO_TEACHER)
+    labels = labels or pair.default_labels
+    if not labels:
         raise ValueError(
             f"--labels: expected a file of class names, since {options.teacher} has no classes of its own"
         )
-    return teacher.class_names
+    return pair.classifier(labels, config=config, templates=options.template or DEFAULT_TEMPLATES)
 
 
 def _classify(classifier: "TTTClassifier", batch: list[tuple[str, Any]], top_k: int) -> list[dict[str, Any]]:

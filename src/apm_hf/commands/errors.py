@@ -22,7 +22,7 @@ def explain(error: BaseException, *, smaller: str = "") -> str | None:
         smaller: the options that save memory.
     """
     for cause in _causes(error):
-        if (said := _of_the_hub(cause)) or (said := _of_the_machine(cause, smaller)):
+        if (said := _of_the_hub(cause)) or (said := _of_the_computer(cause, smaller)):
             context = str(error).partition("\n")[0]  # whose name is not in every answer
             return _one_line(f"{context} {said}" if cause is not error and context.startswith(_TEACHER) else said)
     if isinstance(error, ModuleNotFoundError):
@@ -40,7 +40,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     return reversed(chain)
 
 
-def _of_the_machine(error: BaseException, smaller: str) -> str | None:
+def _of_the_computer(error: BaseException, smaller: str) -> str | None:
     torch = sys.modules.get("torch")
     out_of_memory = isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
     # On the CPU, torch has no class of its own for it.

@@ -4,19 +4,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .models import TOLD, add_machine_options, describe, load_machine, read_photo, tell
 from .options import add
+from .pairs import RESULT, add_pair_options, caption, load_pair, result
+
+__all__ = ["RESULT"]
 
 HELP = "blend the trigger columns of two photos: colours and features on the way, as a strip and a movie"
 DESCRIPTION = """
 Go from one photo's trigger column to another's in small steps and draw what the APM answers on the way: colours and
-features, as a strip and a movie. Without --model a fresh machine is first distilled on the two photos alone.
+features, as a strip and a movie. Without --model a fresh student is first distilled on the two photos alone.
 """
 EXAMPLES = (
     "apm interpolate one.jpg other.jpg --output_dir frames",
     "apm interpolate one.jpg other.jpg --teacher openai/clip-vit-large-patch14 --trigger_only --output_dir frames",
 )
-RESULT = TOLD
 INTERRUPTED = "a fit cannot go on where it was; start it again"
 SMALLER = "a smaller --size or --frames"
 
@@ -24,55 +25,51 @@ SMALLER = "a smaller --size or --frames"
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs=2, metavar="PHOTO", help="image files; drawn in the first one's shape")
     add(parser, "--output_dir", "the pictures", required=True)
-    add_machine_options(parser)
-    add(parser, "--steps", "of a fresh machine", default=300)
+    add_pair_options(parser)
+    add(parser, "--steps", "of a fresh student", default=300)
     parser.add_argument(
-        "--trigger_only", action="store_true", help="the fresh machine sees no pixels beside the trigger column"
+        "--trigger_only", action="store_true", help="the fresh student sees no pixels beside the trigger column"
     )
     parser.add_argument("--frames", type=int, default=25, help="from photo to photo")
     add(parser, "--size", default=192)
     parser.add_argument("--blending", default="linear", choices=("linear", "spherical"), help="of the columns")
     parser.add_argument(
-        "--patches", default="blend", choices=("blend", "a", "b"), help="of machines that see local patches"
+        "--patches", default="blend", choices=("blend", "a", "b"), help="of students that see local patches"
     )
     parser.add_argument("--fps", type=float, default=10, help="frames a second")
     add(parser, "--seed", default=0)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    from ..data.images import read_rgb
     from ..islands.interpolation_pictures import InterpolationConfig, interpolation_picture
-    from ..ttt.photos import fit_photos, map_size, teacher_features
+    from ..ttt.photos import map_size
 
     config = InterpolationConfig(
         steps=options.frames, size=options.size, blending=options.blending, patches=options.patches, fps=options.fps
     )
     if options.steps < 1:
         raise ValueError(f"--steps: expected a positive number, got {options.steps}")
-    first, second = (read_photo(path) for path in options.photos)
-    machine = load_machine(options, local_patch=not options.trigger_only)
-    if options.trigger_only and not machine.is_fresh:
-        raise ValueError("--trigger_only: expected a fresh machine, so --teacher without --model, or --fresh")
-    model, pixel_values = machine.model, machine.pixel_values([first, second])
-    columns = machine.trigger_column([first, second])
-    what = "not fitted to these photos"
-    if machine.is_fresh:
-        assert machine.teacher is not None
-        features = teacher_features(machine.teacher, [first, second], fine=True)
-        model = fit_photos(
-            model, pixel_values, features, machine.image_processor, steps=options.steps, seed=options.seed
-        )
+    photos = [read_rgb(path) for path in options.photos]
+    pair = load_pair(options, local_patch=not options.trigger_only)
+    if options.trigger_only and pair.is_fitted:
+        raise ValueError("--trigger_only: expected a fresh student, so --teacher without --model, or --fresh")
+    what, fits = "not fitted to these photos", not pair.is_fitted
+    if fits:
+        pair = pair.fit(photos, steps=options.steps, seed=options.seed)
         what = f"distilled on these photos alone in {options.steps} steps"
-    if model.config.local_patch:
+    columns = pair.trigger_column(photos)
+    if pair.bare_model.config.local_patch:
         local = {"blend": "of both photos, cross-faded", "a": "of photo A alone", "b": "of photo B alone"}
         what += f"; local patches {local[options.patches]}"
     files = interpolation_picture(
-        (first, second),
+        (photos[0], photos[1]),
         Path(options.output_dir),
-        model,
-        pixel_values,
-        map_size(first, config.size),
+        pair.bare_model,
+        pair.pixel_values(photos),
+        map_size(photos[0], config.size),
         config=config,
         trigger_columns=None if columns is None else (columns[:1], columns[1:]),
-        caption=describe(machine, what),
+        caption=caption(pair, what),
     )
-    return tell(options, files, machine, fitted=machine.is_fresh)
+    return result(options, files, pair, fitted=fits)

@@ -4,15 +4,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .models import TOLD, Machine, add_machine_options, describe, load_machine, read_photo, tell
 from .options import add
+from .pairs import RESULT, add_pair_options, caption, load_pair, result
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
     from ..islands.pictures import IslandsConfig
-    from ..modeling_apm import APMModel
+    from ..pair import APM
+
+__all__ = ["RESULT"]
 
 HELP = "draw the parts and wholes an APM sees in a photo, beside its controls"
 DESCRIPTION = """
@@ -25,7 +26,6 @@ EXAMPLES = (
     "apm islands photo.jpg --teacher openai/clip-vit-large-patch14 --text 'a dog' --output_dir islands --movie",
     "apm islands photo.jpg --model user/apm-photos --point 0.1 -0.5 --heights 3 9 27 --output_dir islands",
 )
-RESULT = TOLD
 INTERRUPTED = "a fit cannot go on where it was; start it again"
 SMALLER = "a smaller --size"
 
@@ -33,7 +33,7 @@ SMALLER = "a smaller --size"
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photo", metavar="PHOTO", help="image file")
     add(parser, "--output_dir", "the pictures", required=True)
-    add_machine_options(parser)
+    add_pair_options(parser)
     parser.add_argument(
         "--adapt", action="store_true", help="fit the --model to the teacher's answers about the photo"
     )
@@ -57,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    from ..data.images import read_rgb
     from ..islands.pictures import IslandsConfig, islands_picture
     from ..ttt.photos import teacher_features
 
@@ -69,70 +70,53 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     if options.steps < 1:
         raise ValueError(f"--steps: expected a positive number, got {options.steps}")
-    photo = read_photo(options.photo)
-    machine = load_machine(options)
-    teacher = machine.teacher
-    fits = machine.is_fresh or options.adapt or options.movie
+    photo = read_rgb(options.photo)
+    pair = load_pair(options)
+    teacher = pair.teacher
+    fits = not pair.is_fitted or options.adapt or options.movie
     if fits and teacher is None:
-        raise ValueError("--adapt, --movie: expected --teacher, to whose answers the machine is fitted")
+        raise ValueError("--adapt, --movie: expected --teacher, to whose features the student is fitted")
     if options.text and (teacher is None or not teacher.has_text):
         raise ValueError(f"--text: expected a teacher with a text tower, got {options.teacher}")
-    pixel_values, trigger_column = machine.pixel_values([photo]), machine.trigger_column([photo])
-    features, texts = None, {}
+    features, texts, movie = None, {}, list[Path]()
     if teacher is not None:
-        features = teacher_features(teacher, [photo], fine=machine.is_fresh)
+        features = teacher_features(teacher, [photo], fine=not pair.is_fitted)[0]
     if teacher is not None and options.text:
         texts = dict(zip(options.text, teacher.encode_text(options.text, ("{}",)), strict=True))
-    model, movie = machine.model, list[Path]()
     if fits:
-        assert features is not None
-        model, movie = _fit(machine, photo, pixel_values, features, trigger_column, config, options)
+        pair, movie = _fit(pair, photo, config, options)
     picture = islands_picture(
         photo,
         Path(options.output_dir),
-        model,
-        pixel_values,
+        pair.bare_model,
+        pair.pixel_values(photo),
         config=config,
-        trigger_column=trigger_column,
-        teacher_features=None if features is None else features[0],
+        trigger_column=pair.trigger_column(photo),
+        teacher_features=features,
         text_embeds=texts,
-        caption=describe(
-            machine, f"fitted to this photo in {options.steps} steps" if fits else "not fitted to this photo"
-        ),
+        caption=caption(pair, f"{'' if fits else 'not '}fitted to this photo" + f" in {options.steps} steps" * fits),
     )
-    return tell(options, [picture, *movie], machine, fitted=fits)
+    return result(options, [picture, *movie], pair, fitted=fits)
 
 
 def _fit(
-    machine: Machine,
-    photo: "Image.Image",
-    pixel_values: "Tensor",
-    features: "Tensor",
-    trigger_column: "Tensor | None",
-    config: "IslandsConfig",
-    options: argparse.Namespace,
-) -> tuple["APMModel", list[Path]]:
-    """The machine fitted to the photo, and the files of the movie, if one is asked for."""
+    pair: "APM", photo: "Image.Image", config: "IslandsConfig", options: argparse.Namespace
+) -> tuple["APM", list[Path]]:
+    """Fit the student to the photo; also return the files of the movie, if one is asked for."""
     from ..islands.fitting_film import IslandsMovie
-    from ..ttt.photos import fit_photo, photo_colours
+    from ..ttt.photos import teacher_features
 
-    movie = None
-    if options.movie:
-        movie = IslandsMovie(
-            photo, pixel_values, features[0], options.steps, config=config, trigger_column=trigger_column
-        )
-    rows, cols = features.shape[1:3]
-    model = fit_photo(
-        machine.model,
-        pixel_values,
-        features,
-        photo_colours(photo, (rows, cols)) if machine.model.config.use_rgb_head else None,
-        steps=options.steps,
-        trigger_column=trigger_column,
-        seed=options.seed,
-        on_step=None if movie is None else movie.on_step,
+    if not options.movie:
+        return pair.fit(photo, steps=options.steps, seed=options.seed), []
+    assert pair.teacher is not None
+    movie = IslandsMovie(
+        photo,
+        pair.pixel_values(photo),
+        teacher_features(pair.teacher, [photo], fine=not pair.is_fitted)[0],
+        options.steps,
+        config=config,
+        trigger_column=pair.trigger_column(photo),
     )
-    if movie is None:
-        return model, []
-    movie.on_step(options.steps, model)
-    return model, movie.write(Path(options.output_dir))
+    fitted = pair.fit(photo, steps=options.steps, seed=options.seed, on_step=movie.on_step)
+    movie.on_step(options.steps, fitted.bare_model)
+    return fitted, movie.write(Path(options.output_dir))

@@ -96,6 +96,18 @@ def eight_bit_rgb(image: Any) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())  # (3, H, W) -> (H, W, 3)
 
 
+def read_rgb(path: str | os.PathLike[str]) -> PIL.Image.Image:
+    """Read an image file as an upright 8-bit RGB picture, transparency on white.
+
+    Raises:
+        ValueError: for a file that cannot be read, with its path.
+    """
+    try:
+        return eight_bit_rgb(decode_image(path))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
 @dataclass
 class ImageCollator:
     """Make a batch of dataset rows, for `torch.utils.data.DataLoader(collate_fn=...)`.
@@ -235,4 +247,4 @@ def _identified(data: bytes) -> PIL.Image.Image:
         raise ValueError(f"expected an encoded image (JPEG, PNG, ...), got {found}, or a damaged header") from error
 
 
-__all__ = ["ImageCollator", "check_resized", "decode_image", "eight_bit_rgb"]
+__all__ = ["ImageCollator", "check_resized", "decode_image", "eight_bit_rgb", "read_rgb"]

@@ -46,7 +46,7 @@ class Scene:
 
 
 def make_scene(index: int, *, seed: int = 0, image_size: int = 96) -> Scene:
-    """Scene number `index` of the stream `seed`: the same on every machine, and at every size up to resampling.
+    """Scene number `index` of the stream `seed`: the same on every computer, and at every size up to resampling.
 
     Args:
         index: which scene, >= 0; its class is `index % len(CLASS_NAMES)`, so any run of indices is balanced.

@@ -39,27 +39,27 @@ class Sight:
         image: Any,
         pixel_values: Tensor,
         features: Tensor,
-        machines: Mapping[str, APMModel],
+        models: Mapping[str, APMModel],
         adapted: Mapping[str, Adapted],
         *,
         index: int,
     ) -> "Sight":
-        """Ask all machines for a fine map of one image.
+        """Ask all models for a fine map of one image.
 
         Args:
             image: PIL, the input as a person sees it.
             pixel_values: `(1, 3, S, S)`.
             features: `(1, rows, cols, F)`, the teacher's.
-            machines: by name; the first is the one whose islands and colours are shown.
-            adapted: machines after test-time training, for all images of the condition.
+            models: by name; the first is the one whose islands and colours are shown.
+            adapted: models after test-time training, for all images of the condition.
             index: of this image among them.
         """
         coordinates = grid_coordinates(MAP_SIZE, MAP_SIZE, device=pixel_values.device)
         colours = PCAColours.fit(features)
         panels = {"input": np.asarray(image.convert("RGB")) / 255, "teacher": colours(features[0])}
-        for number, (name, machine) in enumerate(machines.items()):
+        for number, (name, model) in enumerate(models.items()):
             with torch.no_grad():
-                outputs = machine(pixel_values, coordinates)
+                outputs = model(pixel_values, coordinates)
             answers = outputs.last_hidden_state[0]  # (L, F)
             # The student shares its teacher's colours; a control gets colours of its own, in which it shows the most.
             panels[name] = _square((colours if number == 0 else PCAColours.fit(answers))(answers))
@@ -91,11 +91,11 @@ def write_report(
     paths["results.json"].write_text(json.dumps(rows, indent=2) + "\n")
     paths["report.md"].write_text(
         f"# What the APM sees\n\nMade by `{facts.command}`; teacher: {facts.teacher}; images: {facts.dataset}.\n\n"
-        "![what each machine sees](sights.png)\n\nColours are the first three principal components of the features; "
-        "the distilled machines share their teacher's, a control has its own.\n\n"
-        "Top-1 accuracy on held-out images, and mean cosine between a machine's features and its teacher's:\n\n"
+        "![what each model sees](sights.png)\n\nColours are the first three principal components of the features; "
+        "the distilled models share their teacher's, a control has its own.\n\n"
+        "Top-1 accuracy on held-out images, and mean cosine between a model's features and its teacher's:\n\n"
         f"{table}"
-        "\nA machine that is adapted for longer comes closer to its teacher, not to the truth: the teacher's row is "
+        "\nA model that is adapted for longer comes closer to its teacher, not to the truth: the teacher's row is "
         "what plain test-time training can reach.\n\n![loss against step](adaptation.png)\n"
     )
     return table, list(paths.values())

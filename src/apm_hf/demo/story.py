@@ -44,6 +44,8 @@ TEACHER, DISTILLED = "teacher", "APM, distilled"
 ADAPTED, FROM_SCRATCH = "APM, distilled + TTT", "APM, TTT from random weights"
 RANDOM, SHUFFLED = "control: random weights", "control: shuffled targets"
 
+COMMAND = "apm demo"  # in the card of every demo
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
@@ -104,17 +106,21 @@ def run_demo(config: DemoConfig) -> DemoResult:
         train_images, teacher, image_processor, layers=layers, dtype=torch.float16, description="teacher"
     )
     output_dir = Path(config.output_dir)
+    if (output_dir / "config.json").exists() and not _is_demo(output_dir):
+        raise ValueError(
+            f"--output_dir: expected a new folder or an earlier demo's, got {output_dir}, another model's"
+        )
     student = _distil(architecture, cache, image_processor, config, output_dir)
     with tempfile.TemporaryDirectory() as scratch:
         control = _distil(architecture, cache.shuffled(config.seed), image_processor, config, Path(scratch))
     torch.manual_seed(config.seed)
-    machines = {DISTILLED: student, RANDOM: APMModel(architecture).eval(), SHUFFLED: control}
-    machines = {name: machine.to(teacher.device) for name, machine in machines.items()}
+    models = {DISTILLED: student, RANDOM: APMModel(architecture).eval(), SHUFFLED: control}
+    models = {name: model.to(teacher.device) for name, model in models.items()}
 
     test = _Test(teacher, image_processor, teacher.encode_text(class_names).cpu(), labels, config.seed)
     for index, condition in enumerate(CONDITIONS):
         images = [_corrupted(image, condition, number, config.seed) for number, image in enumerate(test_images)]
-        test.run(condition, images, machines, shown=index % len(images))
+        test.run(condition, images, models, shown=index % len(images))
 
     facts = _facts(config, student, test.rows)
     write_card_picture(output_dir, student, image_processor, seed=config.seed)
@@ -148,7 +154,7 @@ def demo_architecture(feature_size: int, **overrides: Any) -> APMConfig:
 
 
 class _Test:
-    """Measures every machine in one condition after the other."""
+    """Measures every model in one condition after the other."""
 
     def __init__(self, teacher: Teacher, image_processor: Any, text_embeds: Tensor, labels: Tensor, seed: int) -> None:
         self.teacher, self.image_processor = teacher, image_processor
@@ -157,28 +163,26 @@ class _Test:
         self.sights: list[Sight] = []
         self.losses: dict[str, list[Tensor]] = {}
 
-    def run(self, condition: str, images: Sequence[Any], machines: dict[str, APMModel], *, shown: int) -> None:
+    def run(self, condition: str, images: Sequence[Any], models: dict[str, APMModel], *, shown: int) -> None:
         cache = TargetCache.build(images, self.teacher, self.image_processor, description=f"test, {condition}")
         features = cache.features.flatten(1, 2)  # (B, rows, cols, F) -> (B, L, F)
         coordinates = grid_coordinates(*cache.features.shape[1:3], device=self.teacher.device)
         pixel_values = cache.pixel_values.to(self.teacher.device)
         self._record(TEACHER, condition, cache.image_embeds)
-        for name, machine in machines.items():
+        for name, model in models.items():
             with torch.no_grad():
-                outputs = machine(pixel_values, coordinates)
+                outputs = model(pixel_values, coordinates)
             self._record(name, condition, outputs.pooler_output, outputs.last_hidden_state, features)
         adapted = {}
         for name, start in ((ADAPTED, "model"), (FROM_SCRATCH, "random")):
             recipe = TTTConfig.preset("fast", start=start, seed=self.seed)
-            adapted[name] = adapt(machines[DISTILLED], pixel_values, cache.image_embeds, config=recipe)
+            adapted[name] = adapt(models[DISTILLED], pixel_values, cache.image_embeds, config=recipe)
             answers = adapted[name].query(coordinates).last_hidden_state
             self._record(name, condition, adapted[name].image_embeds, answers, features)
             self.losses.setdefault(name, []).append(adapted[name].losses)
         one = slice(shown, shown + 1)
         self.sights.append(
-            Sight.look(
-                condition, images[shown], pixel_values[one], cache.features[one], machines, adapted, index=shown
-            )
+            Sight.look(condition, images[shown], pixel_values[one], cache.features[one], models, adapted, index=shown)
         )
 
     def _record(
@@ -240,9 +244,15 @@ def _distil(
         num_locations=48,
         checkpoint_steps=0,
         report_to="none",
+        overwrite=True,
         seed=config.seed,
     )
     return distill(APMModel(architecture), cache, config=settings, image_processor=image_processor).student
+
+
+def _is_demo(folder: Path) -> bool:
+    card = folder / "README.md"
+    return card.is_file() and COMMAND in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _corrupted(image: Any, condition: str, number: int, seed: int) -> Any:
@@ -253,7 +263,7 @@ def _corrupted(image: Any, condition: str, number: int, seed: int) -> Any:
 
 
 def _facts(config: DemoConfig, student: APMModel, rows: dict[str, dict[str, float]]) -> CardFacts:
-    command = f"apm demo --max_steps {config.max_steps} --num_images {config.num_images} --seed {config.seed}"
+    command = f"{COMMAND} --max_steps {config.max_steps} --num_images {config.num_images} --seed {config.seed}"
     return CardFacts(
         repo_id=config.output_dir,
         teacher="apm_hf's demo teacher" if config.teacher == DEMO_TEACHER else config.teacher,

@@ -24,11 +24,12 @@ from transformers.utils.logging import tqdm
 
 from ..data.split_streams import PlacedCollator, SplitStream, StreamPlace
 from ..modeling_apm import APMModel
-from ..runs.checkpoints import PARTIAL, Checkpoints, progress_of
+from ..runs.checkpoints import FOLDER, PARTIAL, Checkpoints, progress_of
 from ..runs.files import move_files, writable_folder
 from ..runs.processes import process_state
-from ..runs.stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
-from ..runs.unreadable_images import SkippedImages, readable
+from ..runs.run import Run
+from ..runs.stopping import RunStopped, StopRequests, ignore_stop_requests
+from ..runs.unreadable_images import SKIPPED, SkippedImages, readable
 from ..teachers import Teacher
 from ..teachers.feature_cache import CachedImages
 from ..teachers.licenses import inherit
@@ -43,6 +44,12 @@ from .targets import TargetMaker
 from .validation import ValidationMetrics, validation_picture
 
 logger = logging.get_logger(__name__)
+
+# What a run makes in its folder, but for what trackers write; other files there are nobody's business.
+MADE = (
+    FOLDER, "pictures", "metrics.json", "speed.json", SKIPPED, "config.json", "preprocessor_config.json",
+    "model.safetensors", "README.md",
+)  # fmt: skip
 
 
 def distill(
@@ -75,7 +82,8 @@ def distill(
 
     Raises:
         ValueError: for a student whose features are not as wide as the teacher's, a loss that is not finite, a folder
-            that another run is writing, or with `config.resume`, where no checkpoint is whole or the run is another.
+            that another run is writing or that holds something, without `config.resume` or `config.overwrite`; with
+            `config.resume`, where all checkpoints are damaged or the run is another.
         FileNotFoundError: with `config.resume`, where there is no checkpoint.
         OSError: for an `output_dir` that cannot be written to.
         RunStopped: after SIGTERM or SIGINT, when the step is done and a checkpoint saved. A `SystemExit`: a program
@@ -97,13 +105,16 @@ def distill(
         )
     student.config = copy.deepcopy(student.config)  # others may be made of the one given: what is found is this one's
     inherit(student.config, [one for one in (teacher, *(teachers or {}).values()) if one is not None])
-    with only_writer(Path(config.output_dir), process_state()):
-        run = _Run(student, train_data, config, image_processor, teacher, teachers, validation_data, collate_fn)
-        return run()
+    with Run(config.output_dir, process_state()).locked() as run:
+        options = (config, image_processor, teacher, teachers, validation_data, collate_fn)
+        return _Distillation(run, student, train_data, *options)()
 
 
-class _Run:
-    def __init__(self, student, train_data, config, image_processor, teacher, teachers, validation_data, collate_fn):
+class _Distillation:
+    def __init__(
+        self, run, student, train_data, config, image_processor, teacher, teachers, validation_data, collate_fn
+    ):
+        self.run = run
         self.config, self.image_processor, self.architecture = config, image_processor, student.config
         self.output_dir = Path(config.output_dir)
         self.accelerator = make_accelerator(config, student.config, heads=teachers or ())
@@ -127,6 +138,7 @@ class _Run:
             student.config,
             {name: one for name, one in {MAIN: teacher, **(teachers or {})}.items() if one is not None},
             num_images=None if streaming else len(train_data),
+            data=getattr(train_data, "digest", lambda: None)(),
             num_processes=processes,
             sharded=sharded(self.accelerator),
             feature_cache=train_data.cache.index["settings"] if isinstance(train_data, CachedImages) else None,
@@ -136,6 +148,8 @@ class _Run:
         self.progress: dict[str, Any] = {}
         if config.resume:
             self.resumed, self.progress = self._checkpoint()
+        else:
+            self._begin()
         self._set_statistics(student, collate_fn)
         self.stream: StreamPlace | None = None
         if isinstance(train_data, SplitStream):
@@ -188,7 +202,7 @@ class _Run:
         if config.report_to != "none":
             tracked = {name: value for name, value in vars(config).items() if value is not None}
             accelerator.init_trackers("distillation", config=tracked)
-        step = self._resume(self.resumed) if self.resumed else self._start_anew()
+        step = self._resume(self.resumed) if self.resumed else 0
         self.skipped.begin(step)
         with StopRequests() as requests:
             step = self._train(step, requests)
@@ -381,13 +395,22 @@ class _Run:
             "facts": self.facts,
         }
         self.checkpoints.save(self.accelerator, step, progress)
-
-    def _start_anew(self) -> int:
-        """Checkpoints of an earlier run in this folder must not be what this one is resumed from."""
         if self.accelerator.is_main_process:
-            self.checkpoints.clear()
-        self.accelerator.wait_for_everyone()
-        return 0
+            self.run.forget_previous()
+
+    def _begin(self) -> None:
+        """Make room in the folder, or refuse it in all processes."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                self.checkpoints.sweep()
+                if self.checkpoints.names() or (self.output_dir / "config.json").exists():
+                    self.run.set_aside(MADE, overwrite=self.config.overwrite)
+            except (ValueError, OSError) as error:  # of all processes, so that none waits for this one
+                found = [error]
+        (refused,) = broadcast_object_list(found)
+        if refused is not None:
+            raise refused
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """The one that all processes go on from, verified by the main one, and what it knows of its run."""
@@ -403,6 +426,10 @@ class _Run:
             raise checkpoint
         progress = progress_of(checkpoint)
         check_changes(progress["facts"], self.facts)
+        if progress["step"] > self.config.max_steps:
+            raise ValueError(
+                f"max_steps: expected at least the {progress['step']} steps that are done, got {self.config.max_steps}"
+            )
         return checkpoint, progress
 
     def _resume(self, checkpoint: Path) -> int:
@@ -435,5 +462,6 @@ class _Run:
             (partial / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
             (partial / "speed.json").write_text(json.dumps(self.speed.summary(), indent=2) + "\n")
             move_files(partial, self.output_dir, last="config.json")
+            self.run.forget_previous()
         self.accelerator.wait_for_everyone()
         return DistillationResult(student.eval(), self.metrics, self.output_dir)

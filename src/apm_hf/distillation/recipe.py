@@ -19,7 +19,9 @@ from ..modeling_apm import APMModel
 from ..publishing.cards import CardFacts, write_card, write_card_picture
 from ..publishing.hub import publish
 from ..runs.files import writable_folder
+from ..runs.identity import images_digest
 from ..runs.processes import process_state
+from ..runs.run import separate_folder
 from ..runs.unreadable_images import numbered
 from ..teachers import load_teacher
 from ..teachers.feature_cache import CachedImages, FeatureCache
@@ -105,6 +107,8 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
         _check_cacheable(training, config)
     if wrong := [one for one in training.extra_teachers if "=" not in one]:
         raise ValueError(f"--extra_teachers: expected NAME=TEACHER, got {wrong}")
+    folders = {"teacher": training.teacher, "dataset": training.dataset, "feature_cache": training.feature_cache}
+    separate_folder(config.output_dir, **folders)
     writable_folder(config.output_dir)  # before anything is fetched
     overrides, processor_options = (_json_object(training, name) for name in ("config_overrides", "image_processor"))
     set_seed(config.seed)
@@ -133,13 +137,15 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
         max_validation_images=training.max_validation_images,
         seed=config.seed,
     )
-    images = data.dataset
+    images, digest = data.dataset, None
+    if not training.streaming:
+        digest = images_digest(images, data.image_column)
     if training.streaming:
         whole = training.max_images is None and data.split == data.split.removesuffix("[rest]")
         images = SplitStream(images, name=training.dataset, seed=config.seed, whole=whole)
     if training.random_crops:
         images = RandomCrops(images, data.image_column, seed=config.seed)
-    rows = numbered(images)
+    rows = numbered(images, digest=digest)
     if training.feature_cache is not None:
         cache = FeatureCache(training.feature_cache)
         cache.check(teacher, images, image_column=data.image_column, level_layers=config.level_layers)

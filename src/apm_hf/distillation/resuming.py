@@ -9,19 +9,31 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from ..configuration_apm import APMConfig
+from ..runs.identity import weights_digest
 from ..runs.provenance import versions
 from ..teachers.licenses import public_name
 
 logger = logging.get_logger(__name__)
 
-REFUSED = ("seed", "num_images", "teachers", "student", "level_layers", "statistics", "statistics_images", "sharded")
+REFUSED = (
+    "seed",
+    "num_images",
+    "data",
+    "teachers",
+    "student",
+    "level_layers",
+    "statistics",
+    "statistics_images",
+    "sharded",
+)
 # Nothing of these is in the weights.
 WITHOUT_EFFECT = (
-    "output_dir", "resume", "report_to", "num_workers", "num_pictures", "validation_steps", "checkpoint_steps",
-    "keep_checkpoints", "max_bad_images", "logging_steps", "peak_tflops",
+    "output_dir", "resume", "overwrite", "report_to", "num_workers", "num_pictures", "validation_steps",
+    "checkpoint_steps", "keep_checkpoints", "max_bad_images", "logging_steps", "peak_tflops",
 )  # fmt: skip
 # Of a student's configuration: found on the way, not given.
 FOUND = ("distilled_from", "feature_mean", "feature_std", "transformers_version", "dtype", "architectures", "auto_map")
@@ -34,6 +46,7 @@ def facts(
     *,
     num_images: int | None,
     num_processes: int,
+    data: str | None = None,
     sharded: bool = False,
     feature_cache: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -43,6 +56,7 @@ def facts(
         config: a [`apm_hf.distillation.DistillationConfig`].
         teachers: by the names of their heads.
         num_images: None where nobody knows.
+        data: digest of the images' contents, where the data set has one.
         sharded: whether checkpoints are those of FSDP2, which nothing else reads.
         feature_cache: settings of the one that is read instead of asking the teachers.
     """
@@ -50,9 +64,13 @@ def facts(
     known = settings | {
         "num_processes": num_processes,
         "num_images": num_images,
+        "data": data,
         "sharded": sharded,
         "feature_cache": feature_cache,
-        "teachers": {name: public_name(teacher.name) for name, teacher in teachers.items()},
+        "teachers": {
+            name: f"{public_name(one.name)}, weights {weights_digest(one.model, dtype=torch.bfloat16)[:16]}"
+            for name, one in teachers.items()
+        },
         "versions": versions(),
         "student": _without_what_was_found(student.to_dict()),
     }

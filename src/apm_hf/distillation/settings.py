@@ -61,6 +61,9 @@ class DistillationConfig:
     checkpoint_steps: int = field(default=500, metadata={"help": "steps between checkpoints; 0 only when stopped"})
     keep_checkpoints: int = field(default=2, metadata={"help": "how many whole checkpoints stay on the disk"})
     resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint in output_dir"})
+    overwrite: bool = field(
+        default=False, metadata={"help": "replace what output_dir holds, once the new run has saved a checkpoint"}
+    )
     max_bad_images: int = field(
         default=0, metadata={"help": "unreadable images that are skipped and listed before the run stops"}
     )
@@ -70,6 +73,10 @@ class DistillationConfig:
     seed: int = field(default=0, metadata={"help": "of everything that is drawn; weights, images, locations"})
 
     def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir: expected a folder, got an empty name")
+        if self.resume and self.overwrite:
+            raise ValueError("resume, overwrite: expected one of them, got both")
         for name in (
             "max_steps", "batch_size", "gradient_accumulation_steps", "validation_steps", "keep_checkpoints",
             "logging_steps",

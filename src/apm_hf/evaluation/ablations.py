@@ -1,13 +1,13 @@
 """What matters in test-time training: one factor is changed at a time, everything else stays as in the base.
 
-The base is the paper's machine and recipe (arXiv:2410.20535, Sec. 4) with the locations sampled that a step pools.
+The base is the paper's model and recipe (arXiv:2410.20535, Sec. 4) with the locations sampled that a step pools.
 Factors are those the paper ablates: losses (Sec. 3), trigger column, local patch, pooling, parameters, depth, steps,
 and how many locations are sampled. The images and the teacher's answers are the same for all variants.
 
 `ablations.jsonl` in the output folder has a line per distinct setting, written as it comes: a run that was interrupted
 goes on, and levels that amount to the same setting are fitted once.
 
-Legend: N images, L locations, F feature width, S the machine's image side, (rows, cols) a grid.
+Legend: N images, L locations, F feature width, S the model's image side, (rows, cols) a grid.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ FACTORS = {
 LOSSES = ("cls", "grid", "rgb")
 BASE_RECIPE = TTTConfig.preset("paper", num_locations=16)
 BASE = "base"  # the level of a factor none of whose own is
-NUM_PROBES = 4  # images whose machines are kept, to look at single locations
+NUM_PROBES = 4  # images whose models are kept, to look at single locations
 _UNORDERED = ("losses", "trigger", "local_patch", "pooling")
 # Of all hidden widths: 7, 23, 54 and 108 million parameters for `clip-ttt`.
 _WIDTHS = (5 / 16, 1, 29 / 16, 11 / 4)
@@ -92,15 +92,15 @@ class Variant:
             raise ValueError(f"losses: expected some of {list(LOSSES)}, got {list(self.losses)}")
 
     def settings(self, base: APMConfig, recipe: TTTConfig) -> tuple[APMConfig, TTTConfig]:
-        """The base's machine and recipe with this level."""
+        """The base's model and recipe with this level."""
         own = {name: getattr(base, name) for name in _architecture_fields()}
         return APMConfig(**{**own, **self.config}), dataclasses.replace(recipe, **self.recipe)
 
     def describe(self, base: APMConfig, recipe: TTTConfig) -> dict[str, Any]:
         """Everything that this level decides; equal for levels that amount to the same."""
         config, recipe = self.settings(base, recipe)
-        machine = {name: getattr(config, name) for name in _architecture_fields()}
-        return {"machine": machine, "recipe": asdict(recipe), "losses": sorted(self.losses)}
+        model = {name: getattr(config, name) for name in _architecture_fields()}
+        return {"model": model, "recipe": asdict(recipe), "losses": sorted(self.losses)}
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class AblationRow:
         location_cosine: mean over pairs of locations of an image, of `NUM_PROBES` images; 1 where all locations have
             the same feature (collapse).
         num_images: that were fitted.
-        parameters: of the machine.
+        parameters: of the model.
         gflops: of fitting an image, matrix products alone.
         seconds: per image, without drawing the initial weights.
         device: on which that was.
@@ -141,12 +141,12 @@ class AblationTask:
     """N images and what their teacher says of them, for all variants.
 
     Args:
-        pixel_values: `(N, 3, S, S)`, for the machine.
+        pixel_values: `(N, 3, S, S)`, for the model.
         image_embeds, features: `(N, F)` and `(N, rows, cols, F)`, the teacher's.
-        rgb: `(N, rows, cols, 3)`, in [0, 1], mean colours of the cells of the machine's grid.
+        rgb: `(N, rows, cols, 3)`, in [0, 1], mean colours of the cells of the model's grid.
         text_embeds: `(K, F)`.
         labels: `(N,)`.
-        device: of machines.
+        device: of models.
         source: which teacher and images these are, for the result file.
     """
 
@@ -169,11 +169,11 @@ class AblationTask:
         """Ask the teacher, once.
 
         Args:
-            base: of the machine, as wide as the teacher; variants share its image and grid.
+            base: of the model, as wide as the teacher; variants share its image and grid.
             seed: of the images' order: expensive variants see the first ones only.
 
         Raises:
-            ValueError: for a machine of another width, or no more than `NUM_PROBES` images.
+            ValueError: for a model of another width, or no more than `NUM_PROBES` images.
         """
         if base.feature_size != teacher.feature_size:
             raise ValueError(f"feature_size: expected the teacher's {teacher.feature_size}, got {base.feature_size}")
@@ -266,7 +266,7 @@ def run_variant(
     max_gflops: float = 150.0,
     batch_size: int = 8,
 ) -> AblationRow:
-    """Fit a machine to each image and score it.
+    """Fit a model to each image and score it.
 
     Args:
         num_slow: images, the first of the task, for a variant that takes more than `max_gflops` an image.
@@ -282,14 +282,14 @@ def run_variant(
     recipe = dataclasses.replace(recipe, start="model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        machine = APMModel(config).eval().requires_grad_(False).to(task.device)
+        model = APMModel(config).eval().requires_grad_(False).to(task.device)
     routed = config.trigger_source == "embedding"
     sees_pixels = not routed or config.local_patch
 
     def fit(start: int, stop: int, *, keep_models: bool = False) -> tuple[Adapted, Tensor]:
         rows = slice(start, stop)
         adapted = adapt(
-            machine,
+            model,
             task.pixel_values[rows] if sees_pixels else None,
             task.targets(rows, variant.losses),
             config=recipe,
@@ -307,7 +307,7 @@ def run_variant(
     features = probes.query().last_hidden_state
     assert features is not None
     local = location_cosine(features)
-    del probes, features  # machines are large
+    del probes, features  # models are large
     num_images = min(num_slow, len(task)) if gflops > max_gflops else len(task)
     started, starts = time.perf_counter(), range(NUM_PROBES, num_images, batch_size)
     embeds = torch.cat([first, *(fit(start, min(start + batch_size, num_images))[1] for start in starts)])
@@ -323,10 +323,10 @@ def run_variant(
         cosine=F.cosine_similarity(embeds, wanted).mean().item(),
         location_cosine=local,
         num_images=num_images,
-        parameters=machine.num_parameters(),
+        parameters=model.num_parameters(),
         gflops=gflops,
         seconds=seconds,
-        device=provenance.machine(),
+        device=provenance.computer(),
     )
 
 

@@ -31,7 +31,7 @@ class Sweep:
         teachers: names or folders.
         corruptions: `"none"` for the images as they are, else names in `apm_hf.data.corruptions`.
         severities: 1 to 5, of every corruption but `"none"`.
-        seeds: of views, of corruptions' noise and of machines' first weights.
+        seeds: of views, of corruptions' noise and of models' first weights.
         max_images, skip_images: of each benchmark, in an order drawn once and for all, so that one sweep may tune on
             what another does not report.
 
@@ -131,7 +131,7 @@ class Cell:
 
 
 def short_name(name: str) -> str:
-    """Of a folder or file the last part, so that results say nothing of the machine; a Hub name as it is."""
+    """Of a folder or file the last part, so that results say nothing of the computer; a Hub name as it is."""
     return Path(name).resolve().name if os.path.exists(name) else name
 
 

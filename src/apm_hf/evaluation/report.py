@@ -212,7 +212,7 @@ def write_model_index(folder: str | os.PathLike[str], method: str, model_name: s
 
 
 def _header(run: Run) -> str:
-    facts = {name: run.info.get(name) for name in ("command", "commit", "machine", "versions")}
+    facts = {name: run.info.get(name) for name in ("command", "commit", "computer", "versions")}
     if isinstance(facts["versions"], Mapping):
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(facts["versions"].items()))
     lines = "".join(f"* {name}: `{value}`\n" for name, value in facts.items() if value)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..runs.run import check_manifest
 from .statistics import Interval, mean_interval, paired_interval
 
 Scene = tuple[str, int]
@@ -195,7 +196,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
               image, label, top5 (classes, best first), confidence; optionally steps, and by_step (step -> class);
             * `costs.jsonl`: the same six names of a cell; images, seconds (of all of them) and peak_bytes of a batch;
             * `run.json`: methods (title, baseline, num_views, options), benchmarks (title, num_classes), and command,
-              commit, machine, versions.
+              commit, computer, versions.
 
     Raises:
         ValueError: rows that are torn, lack a column, occur twice or name what `run.json` does not; no rows. The file
@@ -203,6 +204,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         OSError: a file cannot be read.
     """
     folder = Path(folder)
+    check_manifest(folder)
     info = _read_info(folder / "run.json")
     cells: dict[tuple[Any, ...], _Rows] = {}
     path = folder / "results.jsonl"
@@ -309,6 +311,7 @@ def _read_lines(path: Path, add: Callable[[Any, int], None]) -> None:
 def _read_info(path: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
+        info |= info.pop("identity", {})
         for method, entry in info["methods"].items():
             if not isinstance(entry["title"], str) or not isinstance(entry["baseline"], str | None):
                 raise ValueError(f"expected a title and a baseline or null of the method {method!r}, got {entry}")

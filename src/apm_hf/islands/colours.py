@@ -133,7 +133,7 @@ def embed_colours(
     Three dimensions are red, green and blue, with PCA as in [`PCAColours`]. Two are a plane between four corners in
     CIE Lab. One is the colormap viridis. t-SNE and UMAP compare directions (features of norm 1), start from the
     principal components and keep neighbours together: distances between far colours mean nothing, and the colours of
-    two calls do not compare. The same seed gives the same bytes, on the same machine and versions.
+    two calls do not compare. The same seed gives the same bytes, on the same computer and versions.
 
     Args:
         features: `(..., F)`.

@@ -1,4 +1,4 @@
-"""The islands of a photo while a machine is fitted to it: wholes breaking into parts.
+"""The islands of a photo while a model is fitted to it: wholes breaking into parts.
 
 Source: the islands are GLOM's (arXiv:2102.12627); the fit is test-time training (arXiv:2410.20535, section 4).
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..modeling_apm import APMModel
-from ..ttt.photos import ask_map, map_size
+from ..ttt.photos import map_size, query_map
 from .colours import PCAColours
 from .figures import figure_pixels
 from .films import write_movies
@@ -31,13 +31,13 @@ class IslandsMovie:
     """Watches a fit, and draws wholes breaking into parts.
 
     The tree of every frame is cut where the last one has the numbers of regions asked for: at fixed distances, so a
-    machine to which all places look alike shows one region, and regions part as it learns to tell them apart. Colours
+    model to which all places look alike shows one region, and regions part as it learns to tell them apart. Colours
     are the principal components of the teacher's features, the same in all frames.
 
     Args:
         photo: as a person sees it.
-        pixel_values: `(1, C, S, S)`, the photo as the machine sees it.
-        teacher_features: `(rows, cols, F)`, what the machine is fitted to.
+        pixel_values: `(1, C, S, S)`, the photo as the model sees it.
+        teacher_features: `(rows, cols, F)`, what the model is fitted to.
         steps: of the fit.
         config: heights, and the size up to 128.
         trigger_column: `(1, D)`, for `trigger_source="embedding"`.
@@ -61,12 +61,12 @@ class IslandsMovie:
         self.watched = set(np.unique(np.geomspace(1, steps, _NUM_FRAMES).round().astype(int) - 1).tolist())
         self.frames: list[_MovieFrame] = []
 
-    def on_step(self, step: int, machine: APMModel) -> None:
-        """Of [`apm_hf.ttt.photos.fit_photo`]; call it once more with the fitted machine and its number of steps."""
+    def on_step(self, step: int, model: APMModel) -> None:
+        """Of [`apm_hf.ttt.photos.fit_photo`]; call it once more with the fitted model and its number of steps."""
         if step not in self.watched and step != self.steps:
             return
         fine, coarse = (
-            ask_map(machine, self.pixel_values, size, trigger_column=self.trigger_column)[0][0]
+            query_map(model, self.pixel_values, size, trigger_column=self.trigger_column)[0][0]
             for size in (self.size, self.tree_size)
         )
         self.frames.append(_MovieFrame(step, self.colours(fine), self.colours(coarse), RegionTree.fit(coarse)))

@@ -1,11 +1,11 @@
-"""Between two images: their trigger columns are blended, and the machine is asked what it sees on the way.
+"""Between two images: their trigger columns are blended, and the model is asked what it sees on the way.
 
 Source: arXiv:2410.20535, which shows features and colours between the trigger columns of two images.
 
 What a blend is: the fold is linear in the pixels, so the linear blend of two columns is, exactly, the column of the
-cross-faded image. A machine with the local patch in its query (`local_patch=True`) takes patches from an image as
+cross-faded image. A model with the local patch in its query (`local_patch=True`) takes patches from an image as
 well: by default they are those of the cross-faded image, and linear blending then asks about that image and nothing
-else. Only a machine without the local patch, or one that keeps the patches of one image, shows what the column alone
+else. Only a model without the local patch, or one that keeps the patches of one image, shows what the column alone
 carries.
 
 Legend: C channels, D trigger width, S image side, T frames, F feature width, (rows, cols) a map of locations,
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..modeling_apm import APMModel
-from ..ttt.photos import ask_map
+from ..ttt.maps import bare_model
+from ..ttt.photos import query_map
 
 BLENDINGS = ("linear", "spherical")
 PATCHES = ("blend", "a", "b")
@@ -28,7 +28,7 @@ PATCHES = ("blend", "a", "b")
 
 @dataclass(frozen=True)
 class InterpolationFrame:
-    """What the machine answers at one place on the way.
+    """What the model answers at one place on the way.
 
     Args:
         alpha: 0 is the first image, 1 the second.
@@ -80,7 +80,7 @@ def interpolate(
     patches: str = "blend",
     trigger_columns: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[InterpolationFrame]:
-    """Ask a machine about `steps` evenly spaced blends of two images, ends included, one after the other.
+    """Ask a model about `steps` evenly spaced blends of two images, ends included, one after the other.
 
     Frames are computed as they are asked for, so that many large ones need not be held.
 
@@ -115,46 +115,44 @@ def frame_between(
     patches: str = "blend",
     trigger_columns: tuple[Tensor, Tensor] | None = None,
 ) -> Callable[[float], InterpolationFrame]:
-    """What a machine sees at any place between two images, as a function of alpha: 0 is the first, 1 the second.
+    """What a model sees at any place between two images, as a function of alpha: 0 is the first, 1 the second.
 
     Args:
         model: an [`APMModel`] or a model that holds one.
-        pixel_values_a, pixel_values_b: `(1, C, S, S)`; None where the columns are given and the machine has no local
+        pixel_values_a, pixel_values_b: `(1, C, S, S)`; None where the columns are given and the model has no local
             patch.
-        size: `(rows, cols)` of the maps; None is the machine's grid.
+        size: `(rows, cols)` of the maps; None is the model's grid.
         blending: of the columns, `"linear"` or `"spherical"`, see [`blend`].
         patches: with `local_patch=True`, whose patches are in the queries: those of the cross-faded image
             (`"blend"`: pixel values are blended linearly) or always those of one image (`"a"`, `"b"`).
         trigger_columns: `(1, D)` each, instead of folding; required with `trigger_source="embedding"`.
 
     Raises:
-        ValueError: for unknown options, or shapes that do not fit the machine.
+        ValueError: for unknown options, or shapes that do not fit the model.
     """
-    machine = getattr(model, "apm", model)  # heads hold the machine under this name
-    if not isinstance(machine, APMModel):
-        raise ValueError(f"model: expected an APMModel or a model that holds one, got {type(model).__name__}")
+    apm = bare_model(model)
     if patches not in PATCHES:
         raise ValueError(f"patches: expected one of {list(PATCHES)}, got {patches!r}")
     if trigger_columns is None:
         if pixel_values_a is None or pixel_values_b is None:
             raise ValueError("interpolate: expected two images or trigger_columns, got neither")
         with torch.no_grad():
-            trigger_columns = machine.fold(pixel_values_a), machine.fold(pixel_values_b)
+            trigger_columns = apm.fold(pixel_values_a), apm.fold(pixel_values_b)
     first, second = trigger_columns
     blend(first, second, 0.0, blending=blending)  # says what is wrong before the first frame is asked for
     pixels = None
-    if machine.config.local_patch:
+    if apm.config.local_patch:
         if pixel_values_a is None or pixel_values_b is None:
             raise ValueError("interpolate: expected two images, since local_patch=True puts patches into the query")
         pixels = {"blend": (pixel_values_a, pixel_values_b), "a": (pixel_values_a,) * 2, "b": (pixel_values_b,) * 2}
-    shape = size or (machine.config.grid_size, machine.config.grid_size)
+    shape = size or (apm.config.grid_size, apm.config.grid_size)
     if min(shape) < 1:
         raise ValueError(f"size: expected a positive (rows, cols), got {size}")
 
     def frame(alpha: float) -> InterpolationFrame:
         column = blend(first, second, alpha, blending=blending)
         pixel_values = None if pixels is None else blend(*pixels[patches], alpha)
-        features, rgb = ask_map(machine, pixel_values, shape, trigger_column=column)
+        features, rgb = query_map(apm, pixel_values, shape, trigger_column=column)
         return InterpolationFrame(alpha, features[0], None if rgb is None else rgb[0])
 
     return frame

@@ -21,7 +21,7 @@ from .figures import figure_pixels, new_figure, place, png_bytes
 from .films import write_movies
 from .interpolation import BLENDINGS, PATCHES, InterpolationFrame, interpolate
 
-_STRIP_COLUMNS = 7  # of the machine's answers; a photo stands at either end
+_STRIP_COLUMNS = 7  # of the model's answers; a photo stands at either end
 _DPI, _FONT = 110, 14
 
 
@@ -33,7 +33,7 @@ class InterpolationConfig:
         steps: T, frames of the movie, ends included.
         size: locations along the longer side of a map.
         blending: of the trigger columns, `"linear"` or `"spherical"`.
-        patches: of a machine with local patch: `"blend"`, `"a"` or `"b"`.
+        patches: of a model with local patch: `"blend"`, `"a"` or `"b"`.
         fps: frames of the movie a second.
 
     Raises:
@@ -76,7 +76,7 @@ def interpolation_picture(
     Args:
         photos: as shown at the ends of the strip.
         model: answers.
-        pixel_values: `(2, C, S, S)`, the photos as the machine sees them.
+        pixel_values: `(2, C, S, S)`, the photos as the model sees them.
         size: `(rows, cols)` of the maps.
         trigger_columns: `(1, D)` each, for `trigger_source="embedding"`.
         caption: below the strip.
@@ -97,7 +97,7 @@ def interpolation_picture(
             trigger_columns=trigger_columns,
         )
 
-    # Directions are fitted on the machine's own grid, so that large maps need not be held.
+    # Directions are fitted on the model's own grid, so that large maps need not be held.
     colours = PCAColours.fit(torch.stack([frame.features.cpu() for frame in frames(_STRIP_COLUMNS, None)]))
     ways = [
         _Colours.of(frame, colours) for frame in tqdm(frames(config.steps, size), desc="blend", total=config.steps)
@@ -128,7 +128,7 @@ def _strip(photos: tuple[Image.Image, Image.Image], ways: list[_Colours], size: 
     shown = [ways[index] for index in chosen]
     titles, aspect = list(shown[0].panels), size[0] / size[1]
     width, height, gap, margin = 2.0 / aspect**0.5, 2.0 * aspect**0.5, 0.08, 0.35
-    left = width + 2 * gap + margin  # of the machine's answers
+    left = width + 2 * gap + margin  # of the model's answers
     right = left + len(shown) * (width + gap)
     bottom = len(titles) * (height + gap) + gap
     total_height = bottom + (0.95 if caption else 0.7)

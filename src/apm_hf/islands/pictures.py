@@ -1,7 +1,7 @@
 """The islands of a photo as a figure, with what they have to be compared with.
 
 A figure without its controls shows little: some of what looks like islands is the position code, which is smooth. So
-beside every machine stand one with random weights and the machine itself shown the photo's pixels in random order,
+beside every model stand one with random weights and the model itself shown the photo's pixels in random order,
 from which it can know nothing but positions.
 
 Source: the islands are GLOM's (arXiv:2102.12627); an APM's, arXiv:2410.20535, section 4.
@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from ..modeling_apm import APMModel
 from ..runs.files import write_atomically
-from ..ttt.maps import ask, feature_map, upsample
-from ..ttt.photos import ask_map, map_size, random_machine
+from ..ttt.maps import feature_map, query, upsample
+from ..ttt.photos import map_size, query_map, random_model
 from .colours import METHODS, PCAColours, embed_colours
 from .figures import png_bytes
 from .panels import Panel, draw_panels, draw_regions
@@ -80,15 +80,15 @@ def islands_picture(
 ) -> Path:
     """Write `islands.png`: photo, features and tree above; below, what they are compared with.
 
-    The controls are a machine with random weights (`random`) and the same machine shown the photo's pixels, or its
+    The controls are a model with random weights (`random`) and the same model shown the photo's pixels, or its
     trigger column, in random order (`shuffled`); each has colours of its own, in which it shows the most.
 
     Args:
         photo: as a person sees it.
         model: answers.
-        pixel_values: `(1, C, S, S)`, the photo as the machine sees it.
+        pixel_values: `(1, C, S, S)`, the photo as the model sees it.
         trigger_column: `(1, D)`, for `trigger_source="embedding"`.
-        teacher_features: `(rows, cols, F)`, the teacher's own grid; shown, and the machine's error to it.
+        teacher_features: `(rows, cols, F)`, the teacher's own grid; shown, and the model's error to it.
         text_embeds: `(F,)` each, by text; for each a map of what is similar to it.
         caption: below the figure.
 
@@ -120,7 +120,7 @@ def islands_picture(
         below.append(Panel("RGB decoded", rgb.float().cpu().numpy()))
     below += _controls(model, pixel_values, size, trigger_column, config.seed)
     for point in config.points:
-        there = ask(model, pixel_values, torch.tensor([point]), trigger_column=trigger_column).last_hidden_state
+        there = query(model, pixel_values, torch.tensor([point]), trigger_column=trigger_column).last_hidden_state
         assert there is not None
         similar = similarity_map(features[None], there)[0, 0].cpu().numpy()
         below.append(Panel("like the point", similar, "cosine", point=point))
@@ -132,7 +132,7 @@ def islands_picture(
 
 
 def error_map(model: APMModel, pixel_values: Tensor, teacher_features: Tensor, **options: Any) -> Tensor:
-    """Cosine error, 1 - cosine, of the machine at the centres of the teacher's patches: `(rows, cols)`, float32.
+    """Cosine error, 1 - cosine, of the model at the centres of the teacher's patches: `(rows, cols)`, float32.
 
     Args:
         teacher_features: `(rows, cols, F)`.
@@ -153,15 +153,15 @@ def shuffled(values: Tensor, start_dim: int, *, seed: int) -> Tensor:
 def _controls(
     model: APMModel, pixel_values: Tensor, size: tuple[int, int], trigger_column: Tensor | None, seed: int
 ) -> list[Panel]:
-    random = random_machine(model.config, seed=seed).to(model.device)
+    random = random_model(model.config, seed=seed).to(model.device)
     noise = shuffled(pixel_values, 2, seed=seed)
     column = None if trigger_column is None else shuffled(trigger_column, 1, seed=seed)
     panels = []
-    for name, machine, pixels, trigger in (
+    for name, control, pixels, trigger in (
         ("random", random, pixel_values, trigger_column),
         ("shuffled", model, noise, column),
     ):
-        answers, _ = _one_map(machine, pixels, size, trigger)
+        answers, _ = _one_map(control, pixels, size, trigger)
         # Colours of its own, in which a control shows the most.
         panels.append(Panel(f"control: {name}", PCAColours.fit(answers)(answers)))
     return panels
@@ -171,7 +171,7 @@ def _one_map(
     model: APMModel, pixel_values: Tensor, size: tuple[int, int], trigger_column: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Features `(rows, cols, F)` and colours `(rows, cols, 3)` or None of one image."""
-    features, rgb = ask_map(model, pixel_values, size, trigger_column=trigger_column)
+    features, rgb = query_map(model, pixel_values, size, trigger_column=trigger_column)
     return features[0], None if rgb is None else rgb[0]
 
 

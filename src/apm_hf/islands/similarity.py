@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ttt import Adapted
-from ..ttt.maps import ask, feature_map
+from ..ttt.maps import feature_map, query
 
 
 def similarity_map(features: Tensor, query: Tensor) -> Tensor:
@@ -68,9 +68,9 @@ def similarity_to_point(
     if points.ndim != 2 or points.shape[1] != 2 or not (points.abs() <= 1).all():
         raise ValueError(f"point: expected (y, x) in [-1, 1] or several, got {point}")
     options = {"trigger_column": trigger_column, "chunk_size": chunk_size}
-    query = ask(model, pixel_values, points, **options).last_hidden_state  # type: ignore[arg-type]  # (B, K, F)
-    assert query is not None
-    return similarity_map(feature_map(model, pixel_values, size, **options), query)  # type: ignore[arg-type]
+    there = query(model, pixel_values, points, **options).last_hidden_state  # type: ignore[arg-type]  # (B, K, F)
+    assert there is not None
+    return similarity_map(feature_map(model, pixel_values, size, **options), there)  # type: ignore[arg-type]
 
 
 def similarity_to_text(

@@ -51,7 +51,7 @@ class CardFacts:
     versions: Mapping[str, str] | None = None
 
     def public(self) -> "CardFacts":
-        """The same without paths of this machine."""
+        """The same without paths of this computer."""
         versions = self.versions
         if versions is None:
             at_hand, commit = provenance.versions(), provenance.commit()

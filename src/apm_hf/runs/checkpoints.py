@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .checksums import digest_of, fault_of, read_sealed, write_sealed
-from .files import sync
+from .files import remove, sync
 from .provenance import versions
+from .run import PREVIOUS
 
 logger = logging.get_logger(__name__)
 
@@ -41,11 +42,10 @@ class Checkpoints:
 
     def __init__(self, output_dir: Path, *, keep: int) -> None:
         self.folder, self.keep = output_dir / FOLDER, keep
-        self._removed = output_dir / f"{FOLDER}{PARTIAL}"
 
     def names(self) -> list[str]:
         """Of all, oldest first, verified or not."""
-        return sorted(path.name for path in self.folder.glob("step_*") if path.suffix != PARTIAL)
+        return sorted(path.name for path in self.folder.glob("step_*") if path.suffix != PARTIAL and path.is_dir())
 
     def newest(self) -> Path:
         """The newest whole one; what is wrong with newer ones is logged.
@@ -56,7 +56,10 @@ class Checkpoints:
         """
         names = self.names()
         if not names:
-            raise FileNotFoundError(f"resume: found no checkpoint in {self.folder}; start the run without resume")
+            there = f"; the run before it lies in {PREVIOUS}" if (self.folder.parent / PREVIOUS).exists() else ""
+            raise FileNotFoundError(
+                f"resume: found no checkpoint in {self.folder}; start the run without resume{there}"
+            )
         for name in reversed(names):
             found = faults(self.folder / name)
             if not found:
@@ -95,19 +98,10 @@ class Checkpoints:
             self._prune()
         accelerator.wait_for_everyone()
 
-    def clear(self) -> None:
-        """Away with all: checkpoints of an earlier run must not be what this one is resumed from."""
-        self.sweep()
-        if names := self.names():
-            logger.warning(f"{len(names)} checkpoints of an earlier run are removed from {self.folder.parent}")
-            self.folder.rename(self._removed)  # all at once: none is left should the run be killed here
-            self.sweep()
-
     def sweep(self) -> None:
-        """Away with what a run that was killed left half written, or half removed."""
-        shutil.rmtree(self._removed, ignore_errors=True)
+        """Delete what a run that was killed left half written, or half removed."""
         for path in self.folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(path)
+            remove(path)
 
     def _prune(self) -> None:
         """Verified anew: of two checkpoints of which one is damaged, a third is worth its place."""
@@ -142,8 +136,9 @@ class Checkpoints:
             ) from error
 
     def _discard(self, path: Path) -> None:
-        """Renamed first: no half of it is ever left under its name."""
-        shutil.rmtree(path.rename(path.with_name(f"{path.name}.old{PARTIAL}")))
+        """Rename first, so that no half of it is ever left under its name."""
+        old = path.rename(path.with_name(f"{path.name}.old{PARTIAL}"))
+        remove(old)
 
 
 def progress_of(checkpoint: Path) -> dict[str, Any]:

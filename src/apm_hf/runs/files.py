@@ -66,6 +66,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def move_files(source: Path, target: Path, *, last: str) -> None:
     """All files of a folder into another one on the same disk, whose files of these names they replace.
 

@@ -23,5 +23,5 @@ def process_state() -> PartialState:
 
 
 def command_line(program: str, arguments: Sequence[str]) -> str:
-    """For cards and reports. Of absolute paths only the last part: they say nothing of the machine."""
+    """For cards and reports. Of absolute paths only the last part: they say nothing of the computer."""
     return f"{program} " + shlex.join(re.sub(r"(^|=)/(?:[^/]+/)*", r"\1", argument) for argument in arguments)

@@ -1,4 +1,4 @@
-"""Where a result comes from: which commit, which versions, which machine."""
+"""Where a result comes from: which commit, which versions, which computer."""
 
 import platform
 import subprocess
@@ -30,8 +30,8 @@ def commit() -> str | None:
         return None
 
 
-def machine() -> str:
-    """What computes, as a person names it."""
+def computer() -> str:
+    """Name what computes, as a person would."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,18 +1,13 @@
-"""A run that is asked to stop ends its step, saves and leaves; and nobody else writes where it does.
+"""Let a run that is asked to stop end its step, save and leave.
 
-SIGTERM is what schedulers send before they take a machine away; SIGINT is Ctrl-C.
+SIGTERM is what schedulers send before they take a computer away; SIGINT is Ctrl-C.
 """
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-LOCK = ".lock"
-LOCK_PATIENCE = 6.0  # seconds: processes that load images for a run that was killed hold its lock for up to five more
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 
 
@@ -63,34 +58,3 @@ def ignore_stop_requests(worker: int) -> None:
     needs the images."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def only_writer(output_dir: Path, state: Any) -> Iterator[None]:
-    """Hold the folder for this run; it is made. The lock dies with its process, however that ends.
-
-    Args:
-        state: [`apm_hf.runs.processes.process_state`]; the main process holds the lock for all.
-
-    Raises:
-        ValueError: in all processes, where another run holds it.
-    """
-    from accelerate.utils import broadcast_object_list
-    from filelock import FileLock, Timeout
-
-    lock, refused = FileLock(output_dir / LOCK), [False]
-    if state.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=LOCK_PATIENCE, poll_interval=0.2)
-        except Timeout:
-            refused = [True]
-    try:
-        if broadcast_object_list(refused)[0]:
-            raise ValueError(
-                f"output_dir: expected a folder that no other run writes, got {output_dir}, where one does; wait for "
-                "its end, or give another folder"
-            )
-        yield
-    finally:
-        lock.release()

@@ -131,8 +131,11 @@ class SkippedImages:
 class Numbered(Dataset):
     """Rows of a data set with their place in it, `index`, by which messages name them."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, digest: str | None = None) -> None:
+        self.dataset, self._digest = dataset, digest
+
+    def digest(self) -> str | None:
+        return self._digest
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -146,9 +149,13 @@ class Numbered(Dataset):
             self.dataset.set_epoch(epoch)
 
 
-def numbered(dataset: Any) -> Any:
-    """Rows with their `index`, unless they are a stream, whose order may change; those keep the names of files."""
-    return dataset if isinstance(dataset, IterableDataset) else Numbered(dataset)
+def numbered(dataset: Any, *, digest: str | None = None) -> Any:
+    """Rows with their `index`, unless they are a stream, whose order may change; those keep the names of files.
+
+    Args:
+        digest: of the images' contents, by which a run that is resumed knows them again.
+    """
+    return dataset if isinstance(dataset, IterableDataset) else Numbered(dataset, digest)
 
 
 __all__ = ["PROBLEM", "SKIPPED", "Numbered", "SkippedImages", "numbered", "packed", "problems", "readable"]

@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 
 def public_name(name: str) -> str:
-    """A Hub name as it is; of a path only the last part, which says nothing of the machine."""
+    """A Hub name as it is; of a path only the last part, which says nothing of the computer."""
     local = os.path.exists(name) or name.startswith((".", "~", os.sep)) or name.count("/") > 1
     return Path(os.path.abspath(name)).name if local else name
 

@@ -1,8 +1,10 @@
 """Turn a teacher's outputs into targets for a student, and hold those of a set of images in memory.
 
-Legend: B or M images, L locations, N levels, C width of a level, F feature width, S image side, (rows, cols) the targets' grid.
+Legend: B or M images, L locations, N levels, C width of a level, F feature width, S image side,
+(rows, cols) the targets' grid.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,6 +119,14 @@ class TargetCache(Dataset):
         wrong = torch.empty_like(order)
         wrong[order] = order.roll(1)  # one cycle through all images, so none keeps its own answer
         return TargetCache(self.pixel_values, self.image_embeds, self.features, levels=self.levels, order=wrong)
+
+    def digest(self) -> str:
+        """SHA-256 of all that the rows hold."""
+        digest = hashlib.sha256()
+        for values in (self.pixel_values, self.image_embeds, self.features, self.levels, self.order):
+            if values is not None:
+                digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.pixel_values)

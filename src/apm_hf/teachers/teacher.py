@@ -26,8 +26,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import ModelOutput, logging
 
 from ..runs.devices import default_device
+from ..runs.identity import processor_settings, weights_digest
 from .families import DUAL_ENCODERS, VISION_TOWERS
 from .images import fitted, plain_image_processor, process, rgb_images, square_side
+from .licenses import public_name
 from .text import (
     DEFAULT_TEMPLATES,
     ClassWeights,
@@ -260,6 +262,20 @@ class Teacher:
                 "Use a dual encoder such as CLIP, or a ViT or DeiT classifier."
             )
         return nn.functional.normalize(ordinary(embeds), dim=-1)
+
+    def identity(self) -> dict[str, Any]:
+        """What its outputs depend on, as JSON: sizes, the SHA-256 of all weights, the image processor's options."""
+        return {
+            "name": public_name(self.name),
+            "feature_size": self.feature_size,
+            "hidden_size": self.hidden_size,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weights": weights_digest(self.model),
+            "weights_bfloat16": weights_digest(self.model, dtype=torch.bfloat16),
+            "image_processor": processor_settings(self.image_processor),
+        }
 
     def _check_pixel_values(self, pixel_values: Tensor) -> None:
         shape = tuple(pixel_values.shape)

@@ -1,6 +1,6 @@
-"""Maps of features at any resolution: an APM is asked location by location, a teacher's grid is interpolated.
+"""Make maps of features at any resolution: an APM is queried at each location, a teacher's grid is interpolated.
 
-Source: arXiv:2410.20535, section 3: an APM answers at any coordinate, whatever grid it was trained on.
+Source: arXiv:2410.20535, section 3: an APM can be queried at any coordinate, whatever grid it was trained on.
 
 Legend: B images, L locations, F feature width, N levels, (rows, cols) a map of locations, row-major; coordinates are
 (y, x) in [-1, 1].
@@ -13,7 +13,7 @@ from ..modeling_apm import APMModel, APMModelOutput
 from ..position_encoding import grid_coordinates
 from . import Adapted
 
-# What may be asked for: fields of `APMModelOutput` with an entry for every location.
+# What may be queried: fields of `APMModelOutput` with an entry for every location.
 OUTPUTS = ("last_hidden_state", "rgb", "levels")
 
 
@@ -26,14 +26,14 @@ def feature_map(
     chunk_size: int | None = None,
     output: str = "last_hidden_state",
 ) -> Tensor:
-    """Ask for a map of features, at the centres of `rows` x `cols` equal cells.
+    """Query a map of features, at the centres of `rows` x `cols` equal cells.
 
     Args:
-        model: an [`APMModel`], a model that holds one, or machines adapted to B images.
-        pixel_values: `(B, C, S, S)`; None for adapted machines, which hold their images.
+        model: an [`APMModel`], a model that holds one, or models adapted to B images.
+        pixel_values: `(B, C, S, S)`; None for adapted models, which hold their images.
         size: `(rows, cols)`; None is the model's own grid.
-        trigger_column: `(B, D)`, instead of folding; None for adapted machines.
-        chunk_size: locations answered at a time.
+        trigger_column: `(B, D)`, instead of folding; None for adapted models.
+        chunk_size: locations per chunk.
         output: `"last_hidden_state"`, `"rgb"` or `"levels"`.
 
     Returns:
@@ -47,18 +47,18 @@ def feature_map(
         raise ValueError(f"output: expected one of {list(OUTPUTS)}, got {output!r}")
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size: expected a positive (rows, cols), got {size}")
-    grid = _machine(model).config.grid_size
+    grid = bare_model(model).config.grid_size
     # The model's own grid needs no coordinates, and is cheaper without.
     coordinates = None if size in (None, (grid, grid)) else grid_coordinates(*size)
-    answers = ask(model, pixel_values, coordinates, trigger_column=trigger_column, chunk_size=chunk_size)
-    values = getattr(answers, output, None)
+    outputs = query(model, pixel_values, coordinates, trigger_column=trigger_column, chunk_size=chunk_size)
+    values = getattr(outputs, output, None)
     if values is None:
         raise ValueError(f"output: expected one that the model gives, got {output!r}, for which it has no head")
     values = values.unflatten(1, size or (grid, grid))  # (B, L, ...) -> (B, rows, cols, ...)
     return values.movedim(3, 1) if output == "levels" else values
 
 
-def ask(
+def query(
     model: nn.Module | Adapted,
     pixel_values: Tensor | None,
     coordinates: Tensor | None,
@@ -66,21 +66,20 @@ def ask(
     trigger_column: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> APMModelOutput:
-    """The answers of an APM or of adapted machines at coordinates `(L, 2)` or `(B, L, 2)`, without gradients, of its
-    main head."""
-    machine = _machine(model)
-    coordinates = None if coordinates is None else coordinates.to(machine.device)
+    """Query an APM or adapted models at coordinates `(L, 2)` or `(B, L, 2)`, without gradients."""
+    apm = bare_model(model)
+    coordinates = None if coordinates is None else coordinates.to(apm.device)
     if isinstance(model, Adapted):
         if pixel_values is not None or trigger_column is not None:
-            raise ValueError("pixel_values, trigger_column: expected None for adapted machines, which hold their own")
+            raise ValueError("pixel_values, trigger_column: expected None for adapted models, which hold their own")
         return model.query(coordinates, chunk_size=chunk_size)
     with torch.no_grad():
         options = {"trigger_column": trigger_column, "chunk_size": chunk_size, "heads": ()}
-        return machine(pixel_values, coordinates, return_dict=True, **options)
+        return apm(pixel_values, coordinates, return_dict=True, **options)
 
 
 def upsample(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """A grid of features at another resolution, bilinearly: what a teacher has to offer between its patches.
+    """Interpolate a grid of features bilinearly: the usual way to get a teacher's features between its patches.
 
     Args:
         features: `(..., rows, cols, F)`.
@@ -96,8 +95,9 @@ def upsample(features: Tensor, size: tuple[int, int]) -> Tensor:
     return maps.movedim(1, -1).reshape(*features.shape[:-3], *size, features.shape[-1]).to(features.dtype)
 
 
-def _machine(model: nn.Module | Adapted) -> APMModel:
-    machine = model.model if isinstance(model, Adapted) else getattr(model, "apm", model)
-    if not isinstance(machine, APMModel):
+def bare_model(model: nn.Module | Adapted) -> APMModel:
+    """Return the APM itself: the model, the one under a head, or the one that adapted models share."""
+    apm = model.model if isinstance(model, Adapted) else getattr(model, "apm", model)
+    if not isinstance(apm, APMModel):
         raise ValueError(f"model: expected an APMModel, a model that holds one or Adapted, got {type(model).__name__}")
-    return machine
+    return apm

@@ -8,6 +8,8 @@ be corrupted by whoever uses them. A user's own copy is `load_benchmark("imagene
 Legend: N images, K classes.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +24,7 @@ from ...data.corruptions import CORRUPTION_NAMES
 from ...data.images import decode_image, eight_bit_rgb
 from ...data.loading import CLASS_NAME_COLUMNS, VALIDATION_SPLITS, ImageData, _Source, load_images
 from ...data.scenes import CLASS_NAMES, SceneDataset
+from ...runs.identity import images_digest
 from ...teachers import DEFAULT_TEMPLATES, first_five
 from ...teachers.zero_shot import ENSEMBLE_TEMPLATES
 from .label_maps import Labels, NameOptions, build_label_map, lacks_names, read_class_names
@@ -114,6 +117,12 @@ class LabelledImages:
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
+
+    def digest(self) -> str:
+        """SHA-256 of the images' and the labels' contents; of drawn scenes, of what they are drawn from."""
+        drawn = isinstance(self.rows, SceneDataset)
+        images = json.dumps(self.source) if drawn else images_digest(self.rows, self.image_column)
+        return hashlib.sha256(images.encode() + np.asarray(self.labels, dtype=np.int64).tobytes()).hexdigest()
 
 
 def load_benchmark(

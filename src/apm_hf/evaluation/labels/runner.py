@@ -1,9 +1,9 @@
 """Runs an evaluation: sharded over processes, resumable, and with the same bytes however it was cut.
 
 The images of every cell are taken in batches that depend on nothing but the plan; processes share the batches out.
-A finished batch is a file of its own, renamed into place, so what is killed loses the batches in work and no more. At
-the end the files are joined in the plan's order into `results.jsonl`; times and memory, which no two runs share, go
-into `costs.jsonl`, and what was run into `run.json`.
+A finished batch is a part of the [`apm_hf.runs.run.Run`], so what is killed loses the batches in work and no more, and
+what is damaged is computed again. At the end the parts are joined in the plan's order into `results.jsonl`; times and
+memory, which no two runs share, go into `costs.jsonl`.
 
 Legend: B images of a batch, K classes, F width of the teacher's embeddings.
 """
@@ -25,10 +25,10 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ...data.corruptions import corrupt_image, imagenet_crop
-from ...runs import provenance
+from ...pair import APM
 from ...runs.files import write_atomically
 from ...runs.processes import process_state
-from ...runs.stopping import LOCK, only_writer
+from ...runs.run import Run
 from ...runs.unreadable_images import SKIPPED
 from ...teachers import Teacher, load_teacher
 from ..methods.registry import make_methods
@@ -40,7 +40,7 @@ from .label_maps import check_label_map
 
 logger = logging.get_logger(__name__)
 
-RESULTS, COSTS, RUN, PARTS = "results.jsonl", "costs.jsonl", "run.json", "parts"
+RESULTS, COSTS, STREAM = "results.jsonl", "costs.jsonl", "stream"
 CHECKED_BY = "zero_shot"  # whose predictions say whether the labels fit the classes
 
 
@@ -89,15 +89,15 @@ def run_evaluation(sweeps: Sequence[Sweep], config: EvaluationConfig) -> Path:
             `config.max_bad_images`.
     """
     state = process_state()
-    run = _Run(sweeps, config, state)
-    with only_writer(Path(config.output_dir), state):
-        return run()
+    evaluation = _Evaluation(sweeps, config, state)
+    with evaluation.run.locked():
+        return evaluation()
 
 
-class _Run:
+class _Evaluation:
     def __init__(self, sweeps: Sequence[Sweep], config: EvaluationConfig, state: Any):
         self.config, self.state = config, state
-        self.folder = Path(config.output_dir)
+        self.folder, self.run = Path(config.output_dir), Run(config.output_dir, state)
         self.cells = [cell for sweep in sweeps for cell in sweep.cells()]
         _check_unique(self.cells)
         self.names = list(dict.fromkeys(name for sweep in sweeps for name in sweep.methods))
@@ -143,53 +143,43 @@ class _Run:
         return self.benchmarks[name]
 
     def _claim_folder(self) -> None:
-        """Write `run.json`, or go on with the run that it describes.
+        """Claim the folder for all that decides about the results: models, teachers and images by their contents.
 
         Raises:
             ValueError: another run's folder; says what differs.
         """
         methods = self.methods[self.cells[0].seed]
-        description = describe(self.sweeps, methods, batch_size=self.config.batch_size)
-        description["benchmarks"] = {
+        identity = describe(self.sweeps, methods, batch_size=self.config.batch_size)
+        identity["benchmarks"] = {
             short_name(name): {
                 "title": images.title,
                 "num_classes": len(images.class_names),
                 "num_images": len(images),
                 "class_names": list(images.class_names),
+                "fingerprint": images.digest(),
             }
             for name, images in self.benchmarks.items()
         }
-        description["teachers"] = list(dict.fromkeys(short_name(cell.teacher) for cell in self.cells))
-        description = json.loads(json.dumps(description))  # as it will be read
-        path = self.folder / RUN
-        if path.exists():
-            found = json.loads(path.read_text())
-            if changed := sorted(key for key in description if found.get(key) != description[key]):
-                raise ValueError(
-                    f"output_dir: expected an empty folder or the same run, got another run in {self.folder}, "
-                    f"which differs in {', '.join(changed)}"
-                )
-        elif any(found.name != LOCK for found in self.folder.iterdir()):
-            raise ValueError(f"output_dir: expected an empty folder or a run to go on with, got {self.folder}")
-        self.state.wait_for_everyone()  # every process has looked before one writes
-        if self.state.is_main_process and not path.exists():
-            facts = {
-                "command": self.config.command,
-                "commit": provenance.commit(),
-                "versions": provenance.versions(),
-                "machine": provenance.machine(),
-            }
-            write_atomically(path, json.dumps(facts | description, indent=1) + "\n")
-        self.state.wait_for_everyone()
+        identity["teachers"] = {
+            short_name(name): self._load_teacher(name).identity()
+            for name in dict.fromkeys(cell.teacher for cell in reversed(self.cells))
+        }
+        if self.config.model is not None:
+            identity["model"] = APM.load(self.config.model).identity()
+        self.run.claim(identity, facts={"command": self.config.command})
+
+    def _load_teacher(self, name: str) -> Teacher:
+        if self.teacher is None or self.teacher.name != name:
+            self.teacher, self.tasks = load_teacher(name), {}
+        return self.teacher
 
     def _task(self, cell: Cell) -> ZeroShotTask:
-        if self.teacher is None or self.teacher.name != cell.teacher:
-            self.teacher, self.tasks = load_teacher(cell.teacher), {}
-            self._make_methods(cell.seed, self.teacher)  # says what this teacher cannot serve
+        teacher = self._load_teacher(cell.teacher)
         if cell.benchmark not in self.tasks:
+            self._make_methods(cell.seed, teacher)  # says what this teacher cannot serve
             images = self._images(cell.benchmark)
             self.tasks[cell.benchmark] = ZeroShotTask.build(
-                self.teacher,
+                teacher,
                 images.class_names,
                 templates=images.templates,
                 ensemble_templates=images.ensemble_templates,
@@ -203,8 +193,12 @@ class _Run:
         size = self.config.batch_size
         return [indices[start : start + size] for start in range(0, len(indices), size)]
 
-    def _part(self, cell: Cell, name: str) -> Path:
-        return self.folder / PARTS / cell.folder / name
+    @staticmethod
+    def _part(cell: Cell, batch: int | str) -> str:
+        return f"{cell.folder}/{batch if isinstance(batch, str) else f'{batch:06d}'}"
+
+    def _missing(self, cell: Cell, batch: int | str) -> bool:
+        return self.run.load(self._part(cell, batch)) is None
 
     def _in_order(self, cell: Cell) -> list[Method]:
         methods = self.methods[cell.seed]
@@ -213,7 +207,7 @@ class _Run:
     def _predict(self, cells: list[Cell]) -> None:
         """Every batch that is not there yet and is this process's share, methods that need an order aside."""
         everything = [(cell, number, batch) for cell in cells for number, batch in enumerate(self._batches(cell))]
-        todo = [entry for entry in everything if not self._part(entry[0], f"{entry[1]:06d}.jsonl").exists()]
+        todo = [entry for entry in everything if self._missing(entry[0], entry[1])]
         self.state.wait_for_everyone()  # so that all share out the same list
         mine = todo[self.state.process_index :: self.state.num_processes]
         if cells and self.state.is_main_process:
@@ -228,7 +222,7 @@ class _Run:
 
     def _predict_batch(self, cell: Cell, number: int, indices: list[int]) -> None:
         task, data = self._task(cell), self._images(cell.benchmark)
-        images, indices = self._readable(cell, number, indices)
+        images, indices, unreadable = self._readable(cell, indices)
         if not cell.clean:
             crop = imagenet_crop if data.constants == "imagenet" else (lambda image: image)
             images = [
@@ -247,66 +241,65 @@ class _Run:
         own = self.methods[cell.seed]
         methods = [own[name] for name in cell.methods if not own[name].sequential]
         lines, costs = self._answers(cell, task, batch, labels, methods)
+        tensors = None
         if self._in_order(cell):
             embeds, seconds = torch.empty(0, task.teacher.feature_size), 0.0
             if indices:
                 embeds, seconds = batch.embeds()[:, 0].contiguous().cpu(), batch.view_seconds[0]
-            kept = save(
+            tensors = save(
                 {
                     "images": torch.tensor(indices, dtype=torch.int64),
                     "image_embeds": embeds,
                     "seconds": torch.tensor(seconds, dtype=torch.float64),
                 }
             )
-            write_atomically(self._part(cell, f"{number:06d}.safetensors"), kept)
-        write_atomically(self._part(cell, f"{number:06d}.costs.jsonl"), costs)
-        # Last: this file says that the batch is done.
-        write_atomically(self._part(cell, f"{number:06d}.jsonl"), lines)
+        content = {"lines": lines, "costs": costs, "unreadable": unreadable}
+        self.run.save(self._part(cell, number), content, tensors=tensors)
+        if unreadable and len(skipped := self._skipped()) > self.config.max_bad_images:
+            raise ValueError(
+                f"max_bad_images: expected at most {self.config.max_bad_images} unreadable images, got "
+                f"{len(skipped)}, the last of them {unreadable[-1]['reason']}"
+            )
 
-    def _readable(self, cell: Cell, number: int, indices: list[int]) -> tuple[list[Image], list[int]]:
-        """The images of a batch that can be read, and which they are; the others are listed.
+    def _readable(self, cell: Cell, indices: list[int]) -> tuple[list[Image], list[int], list[dict[str, Any]]]:
+        """The images of a batch that can be read, which they are, and the others.
 
         Raises:
-            ValueError: for more in the whole run than the limit.
+            ValueError: for an unreadable image where none is allowed.
         """
-        data, images, good, bad = self._images(cell.benchmark), [], [], []
+        data, images, good, unreadable = self._images(cell.benchmark), [], [], []
         for index in indices:
             try:
                 images.append(data.image(index))
             except ValueError as error:
                 if not self.config.max_bad_images:
                     raise
-                bad.append({"benchmark": short_name(cell.benchmark), "image": index, "reason": str(error)})
+                unreadable.append({"benchmark": short_name(cell.benchmark), "image": index, "reason": str(error)})
                 logger.warning(f"skipped {error}")
             else:
                 good.append(index)
-        if bad:
-            lines = (json.dumps(line) + "\n" for line in bad)
-            write_atomically(self._part(cell, f"{number:06d}.{SKIPPED}"), lines)
-            if len(skipped := self._skipped()) > self.config.max_bad_images:
-                raise ValueError(
-                    f"max_bad_images: expected at most {self.config.max_bad_images} unreadable images, got "
-                    f"{len(skipped)}, the last of them {bad[-1]['reason']}"
-                )
-        return images, good
+        return images, good, unreadable
 
     def _skipped(self) -> list[dict[str, Any]]:
         """What all processes have left out so far, an image once, in order."""
-        texts = (path.read_text() for path in (self.folder / PARTS).glob(f"*/*.{SKIPPED}"))
-        lines = [json.loads(line) for text in texts for line in text.splitlines()]
-        found = {(line["benchmark"], line["image"]): line for line in lines}
+        parts = [
+            self.run.load(self._part(cell, number)) or {"unreadable": []}
+            for cell in self.cells
+            for number in range(len(self._batches(cell)))
+        ]
+        found = {(line["benchmark"], line["image"]): line for part in parts for line in part["unreadable"]}
         return [found[key] for key in sorted(found)]
 
     def _predict_in_order(self, cells: list[Cell]) -> None:
         """Methods that need the images before: every cell by one process, from the embeddings kept."""
-        todo = [cell for cell in cells if self._in_order(cell) and not self._part(cell, "stream.jsonl").exists()]
+        todo = [cell for cell in cells if self._in_order(cell) and self._missing(cell, STREAM)]
         self.state.wait_for_everyone()
         for cell in todo[self.state.process_index :: self.state.num_processes]:
             task, data = self._task(cell), self._images(cell.benchmark)
             earlier = torch.empty(0, task.teacher.feature_size, device=task.teacher.device)
             all_lines, all_costs = [], []
             for number in range(len(self._batches(cell))):
-                kept = load_file(self._part(cell, f"{number:06d}.safetensors"))
+                kept = load_file(self.run.tensors(self._part(cell, number)))
                 indices = kept["images"].tolist()
                 embeds, seconds = kept["image_embeds"].to(task.teacher.device), [kept["seconds"].item()]
                 seeds = [cell.image_seed(index) for index in indices]
@@ -316,8 +309,7 @@ class _Run:
                 all_lines.append(lines)
                 all_costs.append(costs)
                 earlier = torch.cat([earlier, embeds])
-            write_atomically(self._part(cell, "stream.costs.jsonl"), "".join(all_costs))
-            write_atomically(self._part(cell, "stream.jsonl"), "".join(all_lines))
+            self.run.save(self._part(cell, STREAM), {"lines": "".join(all_lines), "costs": "".join(all_costs)})
 
     @staticmethod
     def _answers(
@@ -339,17 +331,19 @@ class _Run:
 
     # After
 
-    def _lines(self, cell: Cell, suffix: str) -> Iterator[str]:
-        for number in range(len(self._batches(cell))):
-            yield self._part(cell, f"{number:06d}{suffix}").read_text()
-        if self._in_order(cell):
-            yield self._part(cell, f"stream{suffix}").read_text()
+    def _lines(self, cell: Cell, kind: str) -> Iterator[str]:
+        parts: list[int | str] = list(range(len(self._batches(cell))))
+        for batch in parts + [STREAM] * bool(self._in_order(cell)):
+            content = self.run.load(self._part(cell, batch))
+            if content is None:
+                raise ValueError(f"output_dir: expected the part {self._part(cell, batch)}, found none; run it again")
+            yield content[kind]
 
     def _check_labels(self, cells: list[Cell]) -> None:
         for cell in cells:
             if CHECKED_BY not in cell.methods:
                 continue
-            rows = [json.loads(line) for text in self._lines(cell, ".jsonl") for line in text.splitlines()]
+            rows = [json.loads(line) for text in self._lines(cell, "lines") for line in text.splitlines()]
             rows = [row for row in rows if row["method"] == CHECKED_BY]
             try:
                 check_label_map(
@@ -362,10 +356,11 @@ class _Run:
                 raise ValueError(f"{cell.benchmark}: {error}") from error
 
     def _join(self) -> None:
-        for name, suffix in ((RESULTS, ".jsonl"), (COSTS, ".costs.jsonl")):
-            write_atomically(self.folder / name, (text for cell in self.cells for text in self._lines(cell, suffix)))
+        for name, kind in ((RESULTS, "lines"), (COSTS, "costs")):
+            write_atomically(self.folder / name, (text for cell in self.cells for text in self._lines(cell, kind)))
         if skipped := self._skipped():
             write_atomically(self.folder / SKIPPED, (json.dumps(line) + "\n" for line in skipped))
+        self.run.finish((RESULTS, COSTS, SKIPPED))
 
 
 def _check_unique(cells: list[Cell]) -> None:

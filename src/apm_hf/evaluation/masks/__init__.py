@@ -13,7 +13,7 @@ How it is measured:
   whose mask is one segment, on which everybody would be right.
 * Probes for the parts' names are fitted to pixels of the first half of the images and scored on the second half; the
   pixels and their number are the same for every method.
-* Test-time training fits a machine to the teacher's grid of the very image that is then scored, without its mask: it
+* Test-time training fits a model to the teacher's grid of the very image that is then scored, without its mask: it
   may use what the teacher may. The masks' number of segments is all that any method is told of them.
 * Controls: random weights; another image's pixels; the leave-one-out mean of the APM's own answers, which only
   position tells apart (no upper bound: another image's segments may score higher); segments against another

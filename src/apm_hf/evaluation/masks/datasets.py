@@ -6,6 +6,7 @@ A mask says to which segment each pixel belongs, at one of two levels: `whole` (
 Legend: (H, W) an image's pixels.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,7 @@ from ...data.loading import VALIDATION_SPLITS, _import_datasets, _Source
 from ...data.scenes import PART_NAMES, SceneDataset
 from ...modeling_apm import IGNORE_INDEX
 from ...runs.files import plain_name
+from ...runs.identity import images_digest
 
 logger = logging.get_logger(__name__)
 
@@ -139,6 +141,13 @@ class MaskedImages:
                 )
             counts[level] = len(np.setdiff1d(mask, VOID))
         return counts
+
+    def digest(self) -> str:
+        """SHA-256 of the images' and masks' contents; of drawn scenes, of what they are drawn from."""
+        if isinstance(self.rows, SceneDataset):
+            return hashlib.sha256(json.dumps(dict(self.source)).encode()).hexdigest()
+        columns = (self.image_column, *self.mask_columns.values())
+        return hashlib.sha256("".join(images_digest(self.rows, column) for column in columns).encode()).hexdigest()
 
     def check(self) -> None:
         """Look at all masks, before anything is computed.

@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...islands import feature_map, upsample
 from ...modeling_apm import APMModel
+from ...pair import APM
 from ...teachers import Teacher
 from ...teachers.dense_grids import encode_densely
 from ...teachers.targets import normalise_levels
 from ...ttt import TTTConfig, adapt
-from ...ttt.photos import random_machine, whole_photos
+from ...ttt.maps import feature_map, upsample
+from ...ttt.photos import random_model, whole_photos
 from ...ttt.targets import TTTTargets
 
 Images = Sequence[PIL.Image.Image]
@@ -72,28 +73,31 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Machines:
-    """The teacher, the APM and how it is adapted.
+class Models:
+    """The teacher, the student and how it is adapted.
 
     Args:
-        teacher: frozen.
-        model: an APM as wide as the teacher, on its device.
-        image_processor: the model's.
-        distilled: whether it was ever trained; else only its architecture is used.
-        level_layers: the teacher's layers that its levels are compared with, low to high.
-        ttt: how it is adapted to the teacher's features of an image.
+        apm: the pair; a student that was never fitted lends its architecture alone.
+        level_layers: the teacher's layers that the student's levels are compared with, low to high.
+        ttt: how the student is adapted to the teacher's features of an image.
         ttt_factor: how many times as fine as the teacher's own the grid of these is.
-        seed: of the random weights.
+        seed: random seed of the weights of controls.
     """
 
-    teacher: Teacher
-    model: APMModel
-    image_processor: Any
-    distilled: bool
+    apm: APM
     level_layers: tuple[int, ...]
     ttt: TTTConfig
     ttt_factor: int
     seed: int
+
+    @property
+    def teacher(self) -> Teacher:
+        assert self.apm.teacher is not None
+        return self.apm.teacher
+
+    @property
+    def model(self) -> APMModel:
+        return self.apm.bare_model
 
     @property
     def teacher_grid(self) -> Size:
@@ -108,11 +112,10 @@ class Machines:
 
     def inputs(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """What an APM is given: pixels `(B, 3, S, S)`, and a trigger column `(B, D)` where it makes none itself."""
-        side, device = self.model.config.image_size, self.model.device
-        pixels = whole_photos(self.image_processor, images, (side, side)).to(device)
+        pixels = self.apm.pixel_values(list(images))
         if self.model.config.trigger_source == "conv":
             return pixels, None
-        return pixels, self.encode(images).image_embeds.to(device)
+        return pixels, self.encode(images).image_embeds.to(pixels.device)  # of the whole image, as the student's
 
     def teacher_maps(self, images: Images, size: Size, *, factor: int = 1) -> Tensor:
         return upsample(self.encode(images, factor=factor).features, size)
@@ -127,7 +130,7 @@ class Machines:
         return feature_map(model, pixels, size, trigger_column=trigger_column, output="levels")[:, level]
 
     def adapted_maps(self, images: Images, size: Size, *, start: str) -> Tensor:
-        """Of machines that were first fitted to the teacher's grid of the very image.
+        """Query models that were first fitted to the teacher's grid of the very image.
 
         Raises:
             ValueError: where a fit diverged.
@@ -193,45 +196,45 @@ def random_segments(
     return distances.argmin(axis=-1)
 
 
-def titles(machines: Machines) -> dict[str, str]:
+def titles(models: Models) -> dict[str, str]:
     """Name -> title of every row that there can be, in order."""
     found = {}
     for name, title in TITLES.items():
-        if name in OF_DISTILLED and not machines.distilled:
+        if name in OF_DISTILLED and not models.apm.is_fitted:
             continue
         found[name] = title
-        num_levels = {"teacher": len(machines.level_layers), "apm": machines.model.config.num_levels}.get(name, 0)
+        num_levels = {"teacher": len(models.level_layers), "apm": models.model.config.num_levels}.get(name, 0)
         for number in range(1, num_levels + 1):
-            layer = f" (layer {machines.level_layers[number - 1]})" if name == "teacher" else ""
+            layer = f" (layer {models.level_layers[number - 1]})" if name == "teacher" else ""
             found[f"{name}_level_{number}"] = f"{title.split(',')[0]}, level {number}{layer}"
     return found
 
 
-def make_jobs(machines: Machines, rows: Sequence[str]) -> list[Job]:
+def make_jobs(models: Models, rows: Sequence[str]) -> list[Job]:
     """The jobs that make these rows; agreement of the levels of random weights comes with both."""
-    model = machines.model
+    model = models.model
     same_maps = tuple(name for name in OF_SAME_MAPS if name in rows)
-    adapting = {"ttt": repr(machines.ttt), "ttt_factor": machines.ttt_factor}
-    jobs = [Job("teacher", ("teacher",), machines.teacher_maps, subject=("teacher", "features"))]
-    for number, layer in enumerate(machines.level_layers, start=1):
-        name, maps = f"teacher_level_{number}", partial(machines.teacher_level_maps, layer=layer)
+    adapting = {"ttt": repr(models.ttt), "ttt_factor": models.ttt_factor}
+    jobs = [Job("teacher", ("teacher",), models.teacher_maps, subject=("teacher", "features"))]
+    for number, layer in enumerate(models.level_layers, start=1):
+        name, maps = f"teacher_level_{number}", partial(models.teacher_level_maps, layer=layer)
         jobs.append(Job(name, (name,), maps, subject=("teacher", f"level {number}"), depends_on={"layer": layer}))
-    moved = partial(machines.teacher_maps, factor=MOVED_FACTOR)
+    moved = partial(models.teacher_maps, factor=MOVED_FACTOR)
     jobs.append(Job("teacher_moved", ("teacher_moved",), moved))
     if same_maps:
         subject = ("APM", "features") if "apm" in rows else None
-        jobs.append(Job("apm", same_maps, partial(machines.apm_maps, model=model), subject=subject))
+        jobs.append(Job("apm", same_maps, partial(models.apm_maps, model=model), subject=subject))
     for level in range(model.config.num_levels):
-        name, maps = f"apm_level_{level + 1}", partial(machines.apm_maps, model=model, level=level)
+        name, maps = f"apm_level_{level + 1}", partial(models.apm_maps, model=model, level=level)
         jobs.append(Job(name, (name,), maps, subject=("APM", f"level {level + 1}")))
     for name, start in (("apm_ttt", "model"), ("apm_ttt_alone", "random")):
-        jobs.append(Job(name, (name,), partial(machines.adapted_maps, start=start), depends_on=adapting))
+        jobs.append(Job(name, (name,), partial(models.adapted_maps, start=start), depends_on=adapting))
     jobs.append(Job("rgb", ("rgb",), colour_maps))
     jobs.append(Job("slic", ("slic",), segments=slic_segments))
     if "apm_random" in rows:
-        drawn = random_machine(model.config, seed=machines.seed).to(model.device)
+        drawn = random_model(model.config, seed=models.seed).to(model.device)
         for level in (None, *range(model.config.num_levels)):
-            maps = partial(machines.apm_maps, model=drawn, level=level)
+            maps = partial(models.apm_maps, model=drawn, level=level)
             if level is None:
                 jobs.append(Job("apm_random", ("apm_random",), maps, subject=("APM random", "features")))
             else:  # agreement alone

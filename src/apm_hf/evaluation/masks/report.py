@@ -89,7 +89,7 @@ def draw_bars(title: str, summary: Mapping[str, Any]) -> bytes:
 
 def _facts(results: Mapping[str, Any]) -> str:
     ttt = {name: value for name, value in results["settings"]["ttt"].items() if value is not None and name != "start"}
-    facts = {name: results[name] for name in ("command", "commit", "machine", "teacher", "model")}
+    facts = {name: results[name] for name in ("command", "commit", "computer", "teacher", "model")}
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
     facts["TTT"] = f"targets {results['ttt_factor']} x the teacher's grid, " + ", ".join(
         f"{name}={value}" for name, value in ttt.items()

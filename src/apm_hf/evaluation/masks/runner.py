@@ -1,8 +1,8 @@
 """`apm evaluate --task islands`: every method on every data set, resumable, and the report.
 
-A finished job, one method on one data set, is a file of its own, renamed into place, whose name holds a fingerprint of
-all that decides about it: data, weights, settings. What is killed loses the job in work; what is called again with
-other settings computes what these change.
+A finished job, one method on one data set, is a part of the [`apm_hf.runs.run.Run`], whose name holds a digest of all
+that decides about it: images, weights, settings. What is killed loses the job in work; what is called again with other
+settings computes what these change, and what is damaged is computed again.
 """
 
 import hashlib
@@ -14,33 +14,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModel
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
-from ...assets import DEMO_MODEL, DEMO_TEACHER
+from ...assets import DEMO_MODEL
 from ...demo.story import demo_layers
-from ...modeling_apm import IGNORE_INDEX, APMModel
+from ...modeling_apm import IGNORE_INDEX
+from ...pair import APM
 from ...runs import provenance
 from ...runs.files import write_atomically
+from ...runs.identity import weights_digest
 from ...runs.processes import process_state
-from ...runs.stopping import only_writer
+from ...runs.run import Run
 from ...runs.unreadable_images import SKIPPED
-from ...teachers import load_teacher
 from ...ttt import TTTConfig
-from ...ttt.photos import photo_image_processor, photo_machine
 from ..plan import short_name
 from .datasets import LEVELS, SCENES, MaskedImages, load_masked_images, without_bad
-from .methods import Job, Machines, make_jobs, titles
+from .methods import Job, Models, make_jobs, titles
 from .report import write_report
 from .scoring import JobRun, ScoringConfig
 from .summary import summarise
 
 logger = logging.get_logger(__name__)
 
-PARTS, SCORES = "parts", "scores.jsonl"
+SCORES = "scores.jsonl"
 # Fits the teacher's grid, not its pooled embedding, and as the settings that `apm islands` uses for a photo.
 GRID_TTT = TTTConfig(fit="all", steps=100, learning_rate=1e-3, num_locations=64)
 
@@ -73,7 +70,7 @@ def evaluate_islands(
         output_dir: of the results; what is there already, from the same settings, is not computed again.
         data: one or more of what [`load_masked_images`] takes.
         teacher: name or folder; by default the embedded one.
-        model: a distilled APM, as wide as the teacher. With a teacher alone, a fresh machine's architecture is used
+        model: a distilled APM, as wide as the teacher. With a teacher alone, a fresh student's architecture is used
             and the rows of a distilled one are left out; with neither, it is the embedded one.
         methods: rows of the tables to compute, by default all.
         max_images, split, image_column, ignore_labels: see [`load_masked_images`].
@@ -98,8 +95,8 @@ def evaluate_islands(
             a folder that another run is writing, or a model that does not fit the teacher.
     """
     config = ScoringConfig(map_size=map_size, num_segments=segments, batch_size=batch_size, seed=seed)
-    machines = _load_machines(teacher, model, level_layers, ttt, ttt_factor, seed)
-    known = titles(machines)
+    models = _load_models(teacher, model, level_layers, ttt, ttt_factor, seed)
+    known = titles(models)
     if unknown := [name for name in methods if name not in known]:
         raise ValueError(f"methods: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     rows = [name for name in known if name in methods or not methods]
@@ -122,27 +119,30 @@ def evaluate_islands(
     sets, skipped = without_bad(sets, max_bad_images)
     for found in sets:  # what is missing is found before anything is computed
         found.check()
-    folder, jobs, weights = Path(output_dir), make_jobs(machines, rows), _weights(machines)
+    folder, jobs = Path(output_dir), make_jobs(models, rows)
     results: dict[str, Any] = {
         "command": command,
         "commit": provenance.commit(),
-        "machine": provenance.machine(),
+        "computer": provenance.computer(),
         "versions": provenance.versions(),
-        "teacher": short_name(machines.teacher.name),
-        "model": None if not machines.distilled else short_name(model or DEMO_MODEL),
+        "teacher": short_name(models.teacher.name),
+        "model": None if not models.apm.is_fitted else short_name(model or DEMO_MODEL),
         "settings": asdict(config) | {"ttt": asdict(ttt)},
         "ttt_factor": ttt_factor,
-        "level_layers": machines.level_layers,
+        "level_layers": models.level_layers,
         "skipped_images": len(skipped),
         "data": {},
     }
     lines = []
-    with only_writer(folder, process_state()):
+    with Run(folder, process_state()).locked() as run:
+        identity = {"teacher": weights_digest(models.teacher.model), "model": models.apm.identity()}
         for found in sets:
-            done = _run_jobs(jobs, found, machines, config, folder / PARTS / found.name, weights)
+            own = identity | {"images": found.digest()}
+            done = _run_jobs(jobs, found, models, config, run, own)
             results["data"][found.name] = summarise(found, {name: known[name] for name in rows}, done, seed=seed)
             lines += [json.dumps({"data": found.name} | row) + "\n" for part in done for row in part["scores"]]
         write_atomically(folder / SCORES, lines)
+        run.finish((SCORES,))
         if skipped:
             write_atomically(folder / SKIPPED, (json.dumps(line) + "\n" for line in skipped))
         logger.info(write_report(folder, results))
@@ -152,14 +152,14 @@ def evaluate_islands(
 def _run_jobs(
     jobs: Sequence[Job],
     data: MaskedImages,
-    machines: Machines,
+    models: Models,
     config: ScoringConfig,
-    folder: Path,
-    weights: Mapping[str, str],
+    run: Run,
+    identity: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """What every job found; what is in the folder already is read."""
+    """What every job found; what the run has already is read."""
     size = {} if config.map_size else {"map_size": data.map_size}
-    common = asdict(replace(config, batch_size=1)) | size | dict(weights)  # batches change nothing
+    common = asdict(replace(config, batch_size=1)) | size | dict(identity)  # batches change nothing
     common |= {"version": version("apm_hf"), "data": data.name, "num_images": len(data), "source": data.source}
     common |= {"masks": data.mask_columns, "image": data.image_column, "ignore": data.ignore_labels}
     done = []
@@ -167,63 +167,44 @@ def _run_jobs(
         for job in jobs:
             progress.set_postfix_str(job.name)
             described = json.dumps(common | {"job": job.name, "rows": job.rows} | job.depends_on, sort_keys=True)
-            path = folder / f"{job.name}-{hashlib.sha256(described.encode()).hexdigest()[:12]}.json"
-            if path.exists():
+            name = f"{data.name}/{job.name}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+            found = run.load(name)
+            if found is not None:
                 progress.update(len(data))
             else:
-                found = JobRun(job, data, config, machines.teacher_grid, progress.update)()
-                write_atomically(path, json.dumps(found | {"subject": job.subject}))
-            done.append(json.loads(path.read_text()))
+                found = {**JobRun(job, data, config, models.teacher_grid, progress.update)(), "subject": job.subject}
+                run.save(name, found)
+            done.append(json.loads(json.dumps(found)))  # as it is read
     return done
 
 
-def _load_machines(
-    teacher_name: str | None,
-    model_name: str | None,
+def _load_models(
+    teacher: str | None,
+    model: str | None,
     level_layers: Sequence[int],
     ttt: TTTConfig,
     ttt_factor: int,
     seed: int,
-) -> Machines:
-    if teacher_name is None:
-        if model_name is not None:
-            raise ValueError(f"teacher: expected the one that model {model_name!r} was distilled from, got none")
-        logger.info("no teacher and no model: the demo's own, which are in this package and know drawn scenes only")
-        teacher_name, model_name = DEMO_TEACHER, DEMO_MODEL
-    teacher = load_teacher(teacher_name)
-    if model_name is None:
-        logger.info("no model: rows of a distilled one are left out, and a fresh machine is adapted")
-        machine = photo_machine(teacher.feature_size, seed=seed)
-        image_processor = photo_image_processor(machine)
-    else:
-        machine = AutoModel.from_pretrained(model_name)
-        image_processor = AutoImageProcessor.from_pretrained(model_name)
-    if not isinstance(machine, APMModel):
-        raise ValueError(f"model: expected an APM, got {type(machine).__name__}")
-    if machine.config.feature_size != teacher.feature_size:
-        raise ValueError(
-            f"model: expected features as wide as the teacher's, {teacher.feature_size}, "
-            f"got {machine.config.feature_size}"
-        )
-    num_levels, num_layers = machine.config.num_levels, teacher.num_layers
+) -> Models:
+    if teacher is None and model is not None:
+        raise ValueError(f"teacher: expected the one that model {model!r} was distilled from, got none")
+    if teacher is None:
+        logger.info("no teacher and no model: the embedded ones, which know drawn scenes only")
+    apm = APM.load(model, teacher=teacher)
+    if apm.model is None:
+        logger.info("no model: rows of a distilled one are left out, and a fresh student is adapted")
+        apm = apm.fresh(seed=seed)
+    models = Models(apm, tuple(level_layers), ttt, ttt_factor, seed)
+    num_levels, num_layers = models.model.config.num_levels, models.teacher.num_layers
     if num_levels and level_layers and len(level_layers) != num_levels:
         raise ValueError(f"level_layers: expected one per level, {num_levels}, got {list(level_layers)}")
     if num_levels and not level_layers:
-        if model_name == DEMO_MODEL:
-            level_layers = demo_layers(teacher)
+        if apm.is_embedded:
+            level_layers = demo_layers(models.teacher)
         else:
             level_layers = [round(number * num_layers / num_levels) for number in range(1, num_levels + 1)]
         logger.info(f"no level_layers: levels are compared with the teacher's layers {level_layers}")
-    return Machines(
-        teacher=teacher,
-        model=machine.to(teacher.device).eval(),
-        image_processor=image_processor,
-        distilled=model_name is not None,
-        level_layers=tuple(level_layers),
-        ttt=ttt,
-        ttt_factor=ttt_factor,
-        seed=seed,
-    )
+    return replace(models, level_layers=tuple(level_layers))
 
 
 def _mask_columns(masks: Sequence[str]) -> dict[str, str]:
@@ -231,19 +212,3 @@ def _mask_columns(masks: Sequence[str]) -> dict[str, str]:
     if not all(columns.values()) or not set(columns) <= set(LEVELS):
         raise ValueError(f"masks: expected whole=COLUMN, part=COLUMN or both, got {list(masks)}")
     return columns
-
-
-def _weights(machines: Machines) -> dict[str, str]:
-    """Fingerprints of the teacher's and the model's weights, whatever the folders are called."""
-    return {
-        "teacher": _fingerprint(machines.teacher.model),
-        "model": _fingerprint(machines.model),
-    }
-
-
-def _fingerprint(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

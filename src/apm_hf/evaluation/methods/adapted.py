@@ -1,10 +1,10 @@
 """Methods with an APM: adapted to each image (arXiv:2410.20535, Sec. 4), or distilled beforehand and only asked.
 
-The teacher's embeddings are those that the other methods get too; a machine sees the image itself. A machine fitted to
+The teacher's embeddings are those that the other methods get too; a student sees the image itself. A student fitted to
 the end repeats its target, so what differs from the baseline is due to the target, to an early end or to what a
-distilled machine knew before.
+distilled student knew before.
 
-Legend: B images, V views, K classes, F width of the teacher's embeddings, S the machine's image side.
+Legend: B images, V views, K classes, F width of the teacher's embeddings, S the student's image side.
 """
 
 from collections.abc import Mapping
@@ -15,17 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel
-
-# At its top level transformers 5.17 refuses this class without torchvision, though the PIL backend works.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ...configuration_apm import APMConfig
-from ...modeling_apm import APMModel, APMPreTrainedModel
+from ...pair import APM
 from ...teachers import Teacher, first_five
-from ...teachers.matching import matching_image_processor
 from ...teachers.zero_shot import classify
 from ...ttt import TTTConfig, TTTStep, adapt
+from ...ttt.photos import random_model
 from .task import ImageBatch, MethodOutput, ZeroShotTask
 from .votes import check_views, mean_direction, recentred
 
@@ -34,13 +30,13 @@ TARGETS = ("views", "recentred")
 CONSENSUS = (None, "probabilities", "embeddings")
 STARTS = ("random", "model")
 
-# A machine serves every method that asks for the same one, as long as its teacher is there.
-_MACHINES: WeakKeyDictionary[Teacher, dict[Any, tuple[APMModel, Any]]] = WeakKeyDictionary()
+# A student serves every method that needs the same one, as long as its teacher is there.
+_STUDENTS: WeakKeyDictionary[Teacher, dict[Any, APM]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
 class APMAdapted:
-    """A machine is fitted to the teacher's embedding of each image and then classified.
+    """A student is fitted to the teacher's embedding of each image and then classified.
 
     All images start from the same weights, so an image's answer does not depend on its batch, but for the target
     `"recentred"`. A target made of several embeddings is as long as the teacher's embedding of the image itself, which
@@ -50,12 +46,12 @@ class APMAdapted:
         num_views: of which the target is made.
         preset, overrides: the recipe, see [`TTTConfig.preset`]; its `start` is given here.
         start: `"random"` for a fresh `clip-ttt` as wide as the teacher, `"model"` for `model`.
-        model: folder or Hub name of the machine to start from, with its image processor.
+        model: folder or Hub name of the student to start from, with its image processor.
         target: `"views"`: the mean direction of the views, for one view the teacher's embedding as it is;
             `"recentred"`: that, less the batch's mean.
         keep: share of the views in the target, the most confident ones by entropy.
-        consensus: `"probabilities"` or `"embeddings"`: answer with the mean of the machine's and of the target's, for
-            embeddings of their directions. None: the machine alone.
+        consensus: `"probabilities"` or `"embeddings"`: answer with the mean of the student's and of the target's, for
+            embeddings of their directions. None: the student alone.
         record_steps: also say what would have been predicted after fewer steps.
 
     Raises:
@@ -88,11 +84,12 @@ class APMAdapted:
     def __call__(self, task: ZeroShotTask, batch: ImageBatch) -> MethodOutput:
         """
         Raises:
-            ValueError: for a machine that does not fit the teacher; where a fit diverged, naming the images.
+            ValueError: for a student that does not fit the teacher; where a fit diverged, naming the images.
         """
         config = self.config
         # Random weights are drawn once, for all batches.
-        machine, image_processor = load_machine(task.teacher, self.start, self.model, seed=config.seed)
+        student = load_student(task.teacher, self.start, self.model, seed=config.seed)
+        model, image_processor = student.bare_model, student.image_processor
         views = batch.embeds(self.num_views)  # (B, V, F)
         targets = self.targets(task, views)
         pixel_values = image_processor(list(batch.images), return_tensors="pt")["pixel_values"]  # (B, 3, S, S)
@@ -107,11 +104,11 @@ class APMAdapted:
                 classes[images] = self.answer(task, embeds, targets[images.to(targets.device)]).argmax(dim=1)
 
         adapted = adapt(
-            machine,
+            model,
             pixel_values,
             targets,
             config=replace(config, start="model"),
-            trigger_column=views[:, 0] if machine.config.trigger_source == "embedding" else None,
+            trigger_column=views[:, 0] if model.config.trigger_source == "embedding" else None,
             text_embeds=task.text_embeds if config.stop == "stable" else None,
             callback=record if self.record_steps else None,
             keep_models=False,
@@ -140,17 +137,17 @@ class APMAdapted:
         return F.normalize(direction, dim=1) * image.norm(dim=1, keepdim=True)
 
     def answer(self, task: ZeroShotTask, embeds: Tensor, targets: Tensor) -> Tensor:
-        """Logits `(B, K)` on the CPU for the machines' embeddings `(B, F)` and what they were fitted to."""
+        """Logits `(B, K)` on the CPU for the students' embeddings `(B, F)` and what they were fitted to."""
         return _consensus(task, embeds, targets, self.consensus)
 
 
 @dataclass(frozen=True, kw_only=True)
 class APMForward:
-    """A machine answers as it is, without adapting: one that was distilled, or as a control one of random weights.
+    """A student answers as it is, without adapting: one that was distilled, or as a control one of random weights.
 
     Args:
         start: `"model"` for `model`, `"random"` for a fresh `clip-ttt` as wide as the teacher.
-        model: folder or Hub name of a machine with its image processor.
+        model: folder or Hub name of a student with its image processor.
         seed: of random weights.
         consensus: as in [`APMAdapted`], with the teacher's embedding of the image.
     """
@@ -168,19 +165,20 @@ class APMForward:
     def __post_init__(self) -> None:
         _check_choice(self, consensus=CONSENSUS, start=STARTS)
         if self.num_views != 1:
-            raise ValueError(f"num_views: expected 1, since the machine sees the image itself, got {self.num_views}")
+            raise ValueError(f"num_views: expected 1, since the student sees the image itself, got {self.num_views}")
 
     @torch.no_grad()
     def __call__(self, task: ZeroShotTask, batch: ImageBatch) -> MethodOutput:
-        machine, image_processor = load_machine(task.teacher, self.start, self.model, seed=self.seed)
-        routed = machine.config.trigger_source == "embedding"
-        # Not asked for where it is not needed: a distilled machine can do without its teacher.
+        student = load_student(task.teacher, self.start, self.model, seed=self.seed)
+        model, image_processor = student.bare_model, student.image_processor
+        routed = model.config.trigger_source == "embedding"
+        # Not asked for where it is not needed: a distilled student can do without its teacher.
         targets = batch.embeds()[:, 0] if routed or self.consensus else None
-        pixel_values = image_processor(list(batch.images), return_tensors="pt")["pixel_values"].to(machine.device)
+        pixel_values = image_processor(list(batch.images), return_tensors="pt")["pixel_values"].to(model.device)
         triggers = targets if routed else None
-        # One at a time: an image has a thousand locations, each as wide as the machine.
+        # One at a time: an image has a thousand locations, each as wide as the model.
         embeds = [
-            machine.pooled_features(
+            model.pooled_features(
                 pixel_values[row : row + 1], trigger_column=None if triggers is None else triggers[row : row + 1]
             )
             for row in range(len(pixel_values))
@@ -188,44 +186,27 @@ class APMForward:
         return MethodOutput(logits=_consensus(task, torch.cat(embeds).float(), targets, self.consensus))
 
 
-def load_machine(teacher: Teacher, start: str, model: str | None, *, seed: int) -> tuple[APMModel, Any]:
-    """A machine on the teacher's device, and its image processor; the same objects for the same arguments.
+def load_student(teacher: Teacher, start: str, model: str | None, *, seed: int) -> APM:
+    """Load a student on the teacher's device, beside its teacher; the same object for the same arguments.
 
     Args:
         start: `"model"` for the given one, `"random"` for a fresh `clip-ttt` as wide as the teacher, which is shown
             what the teacher sees.
         model: folder or Hub name.
-        seed: of a fresh machine's weights.
+        seed: random seed of a fresh student's weights.
 
     Raises:
         ValueError: no model where one is needed, one that is no APM or of another width than the teacher.
     """
     if start == "model" and model is None:
         raise ValueError("model: expected the folder or name of a distilled APM, got none")
-    machines = _MACHINES.setdefault(teacher, {})
+    students = _STUDENTS.setdefault(teacher, {})
     key = model if start == "model" else seed
-    if key not in machines:
-        if start == "model":
-            machine = AutoModel.from_pretrained(model)
-            _check_machine(machine, teacher, model)
-            image_processor = AutoImageProcessor.from_pretrained(model)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                machine = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size))
-            image_processor = matching_image_processor(teacher, machine.config.image_size)
-        machines[key] = machine.eval().requires_grad_(False).to(teacher.device), image_processor
-    return machines[key]
-
-
-def _check_machine(machine: Any, teacher: Teacher, model: str | None) -> None:
-    if not isinstance(machine, APMPreTrainedModel):
-        raise ValueError(f"model: expected an APM in {model}, got {type(machine).__name__}")
-    if machine.config.feature_size != teacher.feature_size:
-        raise ValueError(
-            f"model: expected features as wide as the teacher's, {teacher.feature_size}, "
-            f"got {machine.config.feature_size} in {model}"
-        )
+    if key not in students:
+        config = APMConfig.preset("clip-ttt", feature_size=teacher.feature_size)
+        students[key] = APM.load(model if start == "model" else random_model(config, seed=seed), teacher=teacher)
+        students[key].bare_model.requires_grad_(False)
+    return students[key]
 
 
 def _consensus(task: ZeroShotTask, embeds: Tensor, targets: Tensor | None, how: str | None) -> Tensor:

@@ -170,8 +170,8 @@ def make_methods(
         names: keys of `METHODS`, each once.
         num_views: of those that look at several views.
         model: folder or Hub name of a distilled APM, for those that start from one.
-        seed: of machines' first weights and of the locations they are asked about.
-        record_steps: whether adapted machines say what they predict after fewer steps.
+        seed: of models' first weights and of the locations they are asked about.
+        record_steps: whether adapted models say what they predict after fewer steps.
         teacher: to find out at once what it cannot serve.
 
     Raises:

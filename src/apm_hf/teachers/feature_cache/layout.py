@@ -3,8 +3,8 @@
     FOLDER/
         00000.safetensors   features, image_embeds, rows and, where there are any, locations and levels of some images
         00000.json          size and SHA-256 of that file, and the rows that are missing in it
-        plan.json           what the cache is of; written first
-        index.json          the same, and what the other JSON files say; written last: without it a cache is not whole
+        run.json            what the cache is of; written first, see [`apm_hf.runs.run.Run`]
+        index.json          the same, and what the other JSON files say; written last: without it a cache is incomplete
 
 Shard i holds rows `i * images_per_shard` onwards, whoever writes it. JSON files carry a checksum of their own.
 
@@ -12,25 +12,19 @@ Legend: n images of a shard, N levels, C width of a level, F feature width, (row
 rows * cols, l of them kept.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from torch import Tensor
 
+from ...runs.identity import images_digest
 from ..licenses import public_name
 
 FORMAT = 1
-INDEX, PLAN = "index.json", "plan.json"
+INDEX = "index.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHARD_BYTES = 2**28  # of features, where nothing else is asked for: some seconds of any disk, a short time to lose
-SAMPLED_IMAGES = 32  # of a data set, whose contents tell it from others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,62 +109,13 @@ def contents(
     plan = estimate(teacher, len(images), settings)
     return {
         "format": FORMAT,
-        "teacher": of_teacher(teacher),
-        "dataset": {"name": public_name(dataset_name), "fingerprint": fingerprint(images, image_column)},
+        "teacher": teacher.identity(),
+        "dataset": {"name": public_name(dataset_name), "fingerprint": images_digest(images, image_column)},
         "num_rows": len(images),
         "grid": list(grid_of(teacher)),
         "images_per_shard": plan.images_per_shard,
         "settings": {name: value for name, value in asdict(settings).items() if name != "images_per_shard"},
     }
-
-
-def of_teacher(teacher: Any) -> dict[str, Any]:
-    """Its name and widths, a hash of some of its weights, and its image processor's settings, as JSON."""
-    weights = hashlib.sha256()
-    for name, weight in sorted(teacher.model.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(str(weight.flatten()[:8].double().cpu().tolist()).encode())
-    return {
-        "name": public_name(teacher.name),
-        "feature_size": teacher.feature_size,
-        "hidden_size": teacher.hidden_size,
-        "image_size": teacher.image_size,
-        "patch_size": teacher.patch_size,
-        "dtype": str(teacher.dtype).removeprefix("torch."),
-        "weights": weights.hexdigest(),
-        "image_processor": processor_settings(teacher.image_processor),
-    }
-
-
-def processor_settings(image_processor: Any) -> dict[str, Any]:
-    """What decides on pixels: backends and versions, which change their last bits alone, are left out."""
-    fields = image_processor.to_dict() if hasattr(image_processor, "to_dict") else {"class": type(image_processor)}
-    names = ("image_processor_type", "feature_extractor_type", "processor_class", "transformers_version", "auto_map")
-    kept = {name: value for name, value in fields.items() if not name.startswith("_") and name not in names}
-    return json.loads(json.dumps({name: value for name, value in kept.items() if value is not None}, default=str))
-
-
-def fingerprint(images: Any, image_column: str) -> str:
-    """SHA-256 of the number of images and of the contents of some, the same wherever the data set lies."""
-    length = len(images)
-    digest = hashlib.sha256(str(length).encode())
-    for row in sorted({index * (length - 1) // (SAMPLED_IMAGES - 1) for index in range(SAMPLED_IMAGES)}):
-        digest.update(_content(images[row].get(image_column)))
-    return digest.hexdigest()
-
-
-def _content(value: Any) -> bytes:
-    if isinstance(value, Mapping):
-        path, value = value.get("path"), value.get("bytes")
-        value = path if value is None else value
-    if isinstance(value, PIL.Image.Image):
-        return value.tobytes()
-    if isinstance(value, str | os.PathLike):
-        try:
-            return Path(value).read_bytes()
-        except OSError:  # whoever decodes it says what is wrong
-            return b"unreadable"
-    return bytes(value) if isinstance(value, bytes | bytearray | memoryview) else repr(value).encode()
 
 
 def drawn_locations(rows: list[int], num_locations: int, num_patches: int, seed: int) -> Tensor:
@@ -182,6 +127,6 @@ def drawn_locations(rows: list[int], num_locations: int, num_patches: int, seed:
     return torch.stack(draws).int()
 
 
-def shard_names(number: int) -> tuple[str, str]:
-    """Of a shard and of what is written down about it."""
-    return f"{number:05d}.safetensors", f"{number:05d}.json"
+def shard_name(number: int) -> str:
+    """Name a shard as a part of its run."""
+    return f"{number:05d}"

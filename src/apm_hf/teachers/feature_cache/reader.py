@@ -7,7 +7,7 @@ Legend: N levels, C width of a level, F feature width, (rows, cols) the teacher'
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...runs.checksums import fault_of, read_sealed
-from .layout import INDEX, fingerprint, of_teacher
+from ...runs.identity import images_digest
+from ...runs.run import differences
+from .layout import INDEX
 
 
 class FeatureCache(Dataset):
@@ -35,13 +37,13 @@ class FeatureCache(Dataset):
 
     Args:
         folder: made by [`write_feature_cache`] or `apm cache-features`.
-        verify: also compare every file's SHA-256, which reads them all.
 
     Raises:
-        ValueError: for what is no whole cache, or a damaged one; names the file, what was expected and found.
+        ValueError: for what is no complete cache, or a file of another size; names the file, what was expected and
+            found. A file's SHA-256 is compared when its first row is read.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, verify: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         try:
             self.index = read_sealed(self.folder / INDEX)
@@ -53,8 +55,7 @@ class FeatureCache(Dataset):
         except ValueError as error:
             raise ValueError(f"feature_cache: {error}") from error
         for shard in self.index["shards"]:
-            fault = fault_of(self.folder / shard["file"], shard["bytes"], shard["sha256"] if verify else None)
-            if fault:
+            if fault := fault_of(self.folder / shard["file"], shard["bytes"], None):
                 raise ValueError(f"feature_cache: {self.folder / shard['file']}: {fault}{_AGAIN}")
         self._bad = np.array([bad["row"] for bad in self.index["bad"]], dtype=np.int64)
         everything = range(self.index["num_rows"])
@@ -84,6 +85,20 @@ class FeatureCache(Dataset):
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Tensor]]:
         return [self[position] for position in positions]
 
+    def verify(self) -> "FeatureCache":
+        """Read every file and compare its SHA-256 with the index.
+
+        Raises:
+            ValueError: for the first that is not as it was written.
+        """
+        for number in range(len(self.index["shards"])):
+            self._shard(number)
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of the images that the cache is of."""
+        return self.index["dataset"]["fingerprint"]
+
     def check(
         self,
         teacher: Any,
@@ -97,13 +112,13 @@ class FeatureCache(Dataset):
         Raises:
             ValueError: names all that differs; `expected` is what is asked for, `got` the cache's.
         """
-        found = differences({"teacher": self.index["teacher"]}, {"teacher": of_teacher(teacher)})
+        found = differences({"teacher": self.index["teacher"]}, {"teacher": teacher.identity()})
         if self.index["teacher"]["dtype"] != str(teacher.dtype).removeprefix("torch."):
-            # Another precision changes last bits, which is allowed, and so the hash of the weights.
-            found = [line for line in found if not line.startswith(("teacher.dtype", "teacher.weights"))]
+            # Another precision changes last bits, which is allowed; the weights are compared as bfloat16.
+            found = [line for line in found if line not in ("teacher.weights",) and "teacher.dtype" not in line]
         if len(images) != self.index["num_rows"]:
             found.append(f"number of images (expected {len(images)}, got {self.index['num_rows']})")
-        elif fingerprint(images, image_column) != self.index["dataset"]["fingerprint"]:
+        elif images_digest(images, image_column) != self.index["dataset"]["fingerprint"]:
             found.append(f"images (the cache is of {self.index['dataset']['name']!r})")
         kept, asked = self.index["settings"]["level_layers"] or [], list(level_layers or [])
         if asked != kept:
@@ -115,6 +130,8 @@ class FeatureCache(Dataset):
         if number not in self._open:
             shard = self.index["shards"][number]
             path = self.folder / shard["file"]
+            if fault := fault_of(path, shard["bytes"], shard["sha256"]):
+                raise ValueError(f"feature_cache: {path}: {fault}{_AGAIN}")
             try:
                 with safe_open(path, framework="pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -143,6 +160,9 @@ class CachedImages(Dataset):
     def __len__(self) -> int:
         return len(self.cache)
 
+    def digest(self) -> str:
+        return self.cache.digest()
+
     def __getitem__(self, position: int) -> dict[str, Any]:
         return self.__getitems__([position])[0]
 
@@ -152,24 +172,6 @@ class CachedImages(Dataset):
         images = at_once(rows) if at_once else [self.images[row] for row in rows]
         answers = self.cache.__getitems__(positions)
         return [{"index": row, **image, **answer} for row, image, answer in zip(rows, images, answers, strict=True)]
-
-
-def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> list[str]:
-    """Where two descriptions differ: `teacher.name (expected a, got b)`."""
-    return list(_differences(there, wanted, within))
-
-
-def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], within: str) -> Iterator[str]:
-    for name in {**wanted, **there}:
-        got, expected = there.get(name), wanted.get(name)
-        if got == expected:
-            continue
-        if isinstance(got, dict) and isinstance(expected, dict):
-            yield from _differences(got, expected, f"{within}{name}.")
-        elif name in ("weights", "fingerprint"):
-            yield f"{within}{name}"
-        else:
-            yield f"{within}{name} (expected {expected}, got {got})"
 
 
 __all__ = ["CachedImages", "FeatureCache"]

@@ -1,16 +1,14 @@
 """A data set's features, asked of a teacher once and brought to the disk, by any number of processes.
 
 Every shard is computed from its rows alone and renamed into place when it is whole, so who writes it, when and after
-how many interruptions makes no difference to its bytes (same machine, versions and batch size). What is there is
+how many interruptions makes no difference to its bytes (same computer, versions and batch size). What is there is
 verified and kept; only what is missing is computed.
 
 Legend: n images of a shard, B of a batch, N levels, F feature width, (rows, cols) the teacher's grid, l locations.
 """
 
-import hashlib
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -21,24 +19,23 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ...data.images import ImageCollator
-from ...runs.checksums import fault_of, read_sealed, write_sealed
-from ...runs.files import sync, writable_folder, write_atomically
+from ...runs.files import writable_folder
 from ...runs.processes import process_state
-from ...runs.stopping import RunStopped, StopRequests, ignore_stop_requests, only_writer
+from ...runs.run import Run
+from ...runs.stopping import RunStopped, StopRequests, ignore_stop_requests
 from ...runs.unreadable_images import PROBLEM, problems
 from ..targets import normalise_levels
-from .checks import check_plan, check_room, write_index
+from .checks import check_room, write_index
 from .layout import (
     DTYPES,
     INDEX,
-    PLAN,
     CacheSettings,
     Estimate,
     contents,
     drawn_locations,
     estimate,
     grid_of,
-    shard_names,
+    shard_name,
 )
 from .reader import FeatureCache
 
@@ -75,18 +72,17 @@ def write_feature_cache(
     settings, path, state = settings or CacheSettings(), writable_folder(folder), process_state()
     plan = contents(teacher, images, image_column, settings, dataset_name=dataset_name)
     size = estimate(teacher, len(images), settings)
-    with only_writer(path, state):
-        check_plan(path, plan)
+    with Run(path, state, parts=".").locked() as run:
+        run.claim(plan)
         check_room(path, size)
         state.wait_for_everyone()
         if state.is_main_process:
             (path / INDEX).unlink(missing_ok=True)  # what is damaged will be replaced
-            write_sealed(path / PLAN, plan)
-        writer = _Writer(path, teacher, settings, size)
+        writer = _Writer(run, teacher, settings, size)
         mine = range(state.process_index, size.num_shards, state.num_processes)
         with StopRequests() as requests:
             writer.write(
-                [number for number in mine if not writer.whole(number)],
+                [number for number in mine if run.load(shard_name(number)) is None],
                 _Numbered(images),
                 ImageCollator(
                     None, image_column, teacher_image_processor=teacher.image_processor, max_bad_images=max_bad_images
@@ -98,34 +94,20 @@ def write_feature_cache(
             )
         state.wait_for_everyone()
         if state.is_main_process:
-            write_index(path, plan, size.num_shards, max_bad_images)
+            write_index(run, plan, size.num_shards, max_bad_images)
         state.wait_for_everyone()
     return FeatureCache(path)
 
 
 class _Writer:
-    def __init__(self, folder: Path, teacher: Any, settings: CacheSettings, size: Estimate) -> None:
-        self.folder, self.teacher, self.settings, self.size = folder, teacher, settings, size
+    def __init__(self, run: Run, teacher: Any, settings: CacheSettings, size: Estimate) -> None:
+        self.run, self.teacher, self.settings, self.size = run, teacher, settings, size
         self.dtype, self.grid = DTYPES[settings.dtype], grid_of(teacher)
 
     def rows(self, number: int) -> range:
         """Of a shard, those that cannot be read included."""
         start = number * self.size.images_per_shard
         return range(start, min(start + self.size.images_per_shard, self.size.num_images))
-
-    def whole(self, number: int) -> bool:
-        """Whether a shard is there as it was written."""
-        file, note = (self.folder / name for name in shard_names(number))
-        try:
-            noted = read_sealed(note)
-            fault = fault_of(file, noted["bytes"], noted["sha256"])
-        except FileNotFoundError:
-            return False
-        except ValueError as error:
-            fault = str(error)
-        if fault:
-            logger.warning(f"{file.name} is damaged and written again: {fault}")
-        return not fault
 
     def write(
         self,
@@ -208,15 +190,11 @@ class _Writer:
         return values
 
     def _save(self, number: int, parts: list[dict[str, Tensor]], bad: list[dict[str, Any]]) -> None:
-        """The shard, then what is known of it: whatever happens in between, the shard is written again."""
-        file, note = (self.folder / name for name in shard_names(number))
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
         # safetensors' own `save_file` wraps the system's errors. One entry of metadata: their order is not defined.
         content = safetensors.torch.save(tensors, metadata={"format": "pt"})
-        write_atomically(file, content)
-        sha256, num_images = hashlib.sha256(content).hexdigest(), len(tensors.get("rows", ()))
-        write_sealed(note, {"rows": num_images, "bytes": len(content), "sha256": sha256, "bad": bad})
-        sync(self.folder)
+        noted = {"rows": len(tensors.get("rows", ())), "bad": bad}
+        self.run.save(shard_name(number), noted, tensors=content)
 
 
 class _Numbered(Dataset):

@@ -10,13 +10,13 @@ from apm_hf import load_teacher
 from apm_hf.distillation import matching_image_processor
 from apm_hf.image_processing_apm import APMImageProcessor
 from apm_hf.islands import feature_map
+from apm_hf.pair.several_photos import fit_photos
 from apm_hf.ttt.photos import (
     fit_photo,
-    fit_photos,
     map_size,
     photo_colours,
-    photo_machine,
-    random_machine,
+    photo_model,
+    random_model,
     teacher_features,
     whole_photos,
 )
@@ -78,15 +78,15 @@ def test_the_colours_of_a_grid_are_its_cells_means():
 
 def test_a_random_machine_depends_on_its_seed_alone():
     state = torch.get_rng_state()
-    machines = [random_machine(student().config, seed=seed) for seed in (0, 0, 1)]
+    machines = [random_model(student().config, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), state)
     weights = [machine.decoder.feature_head.weight for machine in machines]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_a_photo_machine_answers_everywhere_and_starts_at_mid_grey():
-    model = photo_machine(FEATURE_SIZE)
-    assert model.config.local_patch and not photo_machine(FEATURE_SIZE, local_patch=False).config.local_patch
+    model = photo_model(FEATURE_SIZE)
+    assert model.config.local_patch and not photo_model(FEATURE_SIZE, local_patch=False).config.local_patch
     with torch.no_grad():
         answers = model(torch.zeros(1, 3, 224, 224), torch.zeros(1, 2))
     assert answers.last_hidden_state.shape == (1, 1, FEATURE_SIZE)

@@ -1,0 +1,72 @@
+"""What models and images are, by their contents: two that have the same digest give the same results."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import nn
+
+EDGE = 4096  # bytes at either end of an encoded image that are read
+
+
+def weights_digest(module: nn.Module, *, dtype: torch.dtype | None = None) -> str:
+    """Return the SHA-256 of all weights and buffers of a module, by their names, types and bytes.
+
+    About a second per gigabyte; it is computed anew each time, so that it can never be of weights that were changed.
+
+    Args:
+        dtype: to which floating-point tensors are rounded first, so that the precision they are in does not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def processor_settings(image_processor: Any) -> dict[str, Any]:
+    """Return what decides on pixels; backends and versions, which change their last bits alone, are left out."""
+    fields = image_processor.to_dict() if hasattr(image_processor, "to_dict") else {"class": type(image_processor)}
+    names = ("image_processor_type", "feature_extractor_type", "processor_class", "transformers_version", "auto_map")
+    kept = {name: value for name, value in fields.items() if not name.startswith("_") and name not in names}
+    return json.loads(json.dumps({name: value for name, value in kept.items() if value is not None}, default=str))
+
+
+def images_digest(images: Any, image_column: str) -> str:
+    """Return the SHA-256 of the number of images and of each one's content, the same wherever the data set lies.
+
+    Of an encoded image its length and both ends are read: enough to tell any two photos apart, and fast for a million.
+    """
+    digest = hashlib.sha256(str(len(images)).encode())
+    for row in range(len(images)):
+        digest.update(_content(images[row].get(image_column)))
+    return digest.hexdigest()
+
+
+def _content(value: Any) -> bytes:
+    if isinstance(value, Mapping):
+        path, value = value.get("path"), value.get("bytes")
+        value = path if value is None else value
+    if isinstance(value, PIL.Image.Image):
+        return hashlib.sha256(value.tobytes()).digest()
+    if isinstance(value, str | os.PathLike):
+        try:
+            with open(Path(value), "rb") as file:
+                size, start = os.fstat(file.fileno()).st_size, file.read(EDGE)
+                file.seek(max(0, size - EDGE))
+                return _ends(size, start, file.read(EDGE))
+        except OSError:  # whoever decodes it says what is wrong
+            return b"unreadable"
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _ends(len(value), bytes(value[:EDGE]), bytes(value[-EDGE:]))
+    return hashlib.sha256(repr(value).encode()).digest()
+
+
+def _ends(size: int, start: bytes, end: bytes) -> bytes:
+    return hashlib.sha256(str(size).encode() + start + end).digest()
