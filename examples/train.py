@@ -11,7 +11,7 @@ The second is the paper's recipe (arXiv:2410.20535). The result loads with `Auto
 settings fits on a page, in `apm_hf/distillation/recipe.py`: it loads a teacher, draws a student as wide as that, opens
 the images and hands all three to `apm_hf.distillation.distill`, the Accelerate loop.
 
-Stopped by SIGTERM or Ctrl-C it saves a checkpoint, ends with status 75 and goes on with `--resume true`.
+Stopped by SIGTERM or Ctrl-C it saves a checkpoint, ends with status 75 and goes on with `--resume`.
 """
 
 import logging

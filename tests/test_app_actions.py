@@ -85,7 +85,7 @@ def test_a_photo_of_any_shape_has_islands_in_its_shape(models):
 def test_without_a_teacher_islands_are_shown_and_labels_refused(models, scene, seen):
     alone = copy.copy(models)
     object.__setattr__(alone, "apm", copy.copy(models.apm))
-    object.__setattr__(alone.machine, "teacher", None)
+    object.__setattr__(alone.apm, "teacher", None)
     assert [picture.title for picture in island_pictures(alone, seen)[1]] == [
         "Features",
         "RGB decoded",

@@ -278,7 +278,7 @@ def test_interpolation_of_a_model_alone_gives_the_same_bytes_again(pictures):
         (("islands", "0.png", "--size", "8", "--heights", "900"), "num_regions: expected 1 to"),
         (("islands", "0.png", "--point", "2", "0"), "points: expected (y, x) in [-1, 1]"),
         (("islands", "0.png", "--steps", "0"), "--steps: expected a positive number"),
-        (("islands", "0.png", "--model", "clip"), "--model: expected an APM"),
+        (("islands", "0.png", "--model", "clip"), "model: expected an APM"),
         (("islands", "0.png", "--model", "apm", "--adapt"), "--adapt, --movie: expected --teacher"),
         (("islands", "0.png", "--model", "apm", "--movie"), "--adapt, --movie: expected --teacher"),
         (("islands", "0.png", "--model", "apm", "--text", "a cat"), "--text: expected a teacher with a text tower"),

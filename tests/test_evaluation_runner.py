@@ -155,7 +155,7 @@ def test_a_teacher_whose_weights_changed_is_another_run(finished, tmp_path, monk
 
     def changed(name, **options):
         teacher = load(name, **options)
-        next(teacher.model.parameters()).data.view(-1)[7] += 1e-3
+        next(teacher.model.vision_model.parameters()).data.view(-1)[7] += 1e-3
         return teacher
 
     monkeypatch.setattr(runner, "load_teacher", changed)

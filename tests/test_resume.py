@@ -419,7 +419,7 @@ def test_a_stray_file_among_the_checkpoints_does_no_harm(begun, whole, tmp_path)
     [
         ({"seed": 1}, "seed 0 -> 1"),
         ({"data": random_targets(21)}, "num_images 20 -> 21"),
-        ({"data": random_targets(20).shuffled(seed=3)}, "data "),
+        ({"data": random_targets(20).shuffled(seed=3)}, "other images"),
         ({"machine": student(position_size=32)}, "student.position_size 16 -> 32"),
         ({"statistics": "scalar", "seed": 2}, "statistics channel -> scalar"),
     ],

@@ -39,17 +39,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     source = HfArgumentParser((TrainingConfig, DistillationConfig), add_help=False)
     for action in source._actions:
-        del action.option_strings[1:]  # forms with hyphens, which every command understands
-        (name,) = action.option_strings
-        if name in SHARED:
-            action.metavar = SHARED[name]["metavar"]
-        elif action.nargs == "?":
-            action.metavar = "BOOL"  # a flag, which may also be told false
-        elif action.type is str:
-            action.metavar = "JSON" if (action.help or "").startswith("JSON") else "NAME"
-        if name == "--preset":
-            action.choices = sorted(PRESETS)
-    parser._add_container_actions(source)  # what `ArgumentParser(parents=[...])` does
+        name = action.option_strings[0]  # others, with hyphens, are forms that every command understands
+        if action.nargs == "?" and action.default is False:
+            parser.add_argument(name, action="store_true", help=action.help)
+            continue
+        metavar = "JSON" if (action.help or "").startswith("JSON") else "NAME" if action.type is str else None
+        parser.add_argument(
+            name,
+            type=action.type,
+            nargs=action.nargs,
+            default=action.default,
+            required=action.required,
+            choices=sorted(PRESETS) if name == "--preset" else action.choices,
+            metavar=SHARED[name]["metavar"] if name in SHARED else metavar,
+            help=action.help,
+        )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:

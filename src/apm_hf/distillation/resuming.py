@@ -85,9 +85,13 @@ def check_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     changed = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+    if None in changed.get("data", ()):  # a data set without a digest says nothing
+        del changed["data"]
     if refused := [name for name in changed if name in REFUSED]:
+        listed = {name: changed[name] for name in refused if name != "data"}
+        others = "other images" * ("data" in refused) + ", " * ("data" in refused and bool(listed))
         raise ValueError(
-            f"resume: expected what the run began with, got {_listed({name: changed[name] for name in refused})}; "
+            f"resume: expected what the run began with, got {others}{_listed(listed)}; "
             "give it back, or start a new run in another output_dir"
         )
     if changed:

@@ -137,8 +137,10 @@ class APM:
         if isinstance(model, str | os.PathLike):
             name = os.fspath(model)
             student = AutoModel.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
-            image_processor = AutoImageProcessor.from_pretrained(name)
-        pair = cls(cast(APMPreTrainedModel | None, student), image_processor, teacher)
+        pair = cls(cast(APMPreTrainedModel | None, student), None, teacher)
+        if isinstance(model, str | os.PathLike):
+            image_processor = AutoImageProcessor.from_pretrained(os.fspath(model))
+            pair = replace(pair, image_processor=image_processor)
         if pair.model is None:
             return pair
         if device is None and teacher is not None:

@@ -103,7 +103,7 @@ class Run:
                     f"output_dir: expected an empty folder or the same run, got another run in {self.folder}, which "
                     f"differs in {', '.join(found)}"
                 )
-        elif any(there.name != LOCK for there in self.folder.iterdir()):
+        elif any(not there.name.startswith(".") for there in self.folder.iterdir()):
             raise ValueError(f"output_dir: expected an empty folder or a run to go on with, got {self.folder}")
         self.state.wait_for_everyone()  # every process has looked before one writes
         if self.state.is_main_process and not path.exists():

@@ -187,7 +187,7 @@ class APMForward:
 
 
 def load_student(teacher: Teacher, start: str, model: str | None, *, seed: int) -> APM:
-    """Load a student on the teacher's device, beside its teacher; the same object for the same arguments.
+    """Load a student that fits the teacher, on its device; the same object for the same arguments.
 
     Args:
         start: `"model"` for the given one, `"random"` for a fresh `clip-ttt` as wide as the teacher, which is shown
@@ -204,8 +204,9 @@ def load_student(teacher: Teacher, start: str, model: str | None, *, seed: int) 
     key = model if start == "model" else seed
     if key not in students:
         config = APMConfig.preset("clip-ttt", feature_size=teacher.feature_size)
-        students[key] = APM.load(model if start == "model" else random_model(config, seed=seed), teacher=teacher)
-        students[key].bare_model.requires_grad_(False)
+        pair = APM.load(model if start == "model" else random_model(config, seed=seed), teacher=teacher)
+        pair.bare_model.requires_grad_(False)
+        students[key] = replace(pair, teacher=None)  # or it would keep its teacher from leaving
     return students[key]
 
 
