@@ -11,25 +11,31 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset
 from transformers import AutoImageProcessor, AutoModel
 
 import apm_hf  # noqa: F401 - registers the Auto classes
 from apm_hf import APMConfig, APMModel
+from apm_hf.commands.main import main
 from apm_hf.data.augmentation import RandomCrops
 from apm_hf.data.images import ImageCollator, decode_image
 from apm_hf.data.loading import load_images
 from apm_hf.data.streams import Reconnecting
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
+from apm_hf.evaluation.labels.suites import evaluate
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
+from apm_hf.publishing.cards import CardFacts, write_card
 from apm_hf.runs.files import write_atomically
 from apm_hf.runs.unreadable_images import SKIPPED, numbered, packed, problems
 from apm_hf.teachers import load_teacher
 from apm_hf.teachers.targets import TargetCache
+from apm_hf.teachers.zero_shot import read_labels
 from fixtures_runs import forget_accelerate
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip, student
 
@@ -77,6 +83,82 @@ def clip(tmp_path_factory):
 def fresh_accelerate(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     forget_accelerate()
+
+
+# --- what every viewer shows, and what is printed -------------------------------------------------------------------
+
+
+def with_bad_exif(kind):
+    """An image whose EXIF data are damaged, of which the pixels are good."""
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    data = bytearray(encoded(photo(0), kind, exif=exif))
+    at = data.index(b"Exif") + 6 if kind == "JPEG" else data.index(b"eXIf") + 4
+    data[at : at + 14] = b"\xff" * 14
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_whose_exif_data_are_damaged_is_read_as_it_lies(kind):
+    image = decode_image(with_bad_exif(kind))
+    plain = decode_image(encoded(photo(0), kind))
+    assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(plain.convert("RGB")))
+    assert PROCESSOR(image, return_tensors="pt")["pixel_values"].shape[-2:] == (STUDENT_SIZE, STUDENT_SIZE)
+
+
+def test_labels_come_from_a_file_of_a_sensible_size(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match="Expected a text file of labels, got .*, which is none"):
+            read_labels(path)
+    (tmp_path / "long.txt").write_text("\n".join(f"label {number}" for number in range(200_000)))
+    with pytest.raises(ValueError, match=r"Expected at most [\d,]+ bytes of labels in .*long.txt, got"):
+        read_labels(tmp_path / "long.txt")
+
+
+def test_what_is_printed_from_outside_is_one_line_that_a_terminal_does_not_obey(tmp_path, capfd, caplog):
+    name = str(tmp_path / "photo\x1b[31m\nred.jpg")
+    Path(name).write_bytes(b"junk")
+    assert main(["classify", name]) == 1
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "\x1b" not in message and "\n" not in message and "photo\\x1b[31m\\nred.jpg: cannot decode" in message
+    photo(0).save(name.replace(".jpg", ".png"))
+    (tmp_path / "labels").write_text("cat\x1b[31m\nb\x07oat\n")
+    assert main(["classify", name.replace(".jpg", ".png"), "--labels", str(tmp_path / "labels"), "--steps", "1"]) == 0
+    out = capfd.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out and "cat\\x1b[31m" in out and "photo\\x1b[31m\\nred.png" in out
+
+
+def test_numbers_of_any_kind_make_a_card_that_yaml_reads(tmp_path):
+    student().save_pretrained(tmp_path)
+    metrics = {"feature_cosine": np.float64(0.5), "embed_cosine": torch.tensor(0.25), "rgb_mse": float("nan")}
+    names = {"repo_id": "a/b", "teacher": "facebook/dinov2-small", "dataset": "org/photos", "command": "apm distill"}
+    facts = CardFacts(**names, steps=3, num_parameters=10, metrics=metrics)
+    card = write_card(tmp_path, facts).read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    found = {one["type"]: one["value"] for one in front["model-index"][0]["results"][0]["metrics"]}
+    assert found == {"feature_cosine": 0.5, "embed_cosine": 0.25} and "python" not in card.split("---")[1]
+
+
+def test_corruptions_of_a_suite_may_name_the_clean_images(tmp_path):
+    folder = evaluate(
+        "smoke", output_dir=str(tmp_path / "run"), corruptions=["none", "contrast"], severities=[2], max_images=4,
+        methods=["zero_shot"],
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert {line["corruption"] for line in lines} == {"none", "contrast"}
+
+
+def test_an_evaluation_of_a_folder_without_classes_says_what_it_lacks(tmp_path, clip):
+    for number in range(4):
+        (tmp_path / "photos/train").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos/test").mkdir(exist_ok=True)
+        photo(number).save(tmp_path / "photos" / ("train", "test")[number % 2] / f"{number}.png")
+    with pytest.raises(
+        ValueError, match="found no labels .*: labelled images lie in a folder for each class"
+    ) as caught:
+        evaluate("photos", output_dir=str(tmp_path / "run"), data=[str(tmp_path / "photos")], teachers=[clip.name])
+    assert "--label_column" not in str(caught.value)
 
 
 # --- the table: what comes in, and the one message it gets -----------------------------------------------------------

@@ -11,7 +11,7 @@ How pixels are read, whatever they come in (`read_image`). The type decides the 
 * Floating point and PIL mode `F`: fractions of full scale if the maximum is at most 1 (multiplied by 255), 8-bit
   values if it lies in [2, 255]. Rounding errors of 0.1 % beyond a range are clamped; anything else is a ValueError.
   With `do_rescale=False` fractions stay fractions, as elsewhere in transformers.
-* EXIF orientation is applied.
+* EXIF orientation is applied, where it can be read.
 
 `image_mean` and `image_std` have an entry for each of the C channels that come out; one number for all means three:
 
@@ -136,12 +136,20 @@ def _convert_channels(pixels: Tensor, white: float, num_channels: int | None) ->
     return colours if pixels.is_floating_point() else (colours + 0.5).to(torch.uint8)
 
 
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Turn a PIL image as its EXIF orientation says; what cannot be read as an orientation means none."""
+    try:
+        return PIL.ImageOps.exif_transpose(image)
+    except Exception:  # of damaged EXIF data; what is wrong with the pixels is found when they are loaded
+        return image
+
+
 def _pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
     """Return upright pixels `(H, W)` or `(H, W, C)` at their own depth; converted, RGBA if any may be transparent."""
     if 0 in image.size:
         raise ValueError(f"expected at least one pixel, got a PIL image of size {image.size}.")
     try:
-        image = PIL.ImageOps.exif_transpose(image)
+        image = upright(image)
         image.load()
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise ValueError(f"expected a readable image, got one that PIL cannot decode: {error}") from error
@@ -593,4 +601,4 @@ class APMImageProcessorPil(APMImageProcessorBase, PilBackend):
 
 APMImageProcessorPil.register_for_auto_class()  # what is saved takes its code along
 
-__all__ = ["APMImageProcessorKwargs", "APMImageProcessorPil", "read_image"]
+__all__ = ["APMImageProcessorKwargs", "APMImageProcessorPil", "read_image", "upright"]

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..assets import DEMO_MODEL, DEMO_TEACHER
+from .console import printable
 from .options import add
 from .pairs import note_embedded
 
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         try:
             readable.append((name, eight_bit_rgb(decode_image(name))))
         except ValueError as error:
-            logger.error(f"apm classify: {name}: {error}")
+            logger.error(f"apm classify: {printable(f'{name}: {error}')}")
             errors.append({"photo": name, "message": str(error)})
     photos = []
     for start in range(0, len(readable), options.batch_size):
@@ -129,11 +130,12 @@ def _classify(classifier: "TTTClassifier", batch: list[tuple[str, Any]], top_k: 
 
 
 def _print(entry: dict[str, Any]) -> None:
-    print(f"{entry['photo']}")
+    print(printable(entry["photo"]))
     print(
         f"  {entry['steps']} steps: loss {entry['loss'][0]:.4f} -> {entry['loss'][1]:.4f}, cosine to the teacher's "
         f"embedding {entry['cosine']:.4f}, {entry['seconds']:.2f} s"
     )
     print(f"  {'teacher':<38}  adapted APM")
     for left, right in zip(entry["teacher"], entry["apm"], strict=True):
-        print(f"  {left['score']:6.1%} {left['label'][:30]:<31}  {right['score']:6.1%} {right['label'][:30]}")
+        labels = [printable(one["label"])[:30] for one in (left, right)]
+        print(f"  {left['score']:6.1%} {labels[0]:<31}  {right['score']:6.1%} {labels[1]}")

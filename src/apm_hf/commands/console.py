@@ -21,6 +21,7 @@ def console(options: argparse.Namespace) -> Iterator[TextIO]:
         logger.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
         if not logger.hasHandlers():  # at the root it would repeat what libraries write with handlers of their own
             handler = logging.StreamHandler()
+            handler.setFormatter(_Printable())
             logger.addHandler(handler)
             stack.callback(logger.removeHandler, handler)
         if options.quiet:
@@ -30,6 +31,20 @@ def console(options: argparse.Namespace) -> Iterator[TextIO]:
         if options.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield stdout
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Escape control characters, which a terminal would obey, as `\\x1b`; newlines too, so that a line stays one.
+
+    Args:
+        keep: characters that are left as they are.
+    """
+    return "".join(one if one.isprintable() or one in keep else one.encode("unicode_escape").decode() for one in text)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
 
 
 def as_json(result: Mapping[str, Any]) -> str:

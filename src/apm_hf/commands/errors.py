@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from .console import printable
+
 _TEACHER = "Could not load the "  # begins what `load_teacher` says
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -111,4 +113,4 @@ def _repository(error: Any) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

@@ -8,21 +8,23 @@ import io
 import operator
 import os
 import stat
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor
 
-from ..image_processing_pil_apm import read_image
+from ..image_processing_pil_apm import read_image, upright
 from ..runs.unreadable_images import PROBLEM, packed
 
 ANSWERS = ("features", "image_embeds", "levels", "locations", "grid")  # of a teacher, in a row that has them
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 # What a damaged download often is instead of an image, by its first bytes.
 _SIGNATURES = {
     b"<": "a page of HTML or XML",
@@ -58,7 +60,7 @@ def decode_image(value: Any) -> PIL.Image.Image:
         image = value if isinstance(value, PIL.Image.Image) else _open(value)
         if image.format == "EPS":  # a program: Pillow would hand it to Ghostscript
             raise ValueError("expected a format of pixels, got EPS")
-        image = PIL.ImageOps.exif_transpose(image)
+        image = upright(image)
         image.load()
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -240,11 +242,32 @@ def _open(source: Any) -> PIL.Image.Image:
 def _identified(data: bytes) -> PIL.Image.Image:
     if not data:
         raise ValueError("expected an encoded image, got an empty file")
+    if data.startswith(_PNG):
+        data = _without_damaged_extras(data)
     try:
         return PIL.Image.open(io.BytesIO(data))
     except PIL.UnidentifiedImageError as error:
         found = next((kind for start, kind in _SIGNATURES.items() if data.startswith(start)), "data of another kind")
         raise ValueError(f"expected an encoded image (JPEG, PNG, ...), got {found}, or a damaged header") from error
+
+
+def _without_damaged_extras(data: bytes) -> bytes:
+    """Drop what a PNG file can do without, such as EXIF data, where its checksum is wrong: Pillow would refuse all."""
+    kept, place, damaged = [data[: len(_PNG)]], len(_PNG), False
+    while place + 12 <= len(data):
+        length, kind = struct.unpack(">I4s", data[place : place + 8])
+        end = place + 12 + length
+        is_extra = bool(kind[0] & 32)  # a small first letter: https://www.w3.org/TR/png-3/#5Chunk-naming-conventions
+        if (
+            is_extra
+            and end <= len(data)
+            and zlib.crc32(data[place + 4 : end - 4]).to_bytes(4, "big") != data[end - 4 : end]
+        ):
+            damaged = True
+        else:
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept) if damaged else data
 
 
 __all__ = ["ImageCollator", "check_resized", "decode_image", "eight_bit_rgb", "read_rgb"]

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from .folders import ListedFolder, list_images
+
 logger = logging.get_logger(__name__)
 
 VALIDATION_SPLITS = ("validation", "val", "valid", "dev", "test", "eval")
@@ -27,6 +29,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "class_id", "target",
 CLASS_NAME_COLUMNS = ("name", "class_name", "label_name")
 WORDNET_ID = re.compile(r"^n\d{8}[_ -]+(?=.)")  # ImageNet's folder names: n01440764_tench
 FILES = {".parquet": "parquet", ".tar": "webdataset"}  # file -> the builder of `datasets` that reads it
+STREAM_SHARDS = 64  # of a folder of images: parts that processes share out
 SHUFFLE_BUFFER_SIZE = 1_000  # rows a stream keeps in memory, still encoded, to draw from
 
 
@@ -53,8 +56,8 @@ class ImageData:
         """The label column, or a ValueError for callers that cannot do without."""
         if self.label_column is None:
             raise ValueError(
-                f"found no label column among {list(self.dataset.features)} of split {self.split!r}; "
-                "name one with --label_column."
+                f"found no labels among the columns {list(self.dataset.features)} of split {self.split!r}: labelled "
+                "images lie in a folder for each class, or beside a column of integers"
             )
         return self.label_column
 
@@ -90,7 +93,7 @@ def load_images(
         FileNotFoundError: a path where there is nothing.
         ImportError: `datasets` is not installed.
     """
-    source = _Source.parse(name_or_path, revision)
+    source = Source.parse(name_or_path, revision, split=split)
     split = source.choose_split(split)
     data = _describe(source.load(split, streaming), split, image_column, label_column)
     return _limit(data, max_images, seed)
@@ -117,7 +120,7 @@ def train_and_validation(
     rows of a stream. Which it was is logged. The other arguments are those of [`load_images`]; `seed` also draws
     the subsets of `max_images` and `max_validation_images`, after the split is made.
     """
-    source = _Source.parse(name_or_path, revision)
+    source = Source.parse(name_or_path, revision, split=split or validation_split)
     split = source.choose_split(split)
     if validation_split is None:
         used = {part.split("[")[0] for part in split.split("+")}  # "train[:90%]+test" uses both
@@ -136,8 +139,8 @@ def train_and_validation(
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where a dataset lies and how `datasets` is to be called for it."""
+class Source:
+    """Where a dataset lies and how it is read: by `datasets`, or a folder of images as it is listed."""
 
     name: str
     path: str
@@ -145,9 +148,17 @@ class _Source:
     data_files: dict[str, str] | None = None
     revision: str | None = None
     saved_to_disk: bool = False
+    listed: ListedFolder | None = None
 
     @classmethod
-    def parse(cls, name_or_path: str | os.PathLike[str], revision: str | None) -> "_Source":
+    def parse(
+        cls, name_or_path: str | os.PathLike[str], revision: str | None, *, split: str | None = None
+    ) -> "Source":
+        """Find out what a name means.
+
+        Args:
+            split: one that is asked for, see [`list_images`].
+        """
         name = os.fspath(name_or_path)
         if not name.strip():
             raise ValueError(f"dataset: expected a folder, a parquet file or a Hub name, got {name!r}")
@@ -159,20 +170,24 @@ class _Source:
             if "://" not in path and not glob.glob(path):
                 raise FileNotFoundError(f"there is no file {name!r}.")
             word = re.split(r"\W|_", os.path.basename(path))[0]  # shards are called train-00000-of-00001.parquet
-            return cls(name, builder, data_files={word if word in VALIDATION_SPLITS else "train": path})
+            pattern = glob.escape(path) if os.path.isfile(path) else path
+            return cls(name, builder, data_files={word if word in VALIDATION_SPLITS else "train": pattern})
         if os.path.isfile(path):
             raise ValueError(f"expected a folder, a parquet file, a tar file or a Hub name, got the file {name!r}.")
         if os.path.isdir(path):
             marks = ("dataset_dict.json", "state.json")
             saved_to_disk = any(os.path.isfile(os.path.join(path, mark)) for mark in marks)
-            return cls(name, path, config, saved_to_disk=saved_to_disk)
+            listed = None if saved_to_disk or config else list_images(path, split=(split or "").split("[")[0] or None)
+            return cls(name, path, config, saved_to_disk=saved_to_disk, listed=listed)
         if path.startswith((".", os.sep)) or path.count("/") > 1:
             raise FileNotFoundError(f"there is no file or folder {name!r}.")
         return cls(name, path, config, revision=revision)
 
     @cached_property
     def split_names(self) -> list[str]:
-        datasets = _import_datasets()
+        datasets = import_datasets()
+        if self.listed is not None:
+            return list(self.listed.splits)
         if self.saved_to_disk:
             return list(self._load_saved())
         with self._explained():
@@ -191,6 +206,8 @@ class _Source:
         return split
 
     def load(self, split: str, streaming: bool) -> Any:
+        if self.listed is not None and not (streaming and split not in self.split_names):
+            return self._load_listed(self.listed, split, streaming)
         if self.saved_to_disk:
             dataset = self._load_saved()[split]
             return dataset.to_iterable_dataset() if streaming else dataset
@@ -199,7 +216,7 @@ class _Source:
                 f"a stream has no parts or sums of splits, got {split!r}; choose one of {self.split_names}."
             )
         with self._explained():
-            return _import_datasets().load_dataset(
+            return import_datasets().load_dataset(
                 self.path,
                 self.config,
                 data_files=self.data_files,
@@ -217,7 +234,7 @@ class _Source:
             if self.name in str(error):
                 raise
             raise type(error)(f"{self.name}: {error}") from error
-        except (ValueError, _import_datasets().exceptions.DatasetsError) as error:
+        except (ValueError, import_datasets().exceptions.DatasetsError) as error:
             if re.search("Config name is missing|BuilderConfig", str(error)):
                 configs = " ".join(str(error).split())
                 raise ValueError(f"{configs}; write {self.path}:CONFIG to choose one.") from error
@@ -228,13 +245,26 @@ class _Source:
                 raise ValueError(f"{self.name}: expected at least one image, got none") from error
             raise ValueError(f"{self.name}: cannot be read as an image data set: {str(cause)[:500]}") from error
 
+    @staticmethod
+    def _load_listed(listed: ListedFolder, split: str, streaming: bool) -> Any:
+        datasets = import_datasets()
+        lengths = {name: len(paths) for name, paths in listed.splits.items()}
+        parts = [
+            listed.dataset(part.splitname).select(
+                range(part.from_ or 0, lengths[part.splitname] if part.to is None else part.to)
+            )
+            for part in datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+        ]
+        dataset = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        return dataset.to_iterable_dataset(num_shards=min(len(dataset), STREAM_SHARDS)) if streaming else dataset
+
     def _load_saved(self) -> dict[str, Any]:
         with self._explained():
-            dataset = _import_datasets().load_from_disk(self.path)
+            dataset = import_datasets().load_from_disk(self.path)
         return dataset if isinstance(dataset, dict) else {str(dataset.split or "train"): dataset}
 
 
-def _import_datasets() -> Any:
+def import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -244,7 +274,7 @@ def _import_datasets() -> Any:
 
 def _describe(dataset: Any, split: str, image_column: str | None, label_column: str | None) -> ImageData:
     """Find the columns and the class names of a dataset, and leave its images encoded."""
-    datasets = _import_datasets()
+    datasets = import_datasets()
     features = dataset.features
     if features is None:
         raise ValueError("this dataset does not tell its columns' types while streaming; load it without --streaming.")
@@ -262,7 +292,7 @@ def _describe(dataset: Any, split: str, image_column: str | None, label_column: 
 
 
 def _find_image_column(features: Mapping[str, Any], column: str | None) -> str:
-    datasets = _import_datasets()
+    datasets = import_datasets()
     is_image = {name for name, feature in features.items() if isinstance(feature, datasets.Image)}
     # Parquet files from other tools hold encoded images without saying so.
     is_encoded = {
@@ -285,7 +315,7 @@ def _find_image_column(features: Mapping[str, Any], column: str | None) -> str:
 
 
 def _find_label_column(features: Mapping[str, Any], column: str | None) -> str | None:
-    class_labels = [name for name, feature in features.items() if isinstance(feature, _import_datasets().ClassLabel)]
+    class_labels = [name for name, feature in features.items() if isinstance(feature, import_datasets().ClassLabel)]
     integers = [name for name, feature in features.items() if re.match("u?int", getattr(feature, "dtype", None) or "")]
     if column is not None:
         if column in integers:
@@ -300,7 +330,7 @@ def _find_label_column(features: Mapping[str, Any], column: str | None) -> str |
 
 def _find_class_names(dataset: Any, label_column: str) -> list[str] | None:
     """The names of a `ClassLabel`, without WordNet ids; or those in a text column that has one name per label."""
-    datasets = _import_datasets()
+    datasets = import_datasets()
     feature = dataset.features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         return [WORDNET_ID.sub("", name) for name in feature.names]
@@ -323,7 +353,7 @@ def _limit(data: ImageData, max_images: int | None, seed: int | None) -> ImageDa
     if max_images < 1:
         raise ValueError(f"expected at least one image, got max_images={max_images}.")
     dataset = data.dataset
-    if isinstance(dataset, _import_datasets().Dataset):
+    if isinstance(dataset, import_datasets().Dataset):
         order = np.arange(len(dataset)) if seed is None else np.random.default_rng(seed).permutation(len(dataset))
         return replace(data, dataset=_select(dataset, order[:max_images]))
     dataset = dataset if seed is None else dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_SIZE)
@@ -338,7 +368,7 @@ def _select(dataset: Any, rows: np.ndarray) -> Any:
 def _hold_out(data: ImageData, fraction: float, seed: int) -> tuple[ImageData, ImageData]:
     if not 0 < fraction < 1:
         raise ValueError(f"expected validation_fraction between 0 and 1, got {fraction}.")
-    is_stream = not isinstance(data.dataset, _import_datasets().Dataset)
+    is_stream = not isinstance(data.dataset, import_datasets().Dataset)
     num_images = _stream_length(data) if is_stream else len(data.dataset)
     num_held_out = max(1, round(fraction * num_images))
     if num_held_out >= num_images:
@@ -367,4 +397,4 @@ def _stream_length(data: ImageData) -> int:
     return num_images
 
 
-__all__ = ["ImageData", "load_images", "train_and_validation"]
+__all__ = ["ImageData", "Source", "import_datasets", "load_images", "train_and_validation"]

@@ -5,6 +5,7 @@ kept beside it in `card.json`, so that a model that moves can be given a card fo
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ class CardFacts:
             teacher=public_name(self.teacher),
             dataset=public_name(self.dataset),
             versions=versions,
-            metrics=dict(self.metrics),
+            metrics={name: float(value) for name, value in self.metrics.items()},
         )
 
 
@@ -157,6 +158,7 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
                 metric_value=round(value, 4),
             )
             for metric, value in facts.metrics.items()
+            if math.isfinite(value)
         ]
         or None,
         **hub_names,

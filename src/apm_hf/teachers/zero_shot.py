@@ -32,6 +32,9 @@ ENSEMBLE_TEMPLATES = (
 )
 
 
+MAX_LABELS_BYTES = 2**21  # of a labels file: ImageNet-21k's names take a fifth
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A class name and its probability, in [0, 1]."""
@@ -110,10 +113,15 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
     """Read class names from a text file, one per line (UTF-8, blank lines skipped), or from a JSON list of strings.
 
     Raises:
-        ValueError: No names, names that occur twice, text that is not UTF-8, a JSON list of other things.
+        ValueError: No names, names that occur twice, text that is not UTF-8, a JSON list of other things, what is no
+            file, more than `MAX_LABELS_BYTES`.
         OSError: The file cannot be read.
     """
     path = Path(path)
+    if not path.is_file() and path.exists():  # a device or a pipe could be read for ever
+        raise ValueError(f"Expected a text file of labels, got {path}, which is none.")
+    if (size := path.stat().st_size) > MAX_LABELS_BYTES:
+        raise ValueError(f"Expected at most {MAX_LABELS_BYTES:,} bytes of labels in {path}, got {size:,}.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModel
@@ -86,7 +87,7 @@ class TestTimeTrainingPipeline(Pipeline):
         """Score the labels for an image, or for a list, generator or dataset of images.
 
         Args:
-            images: path, URL, PIL image, encoded bytes or `{"bytes", "path"}`.
+            images: path, URL, PIL image, array, tensor, encoded bytes or `{"bytes", "path"}`.
             candidate_labels: K different names.
             **options: `hypothesis_template`, a prompt with `{}` for the name, or several, averaged; `return_teacher`,
                 for the teacher's own `"teacher_score"` beside; `timeout` of URLs, in seconds; `batch_size`.
@@ -102,7 +103,11 @@ class TestTimeTrainingPipeline(Pipeline):
             options["candidate_labels"] = candidate_labels
         elif "labels" not in self._forward_params:
             raise ValueError("candidate_labels: expected at least one label, got none")
-        return [] if images == [] else super().__call__(images, **options)  # it looks at the first of a list
+        if hasattr(images, "to_list"):  # a column of a table
+            images = images.to_list()
+        if isinstance(images, list) and not images:
+            return []  # transformers looks at the first of a list
+        return super().__call__(images, **options)
 
     def _sanitize_parameters(
         self, *, candidate_labels=None, hypothesis_template=None, return_teacher=None, timeout=None
@@ -110,6 +115,11 @@ class TestTimeTrainingPipeline(Pipeline):
         labels, templates = candidate_labels, hypothesis_template
         if labels is not None and (isinstance(labels, str) or not (labels := tuple(labels))):
             raise ValueError(f"candidate_labels: expected a list of at least one label, got {labels!r}")
+        if labels is not None and not all(isinstance(label, str) for label in labels):
+            raise ValueError(
+                "candidate_labels: expected names, the same for all images, got "
+                f"{next(type(label).__name__ for label in labels if not isinstance(label, str))}; call once per image"
+            )
         templates = (templates,) if isinstance(templates, str) else templates and tuple(templates)
         named = {"labels": labels}
         stages = ({"timeout": timeout}, named | {"templates": templates}, named | {"return_teacher": return_teacher})
@@ -120,7 +130,9 @@ class TestTimeTrainingPipeline(Pipeline):
 
         # Only what is no file goes to transformers, whose reader clips deep pixels and paints transparency black.
         elsewhere = isinstance(image, str) and not os.path.isfile(image)
-        image = eight_bit_rgb(load_image(image, timeout=timeout) if elsewhere else decode_image(image))
+        if not isinstance(image, np.ndarray | Tensor):
+            image = load_image(image, timeout=timeout) if elsewhere else decode_image(image)
+        image = eight_bit_rgb(image)
         return {"pixel_values": self.image_processor(image, return_tensors="pt")["pixel_values"], "image": image}
 
     def _forward(self, inputs: dict[str, Any], labels=(), templates=None) -> dict[str, Tensor]:

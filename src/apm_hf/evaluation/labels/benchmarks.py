@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ...data.corruptions import CORRUPTION_NAMES
 from ...data.images import decode_image, eight_bit_rgb
-from ...data.loading import CLASS_NAME_COLUMNS, VALIDATION_SPLITS, ImageData, _Source, load_images
+from ...data.loading import CLASS_NAME_COLUMNS, VALIDATION_SPLITS, ImageData, Source, load_images
 from ...data.scenes import CLASS_NAMES, SceneDataset
 from ...runs.identity import images_digest
 from ...teachers import DEFAULT_TEMPLATES, first_five
@@ -257,7 +257,7 @@ def _hub_place(benchmark: Benchmark) -> str:
 
 
 def _choose_split(place: str, benchmark: Benchmark) -> str:
-    names = _Source.parse(place, benchmark.revision).split_names
+    names = Source.parse(place, benchmark.revision).split_names
     if benchmark.split in names or len(names) == 1:
         return benchmark.split if benchmark.split in names else names[0]
     for split in ("test", *VALIDATION_SPLITS):  # never "train" where there is another

@@ -158,13 +158,8 @@ def evaluate(
     else:
         sweeps = SUITES[suite]((benchmarks or ["scenes"])[0], tuple(teachers), model is not None)
         sweeps = _narrow(sweeps, methods)
-    for sweep_number, sweep in enumerate(sweeps):
-        corrupted = suite == CUSTOM or set(sweep.corruptions) != {CLEAN}
-        given = {"seeds": seeds, **({"corruptions": corruptions, "severities": severities} if corrupted else {})}
-        changes: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values}
-        if max_images is not None:
-            changes["max_images"] = max_images
-        sweeps[sweep_number] = replace(sweep, **changes)
+    given = (corruptions, severities, seeds, max_images)
+    sweeps = [changed for sweep in sweeps if (changed := _changed(sweep, suite == CUSTOM, *given)) is not None]
     config = EvaluationConfig(
         output_dir=output_dir,
         data=places,
@@ -182,6 +177,29 @@ def evaluate(
         if method := next((name for name in FOR_CARDS if name in ran), None):
             write_model_index(folder, method, short_name(model or "apm"), teacher=short_name(teachers[0]))
     return folder
+
+
+def _changed(
+    sweep: Sweep,
+    is_custom: bool,
+    corruptions: Sequence[str],
+    severities: Sequence[int],
+    seeds: Sequence[int],
+    max_images: int | None,
+) -> Sweep | None:
+    """Replace a sweep's own settings by those that are given; None where nothing is left of it.
+
+    A suite's clean sweeps serve `"none"` among the corruptions, so its other sweeps go without.
+    """
+    changes: dict[str, Any] = {"seeds": tuple(seeds), "max_images": max_images}
+    if is_custom:
+        changes |= {"corruptions": tuple(corruptions), "severities": tuple(severities)}
+    elif set(sweep.corruptions) != {CLEAN}:
+        wanted = tuple(name for name in corruptions if name != CLEAN)
+        if corruptions and not wanted:
+            return None
+        changes |= {"corruptions": wanted, "severities": tuple(severities)}
+    return replace(sweep, **{name: values for name, values in changes.items() if values not in ((), None)})
 
 
 def _narrow(sweeps: Sequence[Sweep], methods: Sequence[str]) -> list[Sweep]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from transformers.utils import logging
 
 from ...data.images import decode_image, eight_bit_rgb
-from ...data.loading import VALIDATION_SPLITS, _import_datasets, _Source
+from ...data.loading import VALIDATION_SPLITS, Source, import_datasets
 from ...data.scenes import PART_NAMES, SceneDataset
 from ...modeling_apm import IGNORE_INDEX
 from ...runs.files import plain_name
@@ -249,7 +249,7 @@ def _load(
     max_images: int | None,
     seed: int,
 ) -> MaskedImages:
-    source = _Source.parse(place, None)
+    source = Source.parse(place, None)
     if split is None:
         found = [name for name in ("test", *VALIDATION_SPLITS) if name in source.split_names]
         split = found[0] if found else None
@@ -270,8 +270,8 @@ def _load(
             "name one with --masks whole=COLUMN part=COLUMN"
         )
     for column in (image_column, *columns.values()):  # decoded by us, so that errors name the row
-        if isinstance(features[column], _import_datasets().Image):
-            dataset = dataset.cast_column(column, _import_datasets().Image(decode=False))
+        if isinstance(features[column], import_datasets().Image):
+            dataset = dataset.cast_column(column, import_datasets().Image(decode=False))
     if max_images is not None:
         dataset = dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:max_images]))
     return MaskedImages(

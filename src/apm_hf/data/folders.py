@@ -1,0 +1,148 @@
+"""List the images of a local folder, so that a folder of n images is n images, or the difference is said.
+
+`datasets` takes names of files and folders for splits and patterns: `test tube.jpg` becomes a test split, and a folder
+`photos [2024]` has no files. Here names are names. Folders are walked with their links, each real folder once.
+
+    FOLDER/*.jpg                      images without classes
+    FOLDER/CLASS/**/*.jpg             classes are the folders on top, below a folder that stands alone
+    FOLDER/train/CLASS/**/*.jpg       splits, where all folders on top are named so and hold classes, or when asked for
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Name of a folder -> the split it holds.
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+# `datasets` reads folders of such files, and image folders that describe their images in a file of such a name.
+TABLES, DESCRIPTIONS = (".parquet", ".arrow", ".tar"), ("metadata.csv", "metadata.jsonl")
+# Files that systems and galleries leave beside images.
+LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
+NOT_IMAGES = {".eps", ".ps", ".pdf", ".mpg", ".mpeg", ".mp4"}  # that Pillow counts among its formats
+UNREAD = {".heic", ".heif", ".svg", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng"}  # that it does not read
+
+
+@dataclass(frozen=True)
+class ListedFolder:
+    """The images of a folder.
+
+    Args:
+        splits: name -> paths, sorted.
+        classes: name of the split -> the class of every path; empty where there are none.
+        class_names: sorted.
+    """
+
+    splits: dict[str, list[str]]
+    classes: dict[str, list[str]]
+    class_names: list[str]
+
+    def dataset(self, split: str) -> Any:
+        """Return a `datasets.Dataset` of one split, with the column `image` and, where there are classes, `label`."""
+        import datasets
+
+        columns: dict[str, Any] = {"image": self.splits[split]}
+        features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+        if self.class_names:
+            columns["label"] = [self.class_names.index(name) for name in self.classes[split]]
+            features["label"] = datasets.ClassLabel(names=self.class_names)
+        return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def list_images(folder: str | os.PathLike[str], *, split: str | None = None) -> ListedFolder | None:
+    """List a folder of image files; None for a folder of tables or archives, or without images.
+
+    Args:
+        split: one that is asked for: folders on top that are named like splits are splits then, whatever they hold.
+    """
+    root = Path(folder)
+    images: list[Path] = []
+    others: list[Path] = []
+    for path in _files(root):
+        suffix = path.suffix.lower()
+        if suffix in TABLES or path.name in DESCRIPTIONS:
+            return None
+        (images if suffix in _suffixes() else others).append(path.relative_to(root))
+    if not images:
+        return None
+    unread = [path for path in others if path.suffix.lower() in UNREAD]
+    _say_left_out(logger.warning, "images of a format that cannot be read here", unread)
+    _say_left_out(logger.info, "files that are no images", [path for path in others if path not in unread])
+    parts = _by_split(images, asked=split)
+    below = {name: [path.parts[depth:] for path in paths] for name, (paths, depth) in parts.items()}
+    classes = _classes(below)
+    splits = {name: [str(root / path) for path in paths] for name, (paths, _) in parts.items()}
+    return ListedFolder(splits, classes, sorted({one for names in classes.values() for one in names}))
+
+
+def _say_left_out(log: Callable[[str], None], what: str, left: list[Path]) -> None:
+    if left:
+        named = ", ".join(path.as_posix() for path in left[:5]) + (", ..." if len(left) > 5 else "")
+        log(f"left out {len(left)} {what}: {named}")
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Yield all files below a folder, sorted, links followed, each real folder once, litter left out."""
+    seen: set[tuple[int, int]] = set()
+
+    def walk(folder: Path) -> Iterator[Path]:
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            return
+        seen.add((status.st_dev, status.st_ino))
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(".") or path.name.lower() in LITTER:
+                continue
+            if path.is_dir():
+                yield from walk(path)
+            elif path.is_file():
+                yield path
+
+    return walk(root)
+
+
+def _suffixes() -> set[str]:
+    return set(PIL.Image.registered_extensions()) - NOT_IMAGES
+
+
+def _by_split(images: list[Path], *, asked: str | None) -> dict[str, tuple[list[Path], int]]:
+    """Group images by split; also return how many folders of each path name the split."""
+    tops = {path.parts[0] for path in images if len(path.parts) > 1}
+    named = {top for top in tops if top.lower() in SPLIT_FOLDERS}
+    flat = any(len(path.parts) == 1 for path in images)
+    hold_classes = all(
+        len({path.parts[1] for path in images if path.parts[0] == top and len(path.parts) > 2}) > 1 for top in named
+    )
+    wanted = asked in {SPLIT_FOLDERS[top.lower()] for top in named}
+    if not named or flat or named != tops or not (hold_classes or wanted):
+        return {"train": (images, 0)}
+    found: dict[str, tuple[list[Path], int]] = {}
+    for path in images:
+        found.setdefault(SPLIT_FOLDERS[path.parts[0].lower()], ([], 1))[0].append(path)
+    return found
+
+
+def _classes(below: dict[str, list[tuple[str, ...]]]) -> dict[str, list[str]]:
+    """Name the class of every path: its folder on top, below folders that stand alone; empty where there are none."""
+    every = [parts for paths in below.values() for parts in paths]
+    depth = 0
+    while len({parts[depth] for parts in every}) == 1 and all(len(parts) > depth + 1 for parts in every):
+        depth += 1
+    names = {parts[depth] for parts in every if len(parts) > depth + 1}
+    if any(len(parts) <= depth + 1 for parts in every) or all(name.lower() in SPLIT_FOLDERS for name in names):
+        if names and any(len(parts) <= depth + 1 for parts in every):
+            logger.warning("images lie both in the folder and in folders below it, so that these are no classes")
+        return {}
+    return {name: [parts[depth] for parts in paths] for name, paths in below.items()}
+
+
+__all__ = ["ListedFolder", "list_images"]
