@@ -24,7 +24,7 @@ from apm_hf import APMConfig, APMModel, Teacher
 from apm_hf.distillation import DistillationConfig, distill
 from apm_hf.image_processing_apm import APMImageProcessor
 from apm_hf.runs.processes import process_state
-from apm_hf.runs.provenance import commit, machine, versions
+from apm_hf.runs.provenance import commit, computer, versions
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- training:begin -->", "<!-- training:end -->"
@@ -109,8 +109,8 @@ def section(results: dict[str, dict[str, Any] | None], options: argparse.Namespa
     known = versions()
     command = "python benchmarks/training.py" + (" --quick" if options.quick else "")
     lines = [
-        f"`{command} --batch_size {options.batch_size} --steps {options.steps}` at commit {commit()}, on {machine()}, "
-        f"torch {known['torch']}, accelerate {known['accelerate']}; one process, medians over reports.",
+        f"`{command} --batch_size {options.batch_size} --steps {options.steps}` at commit {commit()}, on "
+        f"{computer()}, torch {known['torch']}, accelerate {known['accelerate']}; one process, medians over reports.",
         "",
         "| | images/s | TFLOP/s | MFU | memory, GiB | student's share | teacher's share |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -68,6 +68,9 @@ class Fatal(Dataset):
     def __len__(self):
         return len(self.data)
 
+    def digest(self):
+        return self.data.digest()
+
     def __getitem__(self, index):
         if self.left == 0:
             self.action()

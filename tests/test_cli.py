@@ -182,7 +182,7 @@ def test_a_teacher_without_classes_of_its_own_needs_labels(apm, place):
         (["demo", "--help"], 0, ["--output_dir", "--max_steps"]),
         (["islands", "--help"], 0, ["PHOTO", "--model", "--teacher", "--movie", "--heights", "--point", "--text"]),
         (["interpolate", "--help"], 0, ["PHOTO", "--blending", "--patches", "--frames"]),
-        ([], 2, []),
+        ([], 0, ["demo", "classify"]),
         (["classify"], 2, []),
         (["nonsense"], 2, []),
     ],

@@ -81,6 +81,48 @@ def test_the_same_option_has_the_same_form_and_meaning_everywhere(parsers):
     assert {"--teacher", "--model", "--output_dir", "--seed", "--batch_size", "--steps", "--json"} <= set(seen)
 
 
+def test_without_a_command_the_help_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "distill" in out and "classify" in out
+
+
+def test_options_come_from_a_file_and_what_is_typed_overrides_them(tmp_path, parsers):
+    path = tmp_path / "run.yaml"
+    lines = (
+        "teacher: org/clip",
+        "max-steps: 7",
+        "level_layers: [1, 3]",
+        "resume: true",
+        "jitter: false",
+        "output_dir: a",
+    )
+    path.write_text("\n".join(lines))
+    arguments = ["distill", "--config", str(path), "--dataset", "photos", "--output_dir", "b"]
+    options = parse(COMMANDS, arguments, version="0")
+    assert (options.teacher, options.max_steps, options.level_layers) == ("org/clip", 7, [1, 3])
+    assert options.resume and not options.jitter and options.output_dir == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_imags: 7", "unknown option --max_imags; did you mean --max_images"),
+        ("- teacher", "expected a YAML mapping of options"),
+        ("a: [", "while parsing"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_of_options_that_cannot_be_used_is_one_line(tmp_path, capsys, text, message):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        parse(COMMANDS, ["evaluate", "--output_dir", "x", "--config", str(path)], version="0")
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_no_option_takes_a_token(parsers):
     spelt = [name for parser in parsers.values() for action in parser._actions for name in action.option_strings]
     assert spelt and not [name for name in spelt if "token" in name]
@@ -135,7 +177,7 @@ def test_wrong_usage_is_status_2_with_a_suggestion(arguments, message, capsys):
 def test_options_may_be_written_with_hyphens_and_values_stay_as_they_are():
     words = ["islands", "my-photo.png", "--output-dir=my-run", "--text", "a-b", "--point", "-0.5", "0.2", "-q"]
     options = parse(COMMANDS, words, version="")
-    assert (options.photo, options.output_dir, options.text) == ("my-photo.png", "my-run", ["a-b"])
+    assert (options.photos, options.output_dir, options.text) == (["my-photo.png"], "my-run", ["a-b"])
     assert options.point == [[-0.5, 0.2]] and options.quiet and not options.json
 
 
@@ -269,10 +311,11 @@ def test_quiet_silences_remarks_and_progress_and_leaves_no_trace(monkeypatch, ca
 
     monkeypatch.setattr(env, "environment", environment)
     level = logging.getLogger("apm_hf").level
-    for words in (["--quiet"], []):
+    for words, is_terminal in ((["--quiet"], True), ([], True), ([], False)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
         assert main(["env", "--json", *words]) == 0
-    assert [record.getMessage() for record in caplog.records] == ["warning", "remark", "warning"]
-    assert seen == [False, True] and logging.getLogger("apm_hf").level == level
+    assert [record.getMessage() for record in caplog.records] == ["warning", *["remark", "warning"] * 2]
+    assert seen == [False, True, False] and logging.getLogger("apm_hf").level == level
 
 
 # --- results ------------------------------------------------------------------------------------------------------

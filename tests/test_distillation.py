@@ -553,7 +553,7 @@ def test_a_new_run_does_not_resume_from_the_checkpoints_of_an_old_one(tmp_path):
     settings = {"max_steps": 10, "checkpoint_steps": 3, "keep_checkpoints": 2, "learning_rate": 1e-3}
     forget_accelerate()
     with pytest.raises(Interrupted):
-        run(tmp_path, Interrupting(data, 20), **settings)
+        run(tmp_path, Interrupting(data, 20), overwrite=True, **settings)
     forget_accelerate()
     resumed = run(tmp_path, data, resume=True, machine=student(seed=5), **settings)
     forget_accelerate()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from apm_hf.data.folders import list_images
+from apm_hf.data.folders import find_photos, list_images
 from apm_hf.data.loading import load_images, train_and_validation
 from fixtures_tiny import photo
 
@@ -51,15 +51,19 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
     assert [data.class_names[row["label"]] for row in data.dataset] == ["car", "plane", "train", "train"]
 
 
-def test_splits_without_classes_are_one_set_without_labels_unless_they_are_asked_for(tmp_path):
+def test_splits_without_classes_have_no_labels(tmp_path):
     folder = make(tmp_path, "train/0.jpg", "train/1.jpg", "test/2.jpg")
-    data = load_images(folder)
-    assert len(data.dataset) == 3 and data.label_column is None
-    with pytest.raises(ValueError, match="found no labels .*: labelled images lie in a folder for each class"):
-        data.require_labels()
-    assert names(load_images(folder, split="test")) == ["2.jpg"]
-    train, validation = train_and_validation(folder, split="train", validation_split="test")
+    train, validation = train_and_validation(folder)
     assert names(train) == ["0.jpg", "1.jpg"] and names(validation) == ["2.jpg"]
+    assert train.label_column is validation.label_column is None
+    with pytest.raises(ValueError, match="found no labels .*: labelled images lie in a folder for each class"):
+        validation.require_labels()
+
+
+def test_a_folder_that_stands_alone_is_a_split_only_when_it_is_asked_for(tmp_path):
+    folder = make(tmp_path, "test/0.jpg", "test/1.jpg")
+    assert load_images(folder).split == "train" and load_images(folder, split="test").split == "test"
+    assert names(load_images(folder)) == names(load_images(folder, split="test")) == ["0.jpg", "1.jpg"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -96,6 +100,14 @@ def test_a_folder_that_stands_alone_is_no_class(tmp_path):
     data = load_images(make(tmp_path, "photos/cat/0.jpg", "photos/dog/1.jpg"))
     assert data.class_names == ["cat", "dog"]
     assert load_images(make(tmp_path / "other", "all/0.jpg", "all/1.jpg")).label_column is None
+
+
+def test_photos_are_files_folders_and_patterns_each_once(tmp_path, monkeypatch):
+    make(tmp_path, "a.jpg", "b.png", "more/c.jpg", "more/deep/d.jpg", "notes.txt", "[1].jpg")
+    monkeypatch.chdir(tmp_path)
+    assert find_photos(["b.png", "more", "*.jpg"]) == ["b.png", "more/c.jpg", "more/deep/d.jpg", "[1].jpg", "a.jpg"]
+    assert find_photos(["[1].jpg", "more/**/*.jpg"]) == ["[1].jpg", "more/c.jpg", "more/deep/d.jpg"]
+    assert find_photos(["nothing.jpg", "nothing*.jpg"]) == ["nothing.jpg", "nothing*.jpg"]
 
 
 def test_a_damaged_image_stays_a_row(tmp_path):

@@ -58,7 +58,7 @@ def test_auto_classes_know_apm_where_the_package_is_imported_first(environment):
 import apm_hf
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from apm_hf.demo.embedded import DEMO_MODEL
+from apm_hf.assets import DEMO_MODEL
 assert type(AutoConfig.from_pretrained(DEMO_MODEL)) is apm_hf.APMConfig
 assert type(AutoImageProcessor.from_pretrained(DEMO_MODEL)).__module__.startswith("apm_hf.")
 print(type(AutoModel.from_pretrained(DEMO_MODEL)) is apm_hf.APMModel)

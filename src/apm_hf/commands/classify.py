@@ -38,7 +38,7 @@ SMALLER = "a smaller --batch_size"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files, folders or patterns")
     add(parser, "--teacher", "by default the one in this package")
     parser.add_argument(
         "--labels",
@@ -57,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    from ..data.folders import find_photos
     from ..data.images import decode_image, eight_bit_rgb
 
     for name in ("batch_size", "top_k"):
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name}: expected a positive number, got {getattr(options, name)}")
     classifier = _classifier(options)
     readable, errors = [], []
-    for name in options.photos:
+    for name in find_photos(options.photos):
         try:
             readable.append((name, eight_bit_rgb(decode_image(name))))
         except ValueError as error:

@@ -24,7 +24,7 @@ def console(options: argparse.Namespace) -> Iterator[TextIO]:
             handler.setFormatter(_Printable())
             logger.addHandler(handler)
             stack.callback(logger.removeHandler, handler)
-        if options.quiet:
+        if options.quiet or not sys.stderr.isatty():
             stack.enter_context(_no_progress_bars())
         if options.verbose:
             stack.enter_context(_talkative_libraries())

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from .options import SHARED
+from .options import SHARED, add
 
 HELP = "distil a teacher into an APM"
 DESCRIPTION = """
@@ -37,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     from ..distillation import DistillationConfig
     from ..distillation.recipe import TrainingConfig
 
+    add(parser, "--config")
     source = HfArgumentParser((TrainingConfig, DistillationConfig), add_help=False)
     for action in source._actions:
         name = action.option_strings[0]  # others, with hyphens, are forms that every command understands

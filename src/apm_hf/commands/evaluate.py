@@ -37,6 +37,7 @@ _OF_ALL = {"output_dir", "data", "teacher", "model", "methods", "max_images", "m
 def add_options(parser: argparse.ArgumentParser) -> None:
     # What is not given is left to the functions that do the work.
     parser.argument_default = argparse.SUPPRESS
+    add(parser, "--config")
     parser.add_argument("--task", default=TASKS[0], choices=TASKS, help="classify, or find parts and wholes")
     add(parser, "--output_dir", "results and report; an interrupted run goes on there", required=True)
     parser.add_argument(

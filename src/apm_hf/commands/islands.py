@@ -1,17 +1,25 @@
 """`apm islands`: the islands of a photo, with what they have to be compared with, and how they come about."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.files import plain_name
+from .console import printable
 from .options import add
 from .pairs import RESULT, add_pair_options, caption, load_pair, result
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from PIL import Image
+    from torch import Tensor
 
     from ..islands.pictures import IslandsConfig
     from ..pair import APM
+
+logger = logging.getLogger("apm_hf")
 
 __all__ = ["RESULT"]
 
@@ -31,7 +39,7 @@ SMALLER = "a smaller --size"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("photo", metavar="PHOTO", help="image file")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files, folders or patterns")
     add(parser, "--output_dir", "the pictures", required=True)
     add_pair_options(parser)
     parser.add_argument(
@@ -57,9 +65,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    from ..data.folders import find_photos
     from ..data.images import read_rgb
-    from ..islands.pictures import IslandsConfig, islands_picture
-    from ..ttt.photos import teacher_features
+    from ..islands.pictures import IslandsConfig
 
     config = IslandsConfig(
         size=options.size,
@@ -70,24 +78,65 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     if options.steps < 1:
         raise ValueError(f"--steps: expected a positive number, got {options.steps}")
-    photo = read_rgb(options.photo)
+    photos = find_photos(options.photos)
     pair = load_pair(options)
-    teacher = pair.teacher
-    fits = not pair.is_fitted or options.adapt or options.movie
+    teacher, fits = pair.teacher, not pair.is_fitted or options.adapt or options.movie
     if fits and teacher is None:
         raise ValueError("--adapt, --movie: expected --teacher, to whose features the student is fitted")
     if options.text and (teacher is None or not teacher.has_text):
         raise ValueError(f"--text: expected a teacher with a text tower, got {options.teacher}")
-    features, texts, movie = None, {}, list[Path]()
-    if teacher is not None:
-        features = teacher_features(teacher, [photo], fine=not pair.is_fitted)[0]
+    texts = {}
     if teacher is not None and options.text:
         texts = dict(zip(options.text, teacher.encode_text(options.text, ("{}",)), strict=True))
+    files: list[Path] = []
+    folders = _folders(photos, Path(options.output_dir))
+    errors = []
+    for path, folder in zip(photos, folders, strict=True):
+        try:
+            photo = read_rgb(path)
+        except ValueError as error:
+            if len(photos) == 1:
+                raise
+            logger.error(f"apm islands: {printable(str(error))}")
+            errors.append({"photo": path, "message": str(error)})
+            continue
+        files += _draw(pair, photo, folder, config, texts, options, fits=fits)
+    return result(options, files, pair, fitted=fits) | {"errors": errors}
+
+
+def _folders(photos: "Sequence[str]", output_dir: Path) -> list[Path]:
+    """Name a folder for the pictures of each photo: of one, the output folder itself."""
+    if len(photos) == 1:
+        return [output_dir]
+    stems = [Path(photo).stem for photo in photos]
+    return [
+        output_dir / (f"{number}-{plain_name(stem)}" if stems.count(stem) > 1 else plain_name(stem))
+        for number, stem in enumerate(stems)
+    ]
+
+
+def _draw(
+    pair: "APM",
+    photo: "Image.Image",
+    folder: Path,
+    config: "IslandsConfig",
+    texts: "Mapping[str, Tensor]",
+    options: argparse.Namespace,
+    *,
+    fits: bool,
+) -> list[Path]:
+    """Draw the islands of one photo; return the files."""
+    from ..islands.pictures import islands_picture
+    from ..ttt.photos import teacher_features
+
+    features, movie = None, list[Path]()
+    if pair.teacher is not None:
+        features = teacher_features(pair.teacher, [photo], fine=not pair.is_fitted)[0]
     if fits:
-        pair, movie = _fit(pair, photo, config, options)
+        pair, movie = _fit(pair, photo, folder, config, options)
     picture = islands_picture(
         photo,
-        Path(options.output_dir),
+        folder,
         pair.bare_model,
         pair.pixel_values(photo),
         config=config,
@@ -96,11 +145,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         text_embeds=texts,
         caption=caption(pair, f"{'' if fits else 'not '}fitted to this photo" + f" in {options.steps} steps" * fits),
     )
-    return result(options, [picture, *movie], pair, fitted=fits)
+    return [picture, *movie]
 
 
 def _fit(
-    pair: "APM", photo: "Image.Image", config: "IslandsConfig", options: argparse.Namespace
+    pair: "APM", photo: "Image.Image", folder: Path, config: "IslandsConfig", options: argparse.Namespace
 ) -> tuple["APM", list[Path]]:
     """Fit the student to the photo; also return the files of the movie, if one is asked for."""
     from ..islands.fitting_film import IslandsMovie
@@ -119,4 +168,4 @@ def _fit(
     )
     fitted = pair.fit(photo, steps=options.steps, seed=options.seed, on_step=movie.on_step)
     movie.on_step(options.steps, fitted.bare_model)
-    return fitted, movie.write(Path(options.output_dir))
+    return fitted, movie.write(folder)

@@ -22,6 +22,7 @@ RESULT = {
     "teacher": "as given; null is the embedded one, or none",
     "num_parameters": "of the student",
     "fitted": "whether the student was fitted to what is drawn",
+    "errors": "a list: photo and message, of those that could not be read",
 }
 
 
@@ -34,6 +35,7 @@ def result(options: argparse.Namespace, files: "Sequence[Path]", pair: "APM", *,
         "teacher": options.teacher,
         "num_parameters": pair.bare_model.num_parameters(),
         "fitted": fitted,
+        "errors": [],
     }
 
 

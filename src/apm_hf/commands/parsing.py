@@ -22,16 +22,57 @@ def parse(commands: Mapping[str, ModuleType], arguments: Sequence[str], *, versi
         SystemExit: 2 for wrong usage, 0 after `--help` and `--version`.
     """
     arguments = with_underscores(arguments)
+    if not arguments:
+        build_parsers(commands, version=version, only="")[0].print_help()
+        raise SystemExit(0)
     name = next((word for word in arguments if not word.startswith("-")), "")
     parser, parsers = build_parsers(commands, version=version, only=name)
     if name and name not in parsers:
         parser.error(f"unknown command {name!r}{_suggestion(name, parsers)}")
     if name:
-        _refuse_unknown(parsers[name], arguments[arguments.index(name) + 1 :])
+        place = arguments.index(name) + 1
+        _refuse_unknown(parsers[name], arguments[place:])
+        if "--config" in parsers[name]._option_string_actions:
+            try:
+                own = _from_file(arguments[place:])
+            except (OSError, ValueError) as error:
+                parsers[name].error(str(error))
+            _refuse_unknown(parsers[name], own)
+            arguments = [*arguments[:place], *own, *arguments[place:]]  # what is typed comes last, and counts
     given = argparse.Namespace(
         commands=commands, arguments=arguments, json=False, quiet=False, verbose=False, debug=False
     )
     return parser.parse_args(arguments, given)
+
+
+def _from_file(arguments: Sequence[str]) -> list[str]:
+    """Return the options that the file behind `--config` holds, as they would be typed.
+
+    Raises:
+        ValueError, OSError: for what is no YAML mapping of options to values, or no file.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(list(arguments))[0].config
+    if path is None:
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
+        raise ValueError(f"--config: expected a YAML mapping of options to values in {path}")
+    words: list[str] = []
+    for key, value in entries.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + key.replace("-", "_"))
+        if value is not True:
+            words += [str(one) for one in (value if isinstance(value, list) else [value])]
+    return words
 
 
 def build_parsers(
@@ -58,6 +99,7 @@ def build_parsers(
             for action in options._actions:
                 if action.metavar is None and action.choices is None and action.type in NUMBER:
                     action.metavar = NUMBER[action.type]
+            options.usage = _usage(options)
             options.set_defaults(run=command.run)
     return parser, subparsers.choices
 
@@ -78,6 +120,19 @@ def option_help(parser: argparse.ArgumentParser, action: argparse.Action) -> str
     """An option's help with its default, as `--help` prints it."""
     formatter = _Formatter(parser.prog)
     return formatter._expand_help(action) if action.help else ""
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """What must be given; all options stand below."""
+    words = [parser.prog, "[options]"]
+    for action in parser._actions:
+        if action.option_strings and action.required:
+            words += [action.option_strings[0], str(action.metavar)]
+        elif not action.option_strings:
+            dots = " ..." if action.nargs == "+" else ""
+            choices = "{" + ",".join(map(str, action.choices or ())) + "}"
+            words += [f"{action.metavar or choices}{dots}"] * int(action.nargs if isinstance(action.nargs, int) else 1)
+    return " ".join(map(str, words))
 
 
 def _is_option(word: str) -> bool:

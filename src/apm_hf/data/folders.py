@@ -5,11 +5,12 @@
 
     FOLDER/*.jpg                      images without classes
     FOLDER/CLASS/**/*.jpg             classes are the folders on top, below a folder that stands alone
-    FOLDER/train/CLASS/**/*.jpg       splits, where all folders on top are named so and hold classes, or when asked for
+    FOLDER/train/... FOLDER/test/...  splits, where all folders on top are named so; with or without classes in them
 """
 
+import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def list_images(folder: str | os.PathLike[str], *, split: str | None = None) -> 
     """List a folder of image files; None for a folder of tables or archives, or without images.
 
     Args:
-        split: one that is asked for: folders on top that are named like splits are splits then, whatever they hold.
+        split: one that is asked for: a folder on top that is named so is a split then, even if it stands alone.
     """
     root = Path(folder)
     images: list[Path] = []
@@ -122,8 +123,8 @@ def _by_split(images: list[Path], *, asked: str | None) -> dict[str, tuple[list[
     hold_classes = all(
         len({path.parts[1] for path in images if path.parts[0] == top and len(path.parts) > 2}) > 1 for top in named
     )
-    wanted = asked in {SPLIT_FOLDERS[top.lower()] for top in named}
-    if not named or flat or named != tops or not (hold_classes or wanted):
+    splits = {SPLIT_FOLDERS[top.lower()] for top in named}
+    if flat or named != tops or not (len(splits) > 1 or asked in splits or (named and hold_classes)):
         return {"train": (images, 0)}
     found: dict[str, tuple[list[Path], int]] = {}
     for path in images:
@@ -145,4 +146,20 @@ def _classes(below: dict[str, list[tuple[str, ...]]]) -> dict[str, list[str]]:
     return {name: [parts[depth] for parts in paths] for name, paths in below.items()}
 
 
-__all__ = ["ListedFolder", "list_images"]
+def find_photos(names: Iterable[str]) -> list[str]:
+    """Return the files that names mean: all images below folders, what patterns match, and all other names as they are.
+
+    A folder or pattern without an image is returned too, so that whoever opens it says what is wrong.
+    """
+    found: list[str] = []
+    for name in names:
+        images: list[str] = []
+        if os.path.isdir(name):
+            images = [str(path) for path in _files(Path(name)) if path.suffix.lower() in _suffixes()]
+        elif not os.path.exists(name) and glob.has_magic(name):
+            images = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+        found += images or [name]
+    return list(dict.fromkeys(found))
+
+
+__all__ = ["ListedFolder", "find_photos", "list_images"]

@@ -27,6 +27,7 @@ from ..modeling_apm import APMModel
 from ..runs.checkpoints import FOLDER, PARTIAL, Checkpoints, progress_of
 from ..runs.files import move_files, writable_folder
 from ..runs.processes import process_state
+from ..runs.progress import no_loading_bars
 from ..runs.run import Run
 from ..runs.stopping import RunStopped, StopRequests, ignore_stop_requests
 from ..runs.unreadable_images import SKIPPED, SkippedImages, readable
@@ -457,7 +458,8 @@ class _Distillation:
         if self.accelerator.is_main_process:
             partial = self.output_dir / f".model{PARTIAL}"
             shutil.rmtree(partial, ignore_errors=True)
-            student.save_pretrained(partial)
+            with no_loading_bars():
+                student.save_pretrained(partial)
             self.image_processor.save_pretrained(partial)
             (partial / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
             (partial / "speed.json").write_text(json.dumps(self.speed.summary(), indent=2) + "\n")

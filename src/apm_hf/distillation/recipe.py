@@ -41,15 +41,15 @@ class TrainingConfig:
         metadata={"help": "teacher, a Hub name or a folder; e.g. facebook/dinov2-with-registers-large"}
     )
     extra_teachers: list[str] = field(
-        default_factory=list, metadata={"help": "NAME=TEACHER of further teachers, each for a head NAME of its own"}
+        default_factory=list, metadata={"help": "NAME=TEACHER of additional teachers, each for a head called NAME"}
     )
-    teacher_dtype: str | None = field(default=None, metadata={"help": "bfloat16, ...; see load_teacher"})
+    teacher_dtype: str | None = field(default=None, metadata={"help": "precision of the teacher, e.g. bfloat16"})
     dataset: str = field(
         metadata={"help": "images, a Hub dataset, a folder, parquet or tar files; org/name, or org/name:config"}
     )
     feature_cache: str | None = field(
         default=None,
-        metadata={"help": "folder of `apm cache-features`, read instead of asking the teacher about training images"},
+        metadata={"help": "folder made by `apm cache-features`; the teacher is not run on training images then"},
     )
     preset: str = field(
         default="tiny", metadata={"help": "ready-made settings; the architecture dinov2-large, clip-ttt or tiny"}
@@ -60,14 +60,18 @@ class TrainingConfig:
     image_processor: str = field(
         default="{}", metadata={"help": "JSON: options of APMImageProcessor, e.g. '{\"do_min_max\": true}'"}
     )
-    split: str | None = field(default=None, metadata={"help": "split of the data; to train on, by default found"})
-    validation_split: str | None = field(default=None, metadata={"help": "by default found, or held out"})
-    image_column: str | None = field(default=None, metadata={"help": "column of the images, by default found"})
-    label_column: str | None = field(default=None, metadata={"help": "by default found; not used in training"})
-    random_crops: bool = field(default=False, metadata={"help": "show random parts of images, mirrored half the time"})
+    split: str | None = field(default=None, metadata={"help": "split of the data set; for training, found by default"})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "split for validation; found, or held out, by default"}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "column that holds the images, found by default"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column that holds the labels, found by default; not used in training"}
+    )
+    random_crops: bool = field(default=False, metadata={"help": "train on random crops, mirrored half the time"})
     streaming: bool = field(default=False, metadata={"help": "read the dataset while training"})
-    max_images: int | None = field(default=None, metadata={"help": "use so many images; to train on"})
-    max_validation_images: int = field(default=256, metadata={"help": "validate on so many images"})
+    max_images: int | None = field(default=None, metadata={"help": "use at most this many images; for training"})
+    max_validation_images: int = field(default=256, metadata={"help": "use at most this many images for validation"})
     push_to_hub: bool = field(default=False, metadata={"help": "publish the result, with its card"})
     hub_model_id: str | None = field(default=None, metadata={"help": "repository, user/name"})
 

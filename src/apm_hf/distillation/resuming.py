@@ -67,14 +67,17 @@ def facts(
         "data": data,
         "sharded": sharded,
         "feature_cache": feature_cache,
-        "teachers": {
-            name: f"{public_name(one.name)}, weights {weights_digest(one.model, dtype=torch.bfloat16)[:16]}"
-            for name, one in teachers.items()
-        },
+        "teachers": {name: f"{public_name(one.name)}, weights {_weights(one)[:16]}" for name, one in teachers.items()},
         "versions": versions(),
         "student": _without_what_was_found(student.to_dict()),
     }
     return json.loads(json.dumps(known))
+
+
+def _weights(teacher: Any) -> str:
+    """Digest of a teacher's weights, whatever their precision; of what is no module, none."""
+    is_module = isinstance(teacher.model, torch.nn.Module)
+    return weights_digest(teacher.model, dtype=torch.bfloat16) if is_module else "unknown"
 
 
 def check_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

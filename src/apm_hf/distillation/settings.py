@@ -16,35 +16,39 @@ class DistillationConfig:
         ValueError: for a value outside its range; says what was expected.
     """
 
-    output_dir: str = field(metadata={"help": "folder of what is made; model, checkpoints, logs and pictures"})
-    max_steps: int = field(default=1000, metadata={"help": "optimiser steps of the distillation"})
-    batch_size: int = field(default=64, metadata={"help": "images at a time; in every process, a forward pass"})
+    output_dir: str = field(metadata={"help": "output folder; for the model, checkpoints, logs and pictures"})
+    max_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
+    batch_size: int = field(default=64, metadata={"help": "images per batch; of each process, per forward pass"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimiser step"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of Adam"})
     warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up, before the cosine decay"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 never"})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "largest gradient norm; longer gradients are clipped, 0 clips none"}
+    )
     num_locations: int | None = field(
-        default=None, metadata={"help": "random teacher patches asked about at each step; all of them by default"}
+        default=None, metadata={"help": "teacher patches drawn per step; all of them by default"}
     )
-    grid_weight: float = field(default=1.0, metadata={"help": "weight of L_grid, the teacher's patch features"})
-    cls_weight: float = field(default=1.0, metadata={"help": "weight of L_cls, the teacher's image embedding"})
-    rgb_weight: float = field(default=1.0, metadata={"help": "weight of L_rgb, the image's own colours"})
+    grid_weight: float = field(default=1.0, metadata={"help": "weight of the loss on the teacher's patch features"})
+    cls_weight: float = field(default=1.0, metadata={"help": "weight of the loss on the teacher's image embedding"})
+    rgb_weight: float = field(default=1.0, metadata={"help": "weight of the loss on the image's colours"})
     level_layers: list[int] | None = field(
-        default=None, metadata={"help": "teacher layers, low to high, that the student's levels are distilled from"}
+        default=None, metadata={"help": "teacher layers, low to high, for the student's levels"}
     )
-    level_weight: float = field(default=1.0, metadata={"help": "weight of L_level, where there are levels"})
+    level_weight: float = field(default=1.0, metadata={"help": "weight of the loss on levels"})
     jitter: bool = field(
-        default=False, metadata={"help": "move the teacher's grid by a random part of a patch at every step"}
+        default=False, metadata={"help": "shift the teacher's grid by a random part of a patch at each step"}
     )
     statistics_images: int = field(
         default=0,
-        metadata={"help": "images on which teachers' feature statistics are measured before the first step; 0 never"},
+        metadata={
+            "help": "images for measuring the teachers' feature statistics before the first step; 0 measures none"
+        },
     )
     statistics: str = field(
-        default="channel", metadata={"help": "a standard deviation per channel, or one scalar, which keeps cosines"}
+        default="channel", metadata={"help": "standardise per channel, or by one scalar, which keeps cosines"}
     )
     teacher_batch_size: int | None = field(
-        default=None, metadata={"help": "images that the teachers are shown at a time; a whole pass by default"}
+        default=None, metadata={"help": "images per forward pass of the teachers; a whole batch by default"}
     )
     mixed_precision: str | None = field(
         default=None, metadata={"help": "no, bf16 or fp16; by default bf16 where a GPU supports it, else no"}
@@ -55,22 +59,29 @@ class DistillationConfig:
     )
     logging_steps: int = field(default=10, metadata={"help": "steps between reports of losses and speed"})
     peak_tflops: float | None = field(
-        default=None, metadata={"help": "what one device can do, for MFU, where its name does not tell"}
+        default=None, metadata={"help": "peak TFLOP/s of one device, for MFU, where its name is unknown"}
     )
-    validation_steps: int = field(default=200, metadata={"help": "steps between validations; also one at each end"})
-    checkpoint_steps: int = field(default=500, metadata={"help": "steps between checkpoints; 0 only when stopped"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "how many whole checkpoints stay on the disk"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint in output_dir"})
+    validation_steps: int = field(
+        default=200, metadata={"help": "steps between validations; there is one before and after training, too"}
+    )
+    checkpoint_steps: int = field(
+        default=500, metadata={"help": "steps between checkpoints; 0 saves one only when the run is stopped"}
+    )
+    keep_checkpoints: int = field(default=2, metadata={"help": "number of checkpoints that stay on disk"})
+    resume: bool = field(default=False, metadata={"help": "resume an interrupted run in output_dir"})
     overwrite: bool = field(
-        default=False, metadata={"help": "replace what output_dir holds, once the new run has saved a checkpoint"}
+        default=False,
+        metadata={
+            "help": "replace an earlier run in output_dir, which is deleted once this one has saved a checkpoint"
+        },
     )
     max_bad_images: int = field(
-        default=0, metadata={"help": "unreadable images that are skipped and listed before the run stops"}
+        default=0, metadata={"help": "stop after this many unreadable images; until then they are skipped and listed"}
     )
-    num_workers: int = field(default=0, metadata={"help": "processes that load images, per training process"})
-    num_pictures: int = field(default=4, metadata={"help": "validation images drawn at each validation"})
+    num_workers: int = field(default=0, metadata={"help": "processes that load images, for each training process"})
+    num_pictures: int = field(default=4, metadata={"help": "images drawn at each validation"})
     report_to: str = field(default="tensorboard", metadata={"help": "an Accelerate tracker, or none"})
-    seed: int = field(default=0, metadata={"help": "of everything that is drawn; weights, images, locations"})
+    seed: int = field(default=0, metadata={"help": "random seed; of weights, images and locations"})
 
     def __post_init__(self) -> None:
         if not self.output_dir:

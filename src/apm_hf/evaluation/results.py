@@ -311,7 +311,7 @@ def _read_lines(path: Path, add: Callable[[Any, int], None]) -> None:
 def _read_info(path: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        info |= info.pop("identity", {})
+        info = {**info, **info.get("identity", {})}
         for method, entry in info["methods"].items():
             if not isinstance(entry["title"], str) or not isinstance(entry["baseline"], str | None):
                 raise ValueError(f"expected a title and a baseline or null of the method {method!r}, got {entry}")

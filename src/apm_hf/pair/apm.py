@@ -30,6 +30,7 @@ from ..assets import DEMO_MODEL, DEMO_TEACHER
 from ..data.images import read_rgb
 from ..modeling_apm import APMModel, APMPreTrainedModel
 from ..runs.identity import processor_settings, weights_digest
+from ..runs.progress import no_loading_bars
 from ..teachers import DEFAULT_TEMPLATES, Teacher, load_teacher
 from ..teachers.images import rgb_images
 from ..teachers.matching import matching_image_processor
@@ -136,7 +137,8 @@ class APM:
         student, image_processor = model, None
         if isinstance(model, str | os.PathLike):
             name = os.fspath(model)
-            student = AutoModel.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
+            with no_loading_bars():
+                student = AutoModel.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
         pair = cls(cast(APMPreTrainedModel | None, student), None, teacher)
         if isinstance(model, str | os.PathLike):
             image_processor = AutoImageProcessor.from_pretrained(os.fspath(model))

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..runs.devices import default_device
 from ..runs.identity import processor_settings, weights_digest
+from ..runs.progress import no_loading_bars
 from .families import DUAL_ENCODERS, VISION_TOWERS
 from .images import fitted, plain_image_processor, process, rgb_images, square_side
 from .licenses import public_name
@@ -330,7 +331,7 @@ def load_teacher(
             auto_class = AutoModelForImageClassification
         else:
             options = dict(family.bare_options)
-    with _loading(name, "model"):
+    with _loading(name, "model"), no_loading_bars():
         model, report = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **trusted, **options)
     # transformers fills missing weights at random. The mask token alone is of no use to a teacher.
     if missing := sorted(key for key in report["missing_keys"] if not key.endswith("mask_token")):
