@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..data.corruptions import CORRUPTION_NAMES, EXTRA_CORRUPTION_NAMES
-from .methods.task import Method, options_of
+from .methods.task import Method, method_options
 
 CLEAN = "none"
 
@@ -144,7 +144,7 @@ def describe(sweeps: Sequence[Sweep], methods: dict[str, Method], *, batch_size:
                 "title": method.title,
                 "baseline": method.baseline,
                 "num_views": method.num_views,
-                "options": {key: short_name(str(value)) for key, value in options_of(method).items()},
+                "options": {key: short_name(str(value)) for key, value in method_options(method).items()},
             }
             for name, method in methods.items()
         },

@@ -3,7 +3,7 @@
 Every figure has panels; a method has the same colour, marker and dash in all of them. Reference methods (the teacher)
 are black or grey. Accuracies come in as [0, 1] and are drawn in %.
 
-Colours are those of Okabe & Ito, which colour-blind readers can tell apart (https://jfly.uni-koeln.de/color).
+Colours are those of Okabe & Ito, which colour-blind readers can distinguish (https://jfly.uni-koeln.de/color).
 """
 
 import io

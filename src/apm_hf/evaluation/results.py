@@ -168,8 +168,8 @@ class Run:
                 seen |= {cell.scene} if len(images) else set()
         if not pairs or seen != wanted:
             return None
-        our_answers, their_answers, of_images = zip(*pairs, strict=True)
-        return np.concatenate(our_answers), np.concatenate(their_answers), np.concatenate(of_images)
+        ours, theirs, of_images = zip(*pairs, strict=True)
+        return np.concatenate(ours), np.concatenate(theirs), np.concatenate(of_images)
 
     def difference(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> Interval | None:
         """Return the accuracy minus the baseline's, over the rows that both have."""
