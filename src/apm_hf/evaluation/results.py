@@ -168,8 +168,8 @@ class Run:
                 seen |= {cell.scene} if len(images) else set()
         if not pairs or seen != wanted:
             return None
-        ours, theirs, of_images = zip(*pairs, strict=True)
-        return np.concatenate(ours), np.concatenate(theirs), np.concatenate(of_images)
+        correct, baseline_correct, of_images = zip(*pairs, strict=True)
+        return np.concatenate(correct), np.concatenate(baseline_correct), np.concatenate(of_images)
 
     def difference(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> Interval | None:
         """Return the accuracy minus the baseline's, over the rows that both have."""
