@@ -182,12 +182,12 @@ class _Fit:
             optimizer.step()
             optimizer.zero_grad()
             if done is not None and done.any():
-                kept = (~done).nonzero()[:, 0].to(device)
+                remaining = (~done).nonzero()[:, 0].to(device)
                 images, old = images[~done], models
-                models = old.take(kept)
-                optimizer = _hand_over(optimizer, old, models, kept)
-                loss.keep(kept)
-                stopper.keep(kept)
+                models = old.take(remaining)
+                optimizer = _transfer_state(optimizer, old, models, remaining)
+                loss.keep(remaining)
+                stopper.keep(remaining)
         with torch.no_grad():
             pooled = models(now)["pooled"]
         self._finish(models, images, pooled)
@@ -219,14 +219,14 @@ class _Fit:
         self.models |= {image: (models, place) for place, image in enumerate(images.tolist())}
 
 
-def _hand_over(
-    optimizer: torch.optim.Optimizer, old: StackedModels, new: StackedModels, kept: Tensor
+def _transfer_state(
+    optimizer: torch.optim.Optimizer, old: StackedModels, new: StackedModels, remaining: Tensor
 ) -> torch.optim.Optimizer:
-    """Return an optimiser of the models kept that goes on with their state."""
+    """Return an optimiser of the models remaining that goes on with their state."""
     successor = torch.optim.Adam(new.learnt(), lr=optimizer.param_groups[0]["lr"], fused=True)
     for before, after in zip(old.learnt(), new.learnt(), strict=True):
         state = optimizer.state[before]
-        successor.state[after] = {name: value[kept] if value.ndim else value for name, value in state.items()}
+        successor.state[after] = {name: value[remaining] if value.ndim else value for name, value in state.items()}
     return successor
 
 

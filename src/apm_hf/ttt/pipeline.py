@@ -72,8 +72,8 @@ class TestTimeTrainingPipeline(Pipeline):
         options.pop("local_files_only", None)  # `transformers.pipeline` has used it
         super().__init__(model=model, **options)
         self.teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=self.device)
-        if (width := model.config.feature_size) != (wanted := self.teacher.feature_size):
-            raise ValueError(f"model: expected features as wide as the teacher's, {wanted}, got {width}")
+        if (width := model.config.feature_size) != (expected := self.teacher.feature_size):
+            raise ValueError(f"model: expected features as wide as the teacher's, {expected}, got {width}")
         matching = matching_image_processor(self.teacher, model.config.image_size)
         self.image_processor: Any = self.image_processor or matching
         self._text_embeds: dict[Any, Tensor] = {}
@@ -151,8 +151,8 @@ class TestTimeTrainingPipeline(Pipeline):
         columns = {"score": outputs["scores"][0].tolist() if known else [None] * len(labels), "label": labels}
         if return_teacher:
             columns["teacher_score"] = outputs["teacher_scores"][0].tolist()
-        answers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return sorted(answers, key=lambda answer: -answer["score"]) if known else answers
+        predictions = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return sorted(predictions, key=lambda prediction: -prediction["score"]) if known else predictions
 
 
 PIPELINE_REGISTRY.register_pipeline(

@@ -283,8 +283,8 @@ class StackedModels(nn.Module):
         if trigger_column is None and pixel_values is not None:
             self.cells = grid_patches(pixel_values, model.config.patch_size).mT.contiguous()  # (B, Q, L)
         if model.config.local_patch and pixel_values is not None:
-            own = grid == (model.config.grid_size, model.config.grid_size)
-            where = None if own else grid_coordinates(*grid, device=model.device)[None]
+            is_model_grid = grid == (model.config.grid_size, model.config.grid_size)
+            where = None if is_model_grid else grid_coordinates(*grid, device=model.device)[None]
             patches = local_patches(pixel_values, model.config.patch_size, model.config.local_patch_scales, where)
             self.patches = patches.to(self.dtype)  # (B, rows * cols, Q)
         self.trigger_column = trigger_column

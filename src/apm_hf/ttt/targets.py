@@ -134,7 +134,7 @@ class Loss:
             num_targets = self.embeds.shape[1]
             equal = torch.full((num_targets,), 1 / num_targets, dtype=torch.float32)
             self.embed_weights = (equal if targets.embed_weights is None else targets.embed_weights).to(device)
-        self.wanted: dict[str, Tensor] = {}  # (B, L, ...)
+        self.expected: dict[str, Tensor] = {}  # (B, L, ...)
         for name in self.weights:
             if (values := getattr(targets, name)) is not None:
                 values = values[images].to(device)
@@ -143,7 +143,7 @@ class Loss:
                 if columns.shape[-2:] != targets.grid:
                     columns = F.interpolate(columns, targets.grid, mode="bilinear", align_corners=False)
                 columns = columns.flatten(2).mT.contiguous()  # (B, L, N * C)
-                self.wanted[name] = columns.unflatten(-1, (values.shape[1], -1)) if name == "levels" else columns
+                self.expected[name] = columns.unflatten(-1, (values.shape[1], -1)) if name == "levels" else columns
 
     def __call__(self, outputs: dict[str, Tensor], where: Tensor | None) -> Tensor:
         """Return `(B,)` for the outputs of [`StackedModels`] at these locations."""
@@ -151,19 +151,19 @@ class Loss:
         if self.embeds is not None and self.embed_weights is not None:
             errors = self._scaled(outputs["pooled"][:, None] - self.embeds).square().mean(dim=2)  # (B, T)
             terms.append(self.cls_weight * (errors * self.embed_weights).sum(dim=1))
-        for name, wanted in self.wanted.items():
-            error = outputs[name] - at(wanted, where)
+        for name, expected in self.expected.items():
+            error = outputs[name] - at(expected, where)
             error = self._scaled(error) if name == "features" else error
             terms.append(self.weights[name] * error.square().flatten(1).mean(dim=1))
         return torch.stack(terms).sum(dim=0)
 
     def target_size(self) -> Tensor | None:
         """Return the root mean square of the (standardised) target features, `(B, 1, 1)`, if there are any."""
-        wanted = self.embeds if self.embeds is not None else self.wanted.get("features")
-        if wanted is None:
+        expected = self.embeds if self.embeds is not None else self.expected.get("features")
+        if expected is None:
             return None
-        wanted = self._scaled(wanted if self.mean is None else wanted - self.mean)
-        return wanted.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        expected = self._scaled(expected if self.mean is None else expected - self.mean)
+        return expected.square().mean(dim=(1, 2), keepdim=True).sqrt()
 
     def cosine(self, pooled: Tensor) -> Tensor | None:
         """Return the cosines `(B,)` of pooled features `(B, F)` to the (mean) target; None where it has none."""
@@ -177,7 +177,7 @@ class Loss:
     def keep(self, images: Tensor) -> None:
         """Go on with these images alone, `(B',)` indices."""
         self.embeds = None if self.embeds is None else self.embeds[images]
-        self.wanted = {name: values[images] for name, values in self.wanted.items()}
+        self.expected = {name: values[images] for name, values in self.expected.items()}
 
 
 class Stopper:
