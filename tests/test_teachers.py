@@ -569,7 +569,7 @@ def test_unknown_labels_are_listed_up_to_five(teacher_of):
 
 
 def test_one_label_in_two_spellings_is_refused(teacher_of):
-    with pytest.raises(ValueError, match=r"'Cat' \(asked for twice\)"):
+    with pytest.raises(ValueError, match=r"'Cat' \(given twice\)"):
         teacher_of("vit-classifier").encode_text(["cat", "Cat"])
 
 

@@ -44,11 +44,11 @@ def encode_densely(
         for column in range(factor):
             # From the middle of a patch to the middle of the fine cell, in pixels.
             shift = [((number + 0.5) / factor - 0.5) * teacher.patch_size for number in (row, column)]
-            answer = plain
+            outputs = plain
             if any(shift):
-                answer = teacher.encode_images(pixel_values=moved(pixel_values, *shift), layers=layers)
+                outputs = teacher.encode_images(pixel_values=moved(pixel_values, *shift), layers=layers)
             for name, values in finer.items():  # (..., rows, cols, width)
-                values[..., row::factor, column::factor, :] = answer[name]
+                values[..., row::factor, column::factor, :] = outputs[name]
     return TeacherOutput(image_embeds=plain.image_embeds, **finer)
 
 

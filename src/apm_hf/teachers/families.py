@@ -31,7 +31,7 @@ def _linear_head(model: Any) -> LinearHead:
     return head if isinstance(head, nn.Linear) else None
 
 
-def _says_classifier(config: Any) -> bool:
+def _is_classifier(config: Any) -> bool:
     return any("ForImageClassification" in architecture for architecture in config.architectures or [])
 
 
@@ -66,7 +66,7 @@ class VisionTower:
     num_layers: Callable[[Any], int] = lambda tower: tower.config.num_hidden_layers
     hidden_size: Callable[[Any], int] = lambda tower: tower.config.hidden_size
     feature_size: Callable[[Any], int] | None = None
-    is_classifier: Callable[[Any], bool] = _says_classifier
+    is_classifier: Callable[[Any], bool] = _is_classifier
     tower: Callable[[Any], Any] = lambda model: model.base_model
     head: Callable[[Any], LinearHead] = _linear_head
 
@@ -241,7 +241,7 @@ VISION_TOWERS: dict[str, VisionTower] = {
         hidden_size=_timm_width,
         feature_size=lambda model: getattr(model.timm_model, "head_hidden_size", model.timm_model.num_features),
         # timm's own files on the Hub say how many classes there are and name no class of transformers.
-        is_classifier=lambda config: _says_classifier(config) or not config.architectures and config.num_labels > 0,
+        is_classifier=lambda config: _is_classifier(config) or not config.architectures and config.num_labels > 0,
         tower=lambda model: model,
         head=_timm_head,
     ),

@@ -80,16 +80,16 @@ def fitted(image_processor: Any, patch_size: int, *, side: int) -> Any:
     made = square_side(image_processor, side)
     if made % patch_size == 0:
         return image_processor
-    wanted = made // patch_size * patch_size
+    smaller_side = made // patch_size * patch_size
     name = "crop_size" if getattr(image_processor, "do_center_crop", False) else "size"
     size = dict(getattr(image_processor, name, None) or {})
-    if wanted and size and hasattr(image_processor, "to_dict"):
-        sides = {key: wanted for key, value in size.items() if value}
+    if smaller_side and size and hasattr(image_processor, "to_dict"):
+        sides = {key: smaller_side for key, value in size.items() if value}
         smaller = type(image_processor).from_dict(image_processor.to_dict() | {name: sides})
-        if square_side(smaller, side) == wanted:
+        if square_side(smaller, side) == smaller_side:
             logger.warning_once(
                 f"The image processor makes {made} pixels, no multiple of the patch size {patch_size}: "
-                f"it now makes {wanted}, so that the grid covers the image."
+                f"it now makes {smaller_side}, so that the grid covers the image."
             )
             return smaller
     raise ValueError(
@@ -110,7 +110,7 @@ def plain_image_processor(image_processor: Any) -> Any:
     """
     kind = type(image_processor).__name__
     if kind.startswith("TimmWrapper"):
-        return _of_timm(image_processor.data_config)
+        return _from_timm(image_processor.data_config)
     if kind.startswith("ConvNext"):
         side = dict(image_processor.size)["shortest_edge"]
         if side >= _WARPED_FROM:
@@ -133,7 +133,7 @@ def _like(image_processor: Any, **sizes: Any) -> Any:
     return CLIPImageProcessor(**options)
 
 
-def _of_timm(data: Mapping[str, Any]) -> Any:
+def _from_timm(data: Mapping[str, Any]) -> Any:
     """What `timm.data.create_transform` makes of such a configuration for evaluation."""
     _, height, width = data["input_size"]
     crop, mode = {"height": height, "width": width}, data.get("crop_mode") or "center"

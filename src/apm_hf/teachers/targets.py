@@ -100,14 +100,14 @@ class TargetCache(Dataset):
         starts = tqdm(range(0, len(images), BATCH_SIZE), desc=description, disable=description is None)
         for start in starts:
             batch = [images[i] for i in range(start, min(start + BATCH_SIZE, len(images)))]
-            seen = teacher.pixel_values(batch)
-            answer = encode_densely(teacher, seen, factor, layers=layers)
-            assert answer.image_embeds is not None and answer.features is not None
+            teacher_pixels = teacher.pixel_values(batch)
+            outputs = encode_densely(teacher, teacher_pixels, factor, layers=layers)
+            assert outputs.image_embeds is not None and outputs.features is not None
             pixels.append(image_processor(batch, return_tensors="pt")["pixel_values"])
-            embeds.append(answer.image_embeds.cpu())
-            features.append(answer.features.to("cpu", dtype))
-            if answer.levels is not None:
-                levels.append(normalise_levels(answer.levels).to("cpu", dtype))
+            embeds.append(outputs.image_embeds.cpu())
+            features.append(outputs.features.to("cpu", dtype))
+            if outputs.levels is not None:
+                levels.append(normalise_levels(outputs.levels).to("cpu", dtype))
         column = torch.cat(levels) if levels else None
         return cls(torch.cat(pixels), torch.cat(embeds), torch.cat(features), levels=column)
 
@@ -132,10 +132,10 @@ class TargetCache(Dataset):
         return len(self.pixel_values)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        answer = self.order[index]
+        target = self.order[index]
         row = {
             "pixel_values": self.pixel_values[index],
-            "image_embeds": self.image_embeds[answer],
-            "features": self.features[answer],
+            "image_embeds": self.image_embeds[target],
+            "features": self.features[target],
         }
-        return row if self.levels is None else row | {"levels": self.levels[answer]}
+        return row if self.levels is None else row | {"levels": self.levels[target]}

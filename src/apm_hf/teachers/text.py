@@ -124,7 +124,7 @@ class ClassWeights:
             if len(matches) == 1 and matches[0] not in rows:
                 rows.append(matches[0])
             elif len(matches) == 1:
-                problems.append(f"'{name}' (asked for twice)")
+                problems.append(f"'{name}' (given twice)")
             else:
                 choices = " or ".join(f"'{self.names[row]}'" for row in matches)
                 problems.append(f"'{name}' (ambiguous: {choices})" if matches else f"'{name}' (unknown)")

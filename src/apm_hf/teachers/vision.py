@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .families import DUAL_ENCODERS, VISION_TOWERS, DualEncoder, LinearHead, VisionTower
 
 Grid = tuple[int, int]
-Answers = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 ModuleOutputs = Callable[[nn.Module, Tensor], Any]
 
 
@@ -66,7 +66,7 @@ class FamilyVision:
             return self.model.vision_model
         return VISION_TOWERS[self.model.config.model_type].tower(self.model) if self.is_classifier else self.model
 
-    def encode(self, pixel_values: Tensor, layers: Sequence[int] | None) -> Answers:
+    def encode(self, pixel_values: Tensor, layers: Sequence[int] | None) -> Outputs:
         """`image_embeds` `(B, F)`, `features` `(B, rows, cols, F)` and, with layers, `levels` `(B, N, rows, cols, C)`.
 
         Raises:
@@ -91,13 +91,13 @@ class FamilyVision:
         if self.dual:
             project = self.dual_encoder.project
             image_embeds, features = project(self.model, image_embeds), project(self.model, features)
-        answers = {"image_embeds": image_embeds, "features": features}
+        outputs = {"image_embeds": image_embeds, "features": features}
         if layers is not None:
             if (num_states := len(states.hidden_states)) != self.num_layers + 1:
                 raise ValueError(f"Expected {self.num_layers + 1} hidden states, got {num_states}.")
             levels = [_widened(self._patches(states.hidden_states[n], grid), self.hidden_size) for n in layers]
-            answers["levels"] = torch.stack(levels, dim=1)  # N times (B, rows, cols, C) -> (B, N, rows, cols, C)
-        return answers
+            outputs["levels"] = torch.stack(levels, dim=1)  # N times (B, rows, cols, C) -> (B, N, rows, cols, C)
+        return outputs
 
     def _patches(self, states: Tensor, grid: Grid) -> Tensor:
         """Tokens or maps -> `(B, rows, cols, C)`."""
@@ -127,26 +127,26 @@ class ModuleVision:
         self.feature_size = self.hidden_size = self.num_layers = 0
         device, dtype = device_and_dtype(module)
         with torch.inference_mode():  # sizes are those of the answer to a blank image
-            blank = self._ask(torch.zeros(1, 3, image_size, image_size, device=device, dtype=dtype))
+            blank = self._run(torch.zeros(1, 3, image_size, image_size, device=device, dtype=dtype))
         self.feature_size = self.hidden_size = blank["image_embeds"].shape[1]
         if "levels" in blank:
             self.num_layers, self.hidden_size = blank["levels"].shape[1] - 1, blank["levels"].shape[-1]
 
-    def encode(self, pixel_values: Tensor, layers: Sequence[int] | None) -> Answers:
+    def encode(self, pixel_values: Tensor, layers: Sequence[int] | None) -> Outputs:
         """As [`FamilyVision.encode`]."""
-        answers = self._ask(pixel_values)
-        if answers["image_embeds"].shape[1] != self.feature_size:
+        outputs = self._run(pixel_values)
+        if outputs["image_embeds"].shape[1] != self.feature_size:
             raise ValueError(
-                f"outputs: expected width {self.feature_size} as ever, got {answers['image_embeds'].shape}"
+                f"outputs: expected width {self.feature_size} as ever, got {outputs['image_embeds'].shape}"
             )
-        levels = answers.pop("levels", None)
+        levels = outputs.pop("levels", None)
         if layers is not None:
             if levels is None:
                 raise ValueError("layers: expected None for a teacher whose `outputs` give no levels")
-            answers["levels"] = levels[:, list(layers)]
-        return answers
+            outputs["levels"] = levels[:, list(layers)]
+        return outputs
 
-    def _ask(self, pixel_values: Tensor) -> Answers:
+    def _run(self, pixel_values: Tensor) -> Outputs:
         given = self.outputs(self.model, pixel_values)
         parts = given.to_tuple() if isinstance(given, ModelOutput) else given
         if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
@@ -154,12 +154,12 @@ class ModuleVision:
             raise ValueError(
                 f"outputs: expected (image_embeds, features) or (image_embeds, features, levels), got {what}"
             )
-        answers = dict(zip(("image_embeds", "features", "levels"), parts, strict=False))
-        if isinstance(levels := answers.get("levels"), tuple | list):
+        outputs = dict(zip(("image_embeds", "features", "levels"), parts, strict=False))
+        if isinstance(levels := outputs.get("levels"), tuple | list):
             kinds = [tuple(level.shape) if isinstance(level, Tensor) else type(level).__name__ for level in levels]
             if not levels or not all(isinstance(level, Tensor) and level.shape == levels[0].shape for level in levels):
                 raise ValueError(f"outputs: expected levels of one shape (B, rows, cols, C), got {kinds}")
-            answers["levels"] = torch.stack(list(levels), dim=1)
+            outputs["levels"] = torch.stack(list(levels), dim=1)
         batch_size, patch_size = len(pixel_values), self.patch_size
         rows, cols = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
         shapes: dict[str, tuple[int | str, ...]] = {
@@ -168,7 +168,7 @@ class ModuleVision:
             "levels": (batch_size, "N", rows, cols, "C"),
         }
         sizes: dict[str, int] = {}
-        for name, value in answers.items():
+        for name, value in outputs.items():
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"outputs: expected {name} to be a floating point tensor, got {got}")
@@ -185,7 +185,7 @@ class ModuleVision:
                     f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels and patch_size {patch_size}, "
                     f"got {shape}"
                 )
-        return answers
+        return outputs
 
 
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
