@@ -28,7 +28,7 @@ def grid_coordinates(rows: int, cols: int, *, device: torch.device | str | None 
 
 
 def _not_half(coordinates: Tensor) -> Tensor:
-    """Return coordinates in float32 at least: in bfloat16, arithmetic on them would be off by whole cells."""
+    """Return coordinates in float32 at least: in bfloat16, arithmetic on them would be off by full cells."""
     return coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
 
 

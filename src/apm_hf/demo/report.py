@@ -139,7 +139,7 @@ def _draw_adaptation(path: Path, losses: Mapping[str, Sequence[Tensor]]) -> None
     axes = figure.subplots()
     for name, parts in losses.items():
         values = torch.cat(list(parts)).cpu().numpy()  # (images of all conditions, steps)
-        values = values[:, ~np.isnan(values).all(axis=0)]  # steps at which some image was still fitted
+        values = values[:, ~np.isnan(values).all(axis=0)]  # steps before all images had stopped
         steps = np.arange(1, values.shape[1] + 1)
         low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=0)
         axes.plot(steps, middle, label=name)

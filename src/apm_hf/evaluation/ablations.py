@@ -112,7 +112,7 @@ class AblationRow:
         difference: top-1 minus the teacher's top-1 on the same images.
         agreement: share of the images for which the teacher's class is predicted.
         cosine: mean between the pooled feature and the teacher's embedding.
-        location_cosine: mean over pairs of locations of an image, over `NUM_PROBES` images; 1 where all locations have
+        location_cosine: mean over pairs of locations of an image, over `NUM_PROBES` images; 1 if all locations have
             the same feature (collapse).
         num_images: number of images fitted.
         parameters: number of parameters of the model.
@@ -273,7 +273,7 @@ def run_variant(
         batch_size: images fitted at a time.
 
     Raises:
-        ValueError: where a fit diverged, or `num_slow` is too small.
+        ValueError: if a fit diverged or `num_slow` is too small.
     """
     if num_slow <= NUM_PROBES:
         raise ValueError(f"num_slow: expected more than {NUM_PROBES}, got {num_slow}")
@@ -313,14 +313,14 @@ def run_variant(
     embeds = torch.cat([first, *(fit(start, min(start + batch_size, num_images))[1] for start in starts)])
     seconds = (time.perf_counter() - started) / (num_images - NUM_PROBES)
 
-    wanted, labels = task.image_embeds[:num_images], task.labels[:num_images]
-    predicted, theirs = task.classes(embeds), task.classes(wanted)
+    embeds_teacher, labels = task.image_embeds[:num_images], task.labels[:num_images]
+    predicted, teacher_classes = task.classes(embeds), task.classes(embeds_teacher)
     correct = (predicted == labels).numpy()
     return AblationRow(
         accuracy=mean_interval(correct),
-        difference=paired_interval(correct, (theirs == labels).numpy()),
-        agreement=(predicted == theirs).double().mean().item(),
-        cosine=F.cosine_similarity(embeds, wanted).mean().item(),
+        difference=paired_interval(correct, (teacher_classes == labels).numpy()),
+        agreement=(predicted == teacher_classes).double().mean().item(),
+        cosine=F.cosine_similarity(embeds, embeds_teacher).mean().item(),
         location_cosine=local,
         num_images=num_images,
         parameters=model.num_parameters(),

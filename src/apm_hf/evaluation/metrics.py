@@ -38,7 +38,7 @@ def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, *, k: int = 1) -> float
     """Return the share of the images whose label is among the first k classes.
 
     Args:
-        ranked: `(N, M)`, class indices, best first; fewer than k where there are fewer classes.
+        ranked: `(N, M)`, class indices, best first; fewer than k if there are fewer classes.
         labels: `(N,)`, class indices.
         k: at least 1.
 
@@ -74,7 +74,7 @@ def bin_numbers(confidence: ArrayLike, *, num_bins: int = NUM_BINS) -> np.ndarra
 
 
 def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, num_bins: int = NUM_BINS) -> float:
-    """Return the mean distance between confidence and accuracy; biased upwards where images are few.
+    """Return the mean distance between confidence and accuracy; biased upwards for few images.
 
     Args:
         confidence: `(N,)`, probability of the predicted class.
@@ -109,7 +109,7 @@ class _Metric(evaluate.Metric):
         super().__init__(config_name, keep_in_memory=in_memory, **options)
 
     def compute(self, **inputs: Any) -> dict[str, Any] | None:
-        """Score added inputs together with those given here. Raises ValueError where there are none."""
+        """Score added inputs together with those given here. Raises ValueError if there are none."""
         if self.writer is None and all(value is None for value in inputs.values()):
             raise ValueError(f"{self.name}: expected predictions and references, got none")
         return super().compute(**inputs)

@@ -218,7 +218,7 @@ def _figure(
         grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=not wide).flat)
         for axes in grid[len(panels) :]:
             axes.remove()
-        # Over the panels, not over the legend beside them.
+        # Over the panels, not over the legend next to them.
         wrapped = "\n".join(textwrap.wrap(title, int(10 * width * columns)))
         figure.suptitle(wrapped, x=0.01, horizontalalignment="left", fontsize=11)
         styles = _styles(methods)

@@ -22,7 +22,7 @@ from .tables import FEW_IMAGES, NOTHING, clean_table, corruption_table, methods_
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def _pictures(run: Run, benchmark: str, teacher: str) -> dict[str, tuple[str, bytes]]:
+def _figures(run: Run, benchmark: str, teacher: str) -> dict[str, tuple[str, bytes]]:
     """Return kind of figure -> its title and PNG."""
     methods = {run.method_title(method): run.baseline(method) is None for method in run.methods}
     chance = 1 / run.info["benchmarks"][benchmark]["num_classes"]
@@ -133,7 +133,7 @@ def write_report(folder: str | os.PathLike[str]) -> list[Path]:
         for benchmark in benchmarks:
             text += _benchmark_section(run, benchmark, teacher)
             several = len(run.teachers()) > 1
-            for kind, (title, png) in _pictures(run, benchmark, teacher).items():
+            for kind, (title, png) in _figures(run, benchmark, teacher).items():
                 parts = [kind, benchmark, *([_teacher_title(run, teacher)] if several else [])]
                 name = "_".join(re.sub(r"\W+", "-", part) for part in parts) + ".png"
                 text += f"\n![{title}]({name})\n"
@@ -148,7 +148,7 @@ def _left_out(path: Path) -> str:
     if not path.exists():
         return ""
     number = len(path.read_text().splitlines())
-    return f"* left out for every method, since they could not be read: {number} images, listed in `{path.name}`\n"
+    return f"* skipped for every method, unreadable: {number} images, listed in `{path.name}`\n"
 
 
 def eval_results(
@@ -159,7 +159,7 @@ def eval_results(
     Args:
         folder: folder of a run.
         method: its name in `run.json`.
-        teacher: name of the teacher, where the run has several.
+        teacher: name of the teacher, if the run has several.
         dataset_split: the split that the benchmarks' images come from.
 
     Returns:
@@ -265,6 +265,6 @@ def _benchmark_section(run: Run, benchmark: str, teacher: str) -> str:
 
 
 def _teacher_title(run: Run, teacher: str) -> str:
-    """Return the last part of a path or Hub name, where that is unambiguous."""
+    """Return the last part of a path or Hub name, if that is unambiguous."""
     short = [Path(name).name for name in run.teachers()]
     return Path(teacher).name if short.count(Path(teacher).name) == 1 else teacher

@@ -51,7 +51,7 @@ class Predictions:
         correct, correct_top5: `(N,)`, 0 or 1: whether the first, or one of the first five classes, is correct.
         confidence: `(N,)`, probability of the first class, in [0, 1].
         by_step: step -> `(N,)`, 0 or 1: whether the class after that step is correct; only steps that all rows have.
-        steps: `(N,)`, gradient steps taken; None where there were none.
+        steps: `(N,)`, gradient steps taken; None without any.
     """
 
     images: np.ndarray

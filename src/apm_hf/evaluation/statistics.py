@@ -102,7 +102,7 @@ def calibration_interval(
     """Return the expected calibration error and its bootstrap interval over images.
 
     A sum of absolute values grows when noise is added to it, and a resample is noisier than the sample. So the bounds
-    mirror the draws' at the estimate (the "basic" bootstrap), and the lower one is 0 where noise alone, the resamples'
+    mirror the draws' at the estimate (the "basic" bootstrap), and the lower one is 0 if noise alone, the resamples'
     deviation from the sample, would give as large an error. The estimate's upward bias at few images remains.
 
     Args:

@@ -1,4 +1,4 @@
-"""Cluster features: find locations that agree, wherever they lie.
+"""Cluster features: find locations that agree, anywhere on the map.
 
 Legend: L locations, F feature width, (rows, cols) a map of locations, row-major.
 """

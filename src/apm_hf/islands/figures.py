@@ -17,7 +17,7 @@ def load_matplotlib() -> tuple[Any, Any]:
         import matplotlib.style
         from matplotlib import figure
     except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "apm_hf[viz]"') from error
+        raise ImportError('figures need matplotlib: pip install "apm_hf[viz]"') from error
     return matplotlib, figure
 
 

@@ -21,7 +21,7 @@ class RegionGraph:
     Args:
         labels: `(K,)`, the regions' labels in the label map, ascending.
         sizes: `(K,)`, in locations.
-        centroids: `(K, 2)`, (y, x) in [-1, 1]; may lie outside a concave region.
+        centroids: `(K, 2)`, (y, x) in [-1, 1]; may be outside a concave region.
         features: `(K, F)`, float32, means over the region.
         edges: `(E, 2)`, pairs of regions that touch along a side of a cell, the first less than the second.
         boundary_lengths: `(E,)`, in sides of cells.

@@ -22,12 +22,12 @@ def matching_image_processor(teacher: Teacher, image_size: int, **options: Any) 
         image_size: side of the student's input, in pixels.
         **options: options of [`APMImageProcessor`], e.g. `do_min_max=True`.
     """
-    theirs = teacher.image_processor
+    reference = teacher.image_processor
     scale = image_size / teacher.image_size
-    crop = bool(getattr(theirs, "do_center_crop", False))
+    crop = bool(getattr(reference, "do_center_crop", False))
     size: dict[str, int] = {"height": image_size, "width": image_size}
     if crop:
-        size = {name: round(side * scale) for name, side in dict(theirs.size).items() if side}
+        size = {name: round(side * scale) for name, side in dict(reference.size).items() if side}
         options = {"do_center_crop": True, "crop_size": {"height": image_size, "width": image_size}, **options}
     return APMImageProcessor(size=size, **options)
 
@@ -38,11 +38,11 @@ def same_view(teacher: Teacher, main: Teacher) -> Callable[..., Any]:
     Returns:
         A callable with the image processor's arguments, e.g. for `ImageCollator(teacher_image_processors=...)`.
     """
-    theirs, side = main.image_processor, teacher.image_size
+    reference, side = main.image_processor, teacher.image_size
     square = {"height": side, "width": side}
     options: dict[str, Any] = {"do_resize": True, "size": square, "do_center_crop": False}
-    if getattr(theirs, "do_center_crop", False):
+    if getattr(reference, "do_center_crop", False):
         scale = side / main.image_size
-        size = {name: round(length * scale) for name, length in dict(theirs.size).items() if length}
+        size = {name: round(length * scale) for name, length in dict(reference.size).items() if length}
         options = {"do_resize": True, "size": size, "do_center_crop": True, "crop_size": square}
     return partial(teacher.image_processor, **options)

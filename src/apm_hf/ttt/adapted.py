@@ -97,6 +97,6 @@ class Adapted:
             ValueError: if `adapt` was called with `keep_models=False`.
         """
         if self.models is None:
-            raise ValueError("state_dict, query: expected adapted models that were kept, got keep_models=False")
+            raise ValueError("state_dict, query: expected adapted models with weights, got keep_models=False")
         models, place = self.models[index]
         return models.weights(place)

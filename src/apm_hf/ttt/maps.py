@@ -1,6 +1,6 @@
 """Make maps of features at any resolution: an APM is queried at each location, a teacher's grid is interpolated.
 
-Source: arXiv:2410.20535, section 3: an APM can be queried at any coordinate, whatever grid it was trained on.
+Source: arXiv:2410.20535, section 3: an APM can be queried at any coordinate, independent of its training grid.
 
 Legend: B images, L locations, F feature width, N levels, (rows, cols) a map of locations, row-major; coordinates are
 (y, x) in [-1, 1].

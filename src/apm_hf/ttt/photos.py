@@ -69,7 +69,7 @@ def photo_image_processor(model: APMModel) -> Any:
 
 
 def random_model(config: APMConfig, *, seed: int) -> APMModel:
-    """Make an APM whose weights depend on the seed alone, in evaluation mode."""
+    """Make an APM whose weights depend only on the seed, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return APMModel(config).eval()

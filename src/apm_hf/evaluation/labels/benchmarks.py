@@ -2,7 +2,7 @@
 
 Hub ids, splits, columns and codings were looked up in public cards and code; entries that could not be confirmed have
 `confirmed=False` and warn. The test splits are those of the Hub's data sets. Papers after CoOp (arXiv:2109.01134) use
-its authors' splits for the fine-grained sets, which differ where `note` says so. The -C sets are the clean ones, to be
+its authors' splits for the fine-grained sets, which differ if `note` says so. The -C sets are the clean ones, to be
 corrupted by the caller. A local copy is `load_benchmark("imagenet_a", data="/path")`.
 
 Legend: N images, K classes.
@@ -260,7 +260,7 @@ def _choose_split(place: str, benchmark: Benchmark) -> str:
     names = _Source.parse(place, benchmark.revision).split_names
     if benchmark.split in names or len(names) == 1:
         return benchmark.split if benchmark.split in names else names[0]
-    for split in ("test", *VALIDATION_SPLITS):  # never "train" where there is another
+    for split in ("test", *VALIDATION_SPLITS):  # never "train" if there is another
         if split in names:
             return split
     raise ValueError(f"{place} has several splits; choose one of {names} with `split`.")

@@ -237,7 +237,7 @@ def make_jobs(models: Models, rows: Sequence[str]) -> list[Job]:
             maps = partial(models.apm_maps, model=drawn, level=level)
             if level is None:
                 jobs.append(Job("apm_random", ("apm_random",), maps, subject=("APM random", "features")))
-            else:  # agreement alone
+            else:  # agreement only
                 name = f"apm_random_level_{level + 1}"
                 jobs.append(Job(name, (), maps, subject=("APM random", f"level {level + 1}")))
     jobs.append(Job("random", ("random",), segments=random_segments))

@@ -119,14 +119,14 @@ def _section(name: str, summary: Mapping[str, Any], settings: Mapping[str, Any])
         )
     if summary["comparisons"]:
         text += (
-            "\nDifference to the teacher's upsampled grid, image by image, and how many times a control's ARI it is, "
-            f"where the control is above chance:\n\n{_comparisons(summary)}"
+            "\nDifference to the teacher's upsampled grid, paired by image, and the ratio to a control's ARI, if the "
+            f"control is above chance:\n\n{_comparisons(summary)}"
         )
     if summary["agreement"]:
         text += (
             "\nAgreement: mean cosine of features minus their mean over all images, of neighbours one patch of the "
-            "teacher apart, of places at least a quarter of the side apart, and of neighbours on the fine map (where "
-            "the teacher is interpolated). Collapse: effective rank and its maximum, and mean cosine of all "
+            "teacher apart, of locations at least a quarter of the side apart, and of neighbours on the fine map ("
+            "teacher interpolated). Collapse: effective rank and its maximum, and mean cosine of all "
             f"pairs of unchanged features:\n\n{_agreement(summary)}"
         )
     return text

@@ -155,9 +155,9 @@ def _interval(estimate: float, draws: np.ndarray) -> Interval:
 
 
 def _agreement(found: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    whose, level = found["subject"]
+    model, level = found["subject"]
     values = {
         name: asdict(_mean(dict(enumerate(value)), seed)) if isinstance(value, list) else value
         for name, value in found["agreement"].items()
     }
-    return {"whose": whose, "level": level} | values
+    return {"whose": model, "level": level} | values
