@@ -386,7 +386,7 @@ def test_a_map_of_adapted_machines_is_of_their_own_images():
         torch.testing.assert_close(found[index : index + 1], expected)
     similarity = similarity_to_point(adapted, None, (0.1, 0.2), (4, 5))
     assert similarity.shape == (2, 1, 4, 5)
-    with pytest.raises(ValueError, match="expected None for adapted machines"):
+    with pytest.raises(ValueError, match="expected None for adapted models"):
         feature_map(adapted, pixels())
 
 
