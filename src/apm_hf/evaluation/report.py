@@ -148,7 +148,7 @@ def _left_out(path: Path) -> str:
     if not path.exists():
         return ""
     number = len(path.read_text().splitlines())
-    return f"* skipped for every method, unreadable: {number} images, listed in `{path.name}`\n"
+    return f"* skipped for every method: {number} unreadable images, listed in `{path.name}`\n"
 
 
 def eval_results(
