@@ -307,7 +307,7 @@ def test_methods_ask_for_no_more_views_than_they_say():
     for method in ALL:
         batch = batch_of(views)
         output, _ = batch.timed(method, task)
-        assert batch.asked == method.num_views
+        assert batch.num_used_views == method.num_views
         assert output.logits.dtype == torch.float32 and output.logits.shape == (6, 5)
         assert output.steps is None and output.by_step is None
 
@@ -517,7 +517,7 @@ def test_a_distilled_machine_is_shown_what_its_own_image_processor_makes(task, f
     with torch.no_grad():
         expected = cosines(task, machine(pixels).pooler_output)
     torch.testing.assert_close(output.logits, expected, atol=1e-3, rtol=1e-3)
-    assert batch.asked == 0, "it does without its teacher"
+    assert batch.num_used_views == 0, "it does without its teacher"
 
     method = APMAdapted(start="model", model=folder, overrides=QUICK)
     targets = task.teacher.encode_images(batch.images).image_embeds

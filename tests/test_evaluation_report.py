@@ -259,7 +259,7 @@ def test_means_are_left_out_where_scenes_are_missing(rows, tmp_path):
     folder = write_reported(tmp_path, kept)
     line = tables(folder)[2]["Copy"]
     assert line["jpeg"] == line["mean"] == line[DIFFERENCE] == "–" and line["gaussian noise"] != "–"
-    assert "Apm lacks 40 answers" in (folder / "report.md").read_text()  # 10 images, 2 corruptions, 2 seeds
+    assert "Apm lacks 40 predictions" in (folder / "report.md").read_text()  # 10 images, 2 corruptions, 2 seeds
     ours = [row for row in pick(kept, method="apm") if row["severity"]]
     partners = set(map(place, ours))
     theirs = [row for row in pick(kept, method="teacher") if place(row) in partners]

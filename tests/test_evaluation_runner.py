@@ -112,7 +112,7 @@ def test_no_path_of_the_machine_is_in_the_results(finished):
 
 def test_a_run_that_is_started_again_computes_nothing_anew(finished, monkeypatch):
     before = (finished / RESULTS).read_bytes()
-    monkeypatch.setattr("apm_hf.evaluation.labels.runner._Evaluation._answers", None)  # a call would raise
+    monkeypatch.setattr("apm_hf.evaluation.labels.runner._Evaluation._result_lines", None)  # a call would raise
     run(finished)
     assert (finished / RESULTS).read_bytes() == before
 
@@ -239,7 +239,7 @@ def test_images_that_cannot_be_read_are_left_out_for_every_method_and_listed(dam
     assert [line["image"] for line in skipped] == sorted(damaged)  # once, though two conditions met them
     assert all("got an empty file" in line["reason"] and line["benchmark"] == "scenes" for line in skipped)
     report = write_report(folder)[0].read_text()
-    assert f"could not be read: {len(damaged)} images, listed in `{SKIPPED}`" in report
+    assert f"{len(damaged)} unreadable images, listed in `{SKIPPED}`" in report
 
 
 def test_more_bad_images_than_the_limit_stop_the_run_and_lose_nothing(damaged, tmp_path):

@@ -125,8 +125,8 @@ def test_pairs_are_the_same_for_a_seed_and_others_for_another_and_leave_the_glob
         (lambda x: neighbour_agreement(x, torch.zeros(7, 4)), r"mean: expected shape \(4,\), got \(7, 4\)"),
         (lambda x: distant_agreement(x, min_distance=7), "min_distance: expected 1 to 6 cells on this map, got 7"),
         (lambda x: distant_agreement(x, num_pairs=0), "num_pairs: expected a positive number, got 0"),
-        (lambda x: effective_rank(x[0, :1]), "features: expected two at least"),
-        (lambda x: mean_pairwise_cosine(x[0, :1]), "features: expected two at least"),
+        (lambda x: effective_rank(x[0, :1]), "features: expected at least two"),
+        (lambda x: mean_pairwise_cosine(x[0, :1]), "features: expected at least two"),
     ],
 )
 def test_maps_and_distances_that_do_not_fit_are_refused(act, message):

@@ -117,7 +117,7 @@ def test_equal_features_still_have_a_tree(linkage, value):
         (lambda tree: tree.parents(4, 3), "coarse: expected at most fine=3 regions, got 4"),
         (lambda _: RegionTree.fit(smooth(), linkage="centroid"), "linkage: expected one of.*got 'centroid'"),
         (lambda _: RegionTree.fit(smooth()[0]), "features: expected shape"),
-        (lambda _: RegionTree.fit(smooth()[:1, :1]), "2 locations at least"),
+        (lambda _: RegionTree.fit(smooth()[:1, :1]), "at least 2 locations"),
     ],
 )
 def test_trees_and_cuts_that_cannot_be_are_refused(act, message):
@@ -208,7 +208,7 @@ def test_the_colour_blind_tell_wholes_apart(kind):
 @pytest.mark.parametrize(
     ("cuts", "message"),
     [
-        ([], "expected one label map at least"),
+        ([], "expected at least one label map"),
         ([np.array([[0, 0, 1]]), np.array([[0, 1, 1]])], "expected every region to lie in one region"),
         ([np.array([[0, 0, 1]]), np.array([[0, 1]])], "expected maps of one shape"),
     ],

@@ -62,7 +62,7 @@ def test_a_model_with_levels_is_saved_and_loaded(tmp_path):
     "fields, message",
     [
         ({"num_levels": -1}, "num_levels: expected 0 or more, got -1"),
-        ({"level_size": 8}, "level_size: expected a positive integer beside num_levels >= 1, got 8"),
+        ({"level_size": 8}, "level_size: expected a positive integer with num_levels >= 1, got 8"),
         ({"num_levels": 2, "level_size": 0}, "level_size: expected a positive integer"),
         ({"local_patch_scales": []}, "local_patch_scales: expected different divisors of image_size=96"),
         ({"local_patch_scales": [2, 2]}, "local_patch_scales: expected different divisors of image_size=96"),

@@ -722,7 +722,7 @@ def test_outputs_that_are_not_finite_are_refused_by_image():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 0}, "patch_size: expected a whole number of pixels, 1 or more, got 0"),
+        ({"patch_size": 0}, "patch_size: expected an integer number of pixels, 1 or more, got 0"),
         ({"image_processor": fixed_processor}, "multiples of the patch size 8, got 30 pixels"),
         ({"class_names": ["cat"]}, "class_names, class_embeds: expected both or neither"),
         ({"class_names": ["cat"], "class_embeds": torch.ones(2, WIDTH)}, r"expected shape \(1, 16\), got \(2, 16\)"),

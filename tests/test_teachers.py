@@ -402,7 +402,7 @@ def test_images_and_pixel_values_exclude_each_other(teacher_of):
         (torch.zeros(3, SIZE, SIZE), r"\(B, 3, H, W\), got torch.float32 \(3, 32, 32\)"),
         (torch.zeros(1, 1, SIZE, SIZE), r"got torch.float32 \(1, 1, 32, 32\)"),
         (torch.zeros(0, 3, SIZE, SIZE), r"got torch.float32 \(0, 3, 32, 32\)"),
-        (torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), "got torch.uint8.*unprocessed images go to `images`"),
+        (torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), "got torch.uint8.*pass unprocessed images as `images`"),
         (torch.zeros(1, 3, SIZE, SIZE + 4), r"multiples of the patch size 8, got \(32, 36\)"),
         (torch.zeros(1, 3, 4, SIZE), r"multiples of the patch size 8, got \(4, 32\)"),
     ],
@@ -569,7 +569,7 @@ def test_unknown_labels_are_listed_up_to_five(teacher_of):
 
 
 def test_one_label_in_two_spellings_is_refused(teacher_of):
-    with pytest.raises(ValueError, match=r"'Cat' \(asked for twice\)"):
+    with pytest.raises(ValueError, match=r"'Cat' \(given twice\)"):
         teacher_of("vit-classifier").encode_text(["cat", "Cat"])
 
 

@@ -485,9 +485,9 @@ def test_inputs_that_are_not_finite_are_refused_naming_the_images():
         ({}, {"trigger_column": torch.zeros(2, 5)}, r"trigger_column: expected shape \(B, 18\)"),
         ({}, {"trigger_column": torch.full((2, 18), math.nan)}, r"trigger_column.*NaN or infinity in images \[0, 1\]"),
         ({}, {"trigger_column": torch.zeros(1, 18)}, "trigger_column: expected 2 images"),
-        ({}, {"seeds": [1]}, "seeds: expected 2, one an image, got 1"),
+        ({}, {"seeds": [1]}, "seeds: expected 2, one per image, got 1"),
         ({}, {"seeds": [1, 2], "generator": torch.Generator()}, "expected one of them, got both"),
-        ({"model": torch.nn.Linear(2, 2)}, {}, "model: expected an APMModel or a model that holds one, got Linear"),
+        ({"model": torch.nn.Linear(2, 2)}, {}, "model: expected an APMModel or a model that contains one, got Linear"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(changes, options, message):

@@ -290,7 +290,7 @@ def test_features_alone_are_a_target():
         ({"image_embeds": torch.ones(3)}, r"image_embeds: expected \(2, 3\) dimensions"),
         ({"features": torch.ones(3, 9, F_WIDTH)}, "features: expected"),
         ({"rgb": torch.ones(3, 3, 3, 4)}, r"rgb: expected shape \(B, rows, cols, 3\)"),
-        ({"image_embeds": torch.ones(3, 2), "rgb": torch.ones(2, 3, 3, 3)}, "as many images everywhere"),
+        ({"image_embeds": torch.ones(3, 2), "rgb": torch.ones(2, 3, 3, 3)}, "the same number of images everywhere"),
         ({"image_embeds": torch.ones(3, 2, 4), "embed_weights": torch.ones(3)}, r"expected shape \(2,\), got \(3,\)"),
         ({"image_embeds": torch.ones(3, 4), "cls_weight": 0.0}, "cls_weight: expected a positive finite number"),
     ],

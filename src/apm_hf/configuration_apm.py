@@ -1,7 +1,7 @@
-"""Configuration of the Asynchronous Perception Machine (APM).
+"""Define the configuration of the Asynchronous Perception Machine (APM).
 
-It holds the architecture and, about the teachers, what a model needs or inherits: no learning rates and no paths.
-What a person types is checked; what a file holds beyond these fields is kept.
+It holds the architecture and the teachers' statistics and origins: no learning rates and no paths. Keyword arguments
+are checked; unknown fields of a file are kept.
 
 Teachers' features differ in scale by orders of magnitude, so that one would drown the others: AM-RADIO
 (arXiv:2312.06709), PHI-S (arXiv:2410.01680) and Theia (arXiv:2407.20179) train in standardised spaces.
@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dinov2-large": {"hidden_sizes": [4096, 4096, 4096, 2048, 1024], "feature_size": 1024, "pooling": "mean"},
     # The release's test-time-training model: 22.8 M parameters, student of CLIP ViT-L/14.
     "clip-ttt": {"hidden_sizes": [4096, 2048, 1024], "feature_size": 768, "pooling": "attention"},
-    # For tests and the embedded demo. Its layers are so narrow that the usual 0.02 would make every feature vanish;
+    # For tests and the embedded demo. In its narrow layers the usual 0.02 would make every feature vanish;
     # 0.1 is He's sqrt(2 / fan_in) for a fan-in of 200.
     "tiny": {
         "image_size": 96,
@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What transformers and its Trainer write into configurations, or give to them, beside the declared fields.
+# Fields that transformers and its Trainer write into or pass to configurations, besides the declared ones.
 _WRITTEN_BY_LIBRARIES = set(vars(GenerationConfig())) | {
     "attn_implementation",
     "auto_map",
@@ -68,7 +68,7 @@ _WRITTEN_BY_LIBRARIES = set(vars(GenerationConfig())) | {
 
 
 def _wrong_types_are_value_errors(cls):
-    """Make a field of another type a `ValueError` like every other error in a field, now or when it is set later."""
+    """Raise a `ValueError` for a field of another type, as for other errors, at construction and on assignment."""
     set_strictly = cls.__setattr__
 
     def set_attribute(self, name, value):
@@ -85,7 +85,7 @@ def _wrong_types_are_value_errors(cls):
 @strict
 class APMConfig(PreTrainedConfig):
     r"""
-    Architecture of an [`APMModel`].
+    Configure the architecture of an [`APMModel`].
 
     Args:
         image_size (`int`, defaults to 448): side of the square input, in pixels; a multiple of `patch_size`.
@@ -94,40 +94,40 @@ class APMConfig(PreTrainedConfig):
         trigger_channels (`int`, defaults to 1): channels of the folding convolution; D is
             trigger_channels * rows * cols.
         trigger_source (`str`, defaults to `"conv"`): `"conv"` folds the pixels (the paper's T_c); `"embedding"` takes
-            the trigger column from the caller, as a rule the teacher's own embedding (the paper's T_vit).
+            the trigger column from the caller, usually the teacher's embedding (the paper's T_vit).
         trigger_size (`int`, *optional*): D, for `trigger_source="embedding"`, where it defaults to `feature_size`.
         local_patch (`bool`, defaults to `False`): put the image patch around each location into its query (I_xy).
         local_patch_scales (`list[int]`, defaults to `[1]`): the windows of the local patch, in patches: scale s is a
-            window of s * patch_size pixels, averaged over s x s pixels, so that every scale is seen in patch_size x
+            window of s * patch_size pixels, averaged over s x s pixels, so that every scale has patch_size x
             patch_size samples: fine in the middle, coarse around it.
         position_size (`int`, defaults to 1024): P, width of the 2-D sin-cos position code; a multiple of 4.
         hidden_sizes (`list[int]`): widths of the MLP's layers, each Linear + activation.
         hidden_act (`str`, defaults to `"relu"`): activation of the MLP.
         feature_size (`int`, defaults to 1024): F, width of the teacher's features.
-        feature_mean (`list[float]`, *optional*): F means of the teacher's features. The network then answers in a
-            standardised space, and its answers are mapped to the teacher's own: times `feature_std`, plus this.
+        feature_mean (`list[float]`, *optional*): F means of the teacher's features. The network then predicts in a
+            standardised space, and its outputs are mapped to the teacher's: times `feature_std`, plus this.
         feature_std (`list[float]` or `float`, *optional*): their F standard deviations; or one for all channels, which
-            leaves directions, hence cosines, as they are.
-        teacher_heads (`dict[str, dict]`, *optional*): heads for further teachers by name, each with its `feature_size`
-            and, where wanted, `feature_mean`, `feature_std` and a `pooling` of its own.
-        num_levels (`int`, defaults to 0): also predict so many levels per location, GLOM's column of embeddings
-            (arXiv:2102.12627), as a rule the teacher's layers from low (parts) to high (wholes).
+            preserves directions, hence cosines.
+        teacher_heads (`dict[str, dict]`, *optional*): heads for additional teachers by name, each with its
+            `feature_size` and, optionally, `feature_mean`, `feature_std` and `pooling`.
+        num_levels (`int`, defaults to 0): number of levels to predict per location, GLOM's column of embeddings
+            (arXiv:2102.12627), usually the teacher's layers from low (parts) to high (wholes).
         level_size (`int`, *optional*): width of a level; `feature_size` by default.
         use_rgb_head (`bool`, defaults to `True`): also decode the colour of each location.
         rgb_hidden_sizes (`list[int]`): widths of the RGB head's hidden layers.
         pooling (`str`, defaults to `"mean"`): `"mean"` (paper) or `"attention"`.
         pooling_num_heads (`int`, defaults to 8): heads of the attention pooling; divides `feature_size`.
-        initializer_range (`float`, defaults to 0.02): standard deviation of freshly drawn weights.
+        initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
         text_config (`dict` or `PreTrainedConfig`, *optional*): text tower of [`APMForZeroShotImageClassification`].
         text_projection (`bool`, defaults to `True`): whether a linear map follows the text tower (CLIP's: yes,
             SigLIP's: no).
         logit_scale_init_value (`float`, defaults to 4.6052): log of the temperature; log(100), as in the paper's
             `cosine * 100`.
-        distilled_from (`list[dict]`, *optional*): the teachers whose obligations the model inherits, each with a
-            public `name` and, as far as known, `license`, `revision` and `dataset`, where None means unknown.
+        distilled_from (`list[dict]`, *optional*): the teachers whose licences the model inherits, each with a public
+            `name` and, as far as known, `license`, `revision` and `dataset`; None means unknown.
 
     Raises:
-        ValueError: for a value that fits no architecture or a field that does not exist; says what was expected.
+        ValueError: for a value that fits no architecture or a field that does not exist.
 
     Example:
 
@@ -139,7 +139,7 @@ class APMConfig(PreTrainedConfig):
 
     model_type = "apm"
     sub_configs = {"text_config": AutoConfig}
-    attribute_map = {"hidden_size": "feature_size"}  # what other code calls the width of `last_hidden_state`
+    attribute_map = {"hidden_size": "feature_size"}  # the usual name of the width of `last_hidden_state`
 
     image_size: int = 448
     patch_size: int = 14
@@ -176,7 +176,7 @@ class APMConfig(PreTrainedConfig):
         for name in ("feature_mean", "feature_std"):
             values = getattr(self, name)
             setattr(self, name, list(values) if isinstance(values, tuple) else values)
-        if self.teacher_heads:  # as JSON sorts them, so that parameters have one order
+        if self.teacher_heads:  # sorted as in JSON, so that parameters have one order
             self.teacher_heads = {
                 name: copy.deepcopy(head) for name, head in sorted(self.teacher_heads.items(), key=str)
             }
@@ -185,12 +185,12 @@ class APMConfig(PreTrainedConfig):
                 raise ValueError(f"text_config: expected a key 'model_type', got {sorted(self.text_config)}")
             text_config = dict(self.text_config)
             self.text_config = AutoConfig.for_model(text_config.pop("model_type"), **text_config)
-        # Checked here as well as by @strict: the error that reaches the user is then a plain ValueError.
+        # Checked here as well as by @strict, so that users get a plain ValueError.
         self.validate_architecture()
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Raise a `ValueError` for a combination of fields that describes no model."""
+        """Raise a `ValueError` for an invalid combination of fields."""
         for name in ("image_size", "patch_size", "num_channels", "trigger_channels", "feature_size", "position_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
@@ -224,7 +224,7 @@ class APMConfig(PreTrainedConfig):
             raise ValueError(f"num_levels: expected 0 or more, got {self.num_levels}")
         if self.level_size is not None and (self.level_size < 1 or not self.num_levels):
             raise ValueError(
-                f"level_size: expected a positive integer beside num_levels >= 1, got {self.level_size} "
+                f"level_size: expected a positive integer with num_levels >= 1, got {self.level_size} "
                 f"with num_levels={self.num_levels}"
             )
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
@@ -238,7 +238,7 @@ class APMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Make a configuration from a file's fields, all of which it keeps, and typed `kwargs`, which are checked.
+        """Make a configuration from a file's fields, including unknown ones, and `kwargs`, which are checked.
 
         Raises:
             ValueError: for misspelt `kwargs`, fields that do not fit together, or another kind of model.
@@ -246,7 +246,7 @@ class APMConfig(PreTrainedConfig):
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(f"model_type: expected {cls.model_type!r}, got a configuration of {kind!r}")
-        _check_typed(kwargs, all_are_fields=False)  # some may be meant for a model
+        _check_typed(kwargs, all_are_fields=False)  # some may be for a model
         known = {field.name for field in fields(cls)} | _WRITTEN_BY_LIBRARIES
         unknown = {
             name: value for name, value in config_dict.items() if name not in known and not name.startswith("_")
@@ -254,11 +254,11 @@ class APMConfig(PreTrainedConfig):
         config_dict = {name: value for name, value in config_dict.items() if name not in unknown}
         wants_unused = kwargs.get("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, **{**kwargs, "return_unused_kwargs": True})
-        if unknown:  # of a later version, or the user's own
-            logger.warning(f"APMConfig keeps fields that it does not know: {', '.join(sorted(unknown))}")
+        if unknown:  # from a later version, or added by a user
+            logger.warning(f"APMConfig keeps unknown fields: {', '.join(sorted(unknown))}")
         for name, value in unknown.items():
             setattr(config, name, value)
-        config.validate_architecture()  # with the fields that the caller set
+        config.validate_architecture()  # including the fields that the caller set
         return (config, unused) if wants_unused else config
 
     def _expect_one_of(self, name: str, choices: tuple[str, ...]) -> None:
@@ -267,7 +267,7 @@ class APMConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "APMConfig":
-        """The published architectures `"dinov2-large"` and `"clip-ttt"`, and `"tiny"` for tests and the demo.
+        """Return a published architecture, `"dinov2-large"` or `"clip-ttt"`, or `"tiny"` for tests and the demo.
 
         Args:
             name: one of `PRESETS`.
@@ -281,10 +281,10 @@ class APMConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name], **overrides})
 
     def teacher_head(self, name: str | None) -> dict[str, Any]:
-        """`feature_size`, `feature_mean`, `feature_std` and `pooling` of a head.
+        """Return `feature_size`, `feature_mean`, `feature_std` and `pooling` of a head.
 
         Args:
-            name: of one of `teacher_heads`; None or empty is the main head.
+            name: one of `teacher_heads`; None or empty is the main head.
 
         Raises:
             ValueError: for an unknown name.
@@ -297,14 +297,15 @@ class APMConfig(PreTrainedConfig):
         return {"feature_mean": None, "feature_std": None, "pooling": self.pooling, **heads[name]}
 
     def set_feature_statistics(self, mean: Any, std: Any, *, head: str | None = None) -> dict[str, Any]:
-        """Set and return `feature_mean` and `feature_std`, of the main head or of one of `teacher_heads`.
+        """Set and return `feature_mean` and `feature_std` of the main head or of one of `teacher_heads`.
 
         Args:
             mean: `(F,)`: a list, array or tensor.
             std: `(F,)`, or one number for all channels.
 
         Raises:
-            ValueError: for an unknown head, and for numbers that are not F, not finite or no deviations.
+            ValueError: for an unknown head, another number of values than F, values that are not finite, or deviations
+                that are not positive.
         """
         statistics = plain_statistics(mean, std)
         where = "" if not head else f"teacher_heads[{head!r}]: "
@@ -316,13 +317,13 @@ class APMConfig(PreTrainedConfig):
         return statistics
 
     def with_head(self, name: str) -> "APMConfig":
-        """Return the architecture with the head of the teacher `name` alone: see [`APMModel.with_head`].
+        """Return the architecture with only the head of the teacher `name`: see [`APMModel.with_head`].
 
         Raises:
             ValueError: for an unknown name.
         """
         config = copy.deepcopy(self)
-        # Widths that follow the main head's by default stay what they are.
+        # Widths that default to the main head's are fixed at their current values.
         config.trigger_size, config.level_size = self.trigger_width, self.level_width if self.num_levels else None
         config.teacher_heads, config.text_config, config.use_rgb_head = None, None, False
         for field, value in self.teacher_head(name).items():
@@ -333,10 +334,10 @@ class APMConfig(PreTrainedConfig):
         """Return the architecture without colours, levels and additional teachers' heads.
 
         Args:
-            pooling: instead of the present one.
+            pooling: replaces the current one.
         """
         config = copy.deepcopy(self)
-        config.trigger_size = self.trigger_width  # it follows feature_size by default
+        config.trigger_size = self.trigger_width  # else it would default to feature_size
         config.level_size, config.num_levels = None, 0
         config.teacher_heads, config.use_rgb_head = None, False
         config.pooling = self.pooling if pooling is None else pooling
@@ -344,40 +345,40 @@ class APMConfig(PreTrainedConfig):
 
     @property
     def grid_size(self) -> int:
-        """Rows, and columns, of the grid of locations."""
+        """Return the number of rows (and of columns) of the grid of locations."""
         return self.image_size // self.patch_size
 
     @property
     def num_locations(self) -> int:
-        """L of the full grid: rows * cols."""
+        """Return L of the full grid: rows * cols."""
         return self.grid_size**2
 
     @property
     def trigger_width(self) -> int:
-        """D, the width of the trigger column."""
+        """Return D, the width of the trigger column."""
         if self.trigger_source == "conv":
             return self.trigger_channels * self.num_locations
         return self.trigger_size if self.trigger_size is not None else self.feature_size
 
     @property
     def local_patch_width(self) -> int:
-        """Q, the width of the local patch in the query; 0 without it."""
+        """Return Q, the width of the local patch in the query; 0 without it."""
         scales = len(self.local_patch_scales)
         return self.num_channels * self.patch_size**2 * scales if self.local_patch else 0
 
     @property
     def level_width(self) -> int:
-        """Width of one level."""
+        """Return the width of one level."""
         return self.feature_size if self.level_size is None else self.level_size
 
     @property
     def query_width(self) -> int:
-        """D + Q + P."""
+        """Return D + Q + P, the width of the query."""
         return self.trigger_width + self.local_patch_width + self.position_size
 
 
 def _check_typed(names: Iterable[str], *, all_are_fields: bool) -> None:
-    """Raise a `ValueError` for a name that is misspelt, or, where all should be fields, for any that is none."""
+    """Raise a `ValueError` for a misspelt name or, if all should be fields, for any other name."""
     known = {field.name for field in fields(APMConfig)}
     for name in names:
         if name in known | _WRITTEN_BY_LIBRARIES or name.startswith("_"):
@@ -389,10 +390,10 @@ def _check_typed(names: Iterable[str], *, all_are_fields: bool) -> None:
 
 
 def check_statistics(where: str, feature_size: int, mean: Any, std: Any) -> None:
-    """Raise a `ValueError` unless both are None, or a mean and a deviation (one for all or its own) per channel.
+    """Raise a `ValueError` unless both are None, or there are a mean and a deviation (or one for all) per channel.
 
     Args:
-        where: stands in front of the fields' names in messages.
+        where: prefix of the fields' names in messages.
         feature_size: F.
     """
     if (mean is None) != (std is None):
@@ -411,7 +412,7 @@ def check_statistics(where: str, feature_size: int, mean: Any, std: Any) -> None
 
 
 def check_pooling(where: str, pooling: str, feature_size: int, num_heads: int) -> None:
-    """Raise a `ValueError` for a way of pooling that is unknown or does not fit the features' width."""
+    """Raise a `ValueError` for a pooling that is unknown or does not fit the features' width."""
     if pooling not in POOLINGS:
         raise ValueError(f"{where}pooling: expected one of {list(POOLINGS)}, got {pooling!r}")
     if pooling == "attention":
@@ -429,7 +430,7 @@ def check_teacher_heads(heads: Any, pooling: str, pooling_num_heads: int) -> Non
     """Raise a `ValueError` unless `heads` is `{name: {"feature_size": F, ...}}` with fields of `HEAD_FIELDS`.
 
     Args:
-        pooling, pooling_num_heads: of heads that name none.
+        pooling, pooling_num_heads: defaults of the heads.
     """
     taken = nn.ModuleDict()  # names of its attributes cannot be names of modules
     for name, head in heads.items():
@@ -458,7 +459,7 @@ def check_origins(origins: Sequence[Any]) -> None:
             raise ValueError(f"{where}: expected name and any of {list(ORIGIN_FIELDS[1:])}, got {got}")
         for field, value in origin.items():
             if not (value is None and field != "name") and not (isinstance(value, str) and value.strip()):
-                raise ValueError(f"{where}: expected {field} to be a text that is not empty, got {value!r}")
+                raise ValueError(f"{where}: expected {field} to be a non-empty text, got {value!r}")
         for field in ("name", "dataset"):
             value = origin.get(field) or ""
             if value.startswith((".", "~", "/")) or "\\" in value or value.count("/") > 1:
@@ -469,9 +470,9 @@ def check_origins(origins: Sequence[Any]) -> None:
 
 
 def plain_statistics(mean: Any, std: Any) -> dict[str, Any]:
-    """`feature_mean` and `feature_std` as JSON can hold them, from tensors, arrays or lists.
+    """Convert `feature_mean` and `feature_std` from tensors, arrays or lists to JSON values.
 
-    Nine digits are float32's to the bit; a configuration of a thousand channels stays readable.
+    Nine digits are exact for float32 and leave a configuration of a thousand channels readable.
     """
 
     def plain(values: Any) -> Any:
@@ -487,6 +488,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool)
 
 
-APMConfig.register_for_auto_class()  # what is saved takes its code along, for `trust_remote_code=True`
+APMConfig.register_for_auto_class()  # saved models include their code, for `trust_remote_code=True`
 
 __all__ = ["APMConfig", "PRESETS"]

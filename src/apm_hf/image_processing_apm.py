@@ -1,4 +1,4 @@
-"""APM's image processor on torchvision, for tensors, batches and GPUs; the PIL one where torchvision is missing.
+"""Process images with torchvision, for tensors, batches and GPUs; with PIL if torchvision is missing.
 
 Options, defaults, reading and errors are those of `image_processing_pil_apm`, and so are the results, up to the
 resampling of the two libraries (about one 8-bit level). Built on
@@ -23,7 +23,7 @@ from .image_processing_pil_apm import APMImageProcessorBase, APMImageProcessorKw
 class APMImageProcessor(APMImageProcessorBase, TorchvisionBackend):
     """Turn images into APM's `pixel_values` `(B, C, S_h, S_w)`, float32, with torchvision.
 
-    Takes and refuses what [`APMImageProcessorPil`] does, with the same options. Tensors stay on their device unless
+    Accepts the same inputs and options as [`APMImageProcessorPil`]. Tensors stay on their device unless
     `device` is given; images of one size are processed together there (`disable_grouping=False` does so on the CPU).
     """
 
@@ -35,7 +35,7 @@ class APMImageProcessor(APMImageProcessorBase, TorchvisionBackend):
         return pixels if device is None else pixels.to(device)
 
     def resize(self, image: Tensor, size: SizeDict, resample: Any = None, **kwargs: Any) -> Tensor:
-        """Resize `(N, C, H, W)`; deeper images are clamped as 8-bit ones are, for bicubic overshoots at edges."""
+        """Resize `(N, C, H, W)`; deeper images are clamped like 8-bit ones, against bicubic overshoots at edges."""
         resized = super().resize(image, size, resample=resample, **kwargs)
         if not resized.is_floating_point():
             return resized
@@ -43,7 +43,7 @@ class APMImageProcessor(APMImageProcessorBase, TorchvisionBackend):
         return resized.clamp(min=0).minimum(white)
 
     def min_max(self, images: Tensor) -> Tensor:
-        """Scale every image of `(N, C, H, W)` to [0, 1] by its own minimum and maximum; zeros if they are equal."""
+        """Scale every image of `(N, C, H, W)` to [0, 1] by its minimum and maximum; zeros if they are equal."""
         images = images.to(torch.float32)
         low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
         return (images - low) / torch.where(high > low, high - low, 1)
@@ -71,7 +71,7 @@ class APMImageProcessor(APMImageProcessorBase, TorchvisionBackend):
         **kwargs: Any,
     ) -> BatchFeature:
         if len({image.dtype for image in images}) > 1:
-            disable_grouping = True  # stacking would promote 8-bit images, and they resize differently as floats
+            disable_grouping = True  # stacking would promote 8-bit images, which resize differently as floats
         groups, places = group_images_by_shape(images, disable_grouping=disable_grouping)
         if do_resize:
             groups = {key: self.resize(stack, size, resample=resample) for key, stack in groups.items()}
@@ -96,6 +96,6 @@ class APMImageProcessor(APMImageProcessorBase, TorchvisionBackend):
 if not is_torchvision_available():
     APMImageProcessor = APMImageProcessorPil  # type: ignore[misc]
 
-APMImageProcessor.register_for_auto_class()  # what is saved takes its code along
+APMImageProcessor.register_for_auto_class()  # saved processors include their code
 
 __all__ = ["APMImageProcessor"]

@@ -1,28 +1,28 @@
-"""APM's image processor on PIL and NumPy, and the reading of any image that both backends share.
+"""Process images with PIL and NumPy, and read images of any kind for both backends.
 
 The recipe (arXiv:2410.20535): RGB, 448 x 448 bicubic, then either ImageNet mean and std (test-time training) or each
-image scaled to [0, 1] by its own minimum and maximum (`do_min_max`, grid distillation on COCO), channels optionally in
+image scaled to [0, 1] by its minimum and maximum (`do_min_max`, grid distillation on COCO), channels optionally in
 BGR order. Built on https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/image_processing_backends.py
 
-How pixels are read, whatever they come in (`read_image`). The type decides the scale wherever it can:
+How pixels are read (`read_image`); the type determines the scale if possible:
 
 * 8-bit PIL modes, `uint8`, `bool` (False 0, True 255), other integers within [0, 255]: 8-bit values, kept as `uint8`.
 * 16-bit: PIL modes `I;16*` and `I` (what PIL opens 16-bit files as) and `uint16`: divided by 257, never clipped.
 * Floating point and PIL mode `F`: fractions of full scale if the maximum is at most 1 (multiplied by 255), 8-bit
   values if it lies in [2, 255]. Rounding errors of 0.1 % beyond a range are clamped; anything else is a ValueError.
-  With `do_rescale=False` fractions stay fractions, as elsewhere in transformers.
+  With `do_rescale=False` fractions are unchanged, as elsewhere in transformers.
 * EXIF orientation is applied, where it can be read.
 
-`image_mean` and `image_std` have an entry for each of the C channels that come out; one number for all means three:
+`image_mean` and `image_std` have an entry for each of the C output channels; a single number means three:
 
 * C = 3, RGB: transparency is composited on white, one channel repeated; four channels of an array are RGBA.
-* C = 1, grey: as PIL's mode `L` has it, transparency on white.
-* Any other C: the image must have as many channels; none of them is taken for transparency.
-* `do_convert_rgb=False` converts nothing: the image must have C channels, or any number if C is not told by entries
+* C = 1, grey: as in PIL's mode `L`, transparency on white.
+* Any other C: the image must have as many channels; none of them is treated as transparency.
+* `do_convert_rgb=False` converts nothing: the image must have C channels, or any number if C is not given by entries
   or nothing is normalized.
 
-Label maps travel both ways: `segmentation_maps` become `labels` as the picture becomes `pixel_values`, and
-`post_process_semantic_segmentation` puts a model's output back where it was seen.
+Label maps are supported both ways: `segmentation_maps` become `labels` as the image becomes `pixel_values`, and
+`post_process_semantic_segmentation` maps a model's output back to the image.
 
 Legend: B images, C channels, (H, W) the input's and (S_h, S_w) the output's height and width, K classes.
 """
@@ -53,7 +53,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-# Where `AutoImageProcessor` finds both backends in a folder or repository that holds these files.
+# Tells `AutoImageProcessor` where both backends are in a folder or repository with these files.
 BACKENDS = {
     "torchvision": "image_processing_apm.APMImageProcessor",
     "pil": "image_processing_pil_apm.APMImageProcessorPil",
@@ -61,22 +61,22 @@ BACKENDS = {
 CONVERTIBLE = (1, 3, 4)  # channels of images that become grey or RGB
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # red, green and blue in PIL's mode L, ITU-R 601-2
 MODES_WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa")
-FLOAT_SLACK = 1e-3  # of full scale: what interpolation and half precision add to a correct image
+FLOAT_SLACK = 1e-3  # share of full scale that interpolation and half precision may add to a correct image
 IGNORE_INDEX = 255  # no label, as for the models' losses
-STRIP_ELEMENTS = 2**24  # logits that are resized at a time, so that a photo of many classes fits into memory
+STRIP_ELEMENTS = 2**24  # logits resized at a time, so that a photo with many classes fits into memory
 
 
 class APMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Options of APM's image processors: those of every image processor in transformers and two more.
+    """Describe the options of APM's image processors: those of every image processor in transformers and two more.
 
     Attributes:
         do_min_max (`bool`, defaults to `False`):
-            Scale every image to [0, 1] by its own minimum and maximum over all pixels and channels, taken after
-            resizing and cropping: `(x - min) / (max - min)`; a constant image becomes zeros. It takes the place of
-            `do_rescale` and `do_normalize`, which have no effect while it is on.
+            Scale every image to [0, 1] by its minimum and maximum over all pixels and channels, after resizing and
+            cropping: `(x - min) / (max - min)`; a constant image becomes zeros. It replaces `do_rescale` and
+            `do_normalize`, which have no effect while it is on.
         do_flip_channel_order (`bool`, defaults to `False`):
             Return the channels as blue, green, red. This is the last step, so `image_mean` and `image_std` are in RGB
-            order whether it is on or off.
+            order in either case.
     """
 
     do_min_max: bool | None
@@ -96,11 +96,11 @@ def read_image(
     Args:
         image: a PIL image of any mode, or a NumPy array or torch tensor `(H, W)`, `(H, W, C)` or `(C, H, W)`.
         input_data_format: `"channels_first"` or `"channels_last"`. Without it the channels are the axis that has an
-            accepted number of entries; where both ends do, as in `(3, 40, 4)`, the first axis is taken and a warning
-            logged. Accepted are 1, 3 and 4 where the image is converted or `num_channels` is None.
-        do_convert_rgb: convert to RGB or grey; otherwise the image must already have the channels wanted.
+            accepted number of entries; if both ends do, as in `(3, 40, 4)`, the first axis is taken and a warning
+            logged. Accepted are 1, 3 and 4 if the image is converted or `num_channels` is None.
+        do_convert_rgb: convert to RGB or grey; otherwise the image must already have the output channels.
         do_rescale: whether a rescaling by 1/255 follows; otherwise floating-point fractions stay in [0, 1].
-        num_channels: C, the channels wanted: 3 is RGB, 1 grey, other numbers are not converted to. None, without
+        num_channels: C, the output channels: 3 is RGB, 1 grey, other numbers are not converted to. None, without
             `do_convert_rgb`, takes any number.
 
     Returns:
@@ -108,7 +108,7 @@ def read_image(
         with `do_rescale=False`).
 
     Raises:
-        ValueError: what was expected and what came instead.
+        ValueError: for anything that is not such an image; the message has what was expected and given.
     """
     if isinstance(image, PIL.Image.Image):
         image, input_data_format = _pil_to_array(image, do_convert_rgb), ChannelDimension.LAST
@@ -145,16 +145,16 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """Return upright pixels `(H, W)` or `(H, W, C)` at their own depth; converted, RGBA if any may be transparent."""
+    """Return upright pixels `(H, W)` or `(H, W, C)` at their depth; converted, RGBA if any may be transparent."""
     if 0 in image.size:
         raise ValueError(f"expected at least one pixel, got a PIL image of size {image.size}.")
     try:
         image = upright(image)
         image.load()
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+    except Exception as error:  # Pillow's decoders raise nearly any exception on damaged files
         raise ValueError(f"expected a readable image, got one that PIL cannot decode: {error}") from error
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # PIL's own conversion to 8 bits would clip at 255.
+        # PIL's conversion to 8 bits would clip at 255.
         array = np.array(image)
         if array.min() < 0 or array.max() > 65535:
             raise ValueError(
@@ -178,7 +178,7 @@ def _pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
 def _array_to_tensor(array: np.ndarray) -> Tensor:
     if array.dtype.kind not in "buif":
         raise ValueError(f"expected boolean, integer or floating-point pixels, got a NumPy array of {array.dtype}.")
-    # torch takes neither negative strides nor foreign byte orders nor long doubles, and warns about read-only memory.
+    # torch supports neither negative strides nor foreign byte orders nor long doubles, and warns of read-only memory.
     dtype = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     array = np.ascontiguousarray(array, dtype=dtype)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
@@ -193,9 +193,9 @@ def _channels_first(
         raise ValueError(f"expected shape (H, W), (H, W, C) or (C, H, W), or a batch with one axis more, got {shape}.")
     if 0 in shape:
         raise ValueError(f"expected at least one pixel, got shape {shape}.")
-    counts, wanted = accepted or CONVERTIBLE, "1, 3 or 4 channels"
+    counts, expected = accepted or CONVERTIBLE, "1, 3 or 4 channels"
     if counts != CONVERTIBLE:
-        wanted = f"{counts[0]} channel{'s' if counts[0] > 1 else ''} (as `image_mean` has entries)"
+        expected = f"{counts[0]} channel{'s' if counts[0] > 1 else ''} (as `image_mean` has entries)"
     if image.ndim == 2:
         image, layout = image[None], ChannelDimension.FIRST  # (H, W) -> (1, H, W)
     elif input_data_format is not None:
@@ -203,15 +203,15 @@ def _channels_first(
     elif shape[0] in counts or shape[2] in counts:
         layout = infer_channel_dimension_format(image, num_channels=counts)
     else:
-        raise ValueError(f"expected {wanted} on the first or last axis, got shape {shape}.")
+        raise ValueError(f"expected {expected} on the first or last axis, got shape {shape}.")
     pixels = image if layout == ChannelDimension.FIRST else image.permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
     if accepted and len(pixels) not in accepted:
-        raise ValueError(f"expected {wanted}, got {len(pixels)} in shape {shape} read as {layout.value}.")
+        raise ValueError(f"expected {expected}, got {len(pixels)} in shape {shape} read as {layout.value}.")
     return pixels
 
 
 def _scale_pixels(pixels: Tensor, do_rescale: bool) -> tuple[Tensor, float]:
-    """Pixels as `uint8`, or as `float32` in [0, white]; and white, 255 or 1."""
+    """Scale pixels to `uint8`, or to `float32` in [0, white]; return them and white, 255 or 1."""
     if pixels.dtype == torch.bool:
         return pixels.to(torch.uint8) * 255, 255.0
     if pixels.dtype == torch.uint8:
@@ -243,7 +243,7 @@ def _scale_pixels(pixels: Tensor, do_rescale: bool) -> tuple[Tensor, float]:
 
 
 def _flatten(images: Any, label: str = "images") -> Iterator[tuple[str, Any]]:
-    """Walk lists and 4-D batches, naming every image by its place: `("images[3]", image)`."""
+    """Walk lists and 4-D batches, naming every image by its position: `("images[3]", image)`."""
     is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 4)
     if not is_batch:
         yield label, images
@@ -255,7 +255,7 @@ def _flatten(images: Any, label: str = "images") -> Iterator[tuple[str, Any]]:
 
 
 def _label_maps(maps: Any) -> list[np.ndarray]:
-    """One map, a batch or a list of them -> `(rows, cols)` integers each."""
+    """Convert one map, a batch or a list of them to `(rows, cols)` integers each."""
     if isinstance(maps, list | tuple) or getattr(maps, "ndim", 2) == 3:
         return [label_map for item in maps for label_map in _label_maps(item)]
     array = maps.detach().cpu().numpy() if isinstance(maps, Tensor) else np.asarray(maps)
@@ -265,20 +265,20 @@ def _label_maps(maps: Any) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class _SeenSide:
-    """One side of what a model sees of a picture: `length` pixels from `start` on, of the `resized` ones."""
+class _VisibleSide:
+    """Describe the visible range of one side of an image: `length` pixels from `start` on, of the `resized` ones."""
 
     start: int
     length: int
     resized: int
 
     def sources(self, size: int) -> np.ndarray:
-        """`(length,)`: in which of the picture's `size` cells each seen pixel's centre lies; outside them: none."""
+        """Return `(length,)`: the cell, of `size` on the image, with each visible pixel's centre; may lie outside."""
         doubled = 2 * (self.start + np.arange(self.length)) + 1  # integers, since centres may fall on cells' borders
         return doubled * size // (2 * self.resized)
 
     def places(self, size: int) -> Tensor:
-        """`(size,)`: where what is seen, [-1, 1], has the centres of the picture's `size` cells; float64."""
+        """Return `(size,)`: centres of the image's `size` cells, relative to the visible range [-1, 1]; float64."""
         centres = (torch.arange(size, dtype=torch.float64) + 0.5) * self.resized / size
         return 2 * (centres - self.start) / self.length - 1
 
@@ -296,7 +296,7 @@ def _resized(logits: Tensor, y: Tensor, x: Tensor) -> Iterator[Tensor]:
 
 
 class APMImageProcessorBase(BaseImageProcessor):
-    """Defaults, input checks and errors of both backends; a backend brings `process_image` and `_preprocess`."""
+    """Define the defaults, input checks and errors of both backends, which add `process_image` and `_preprocess`."""
 
     valid_kwargs = APMImageProcessorKwargs
     model_input_names = ["pixel_values"]
@@ -312,8 +312,8 @@ class APMImageProcessorBase(BaseImageProcessor):
     do_flip_channel_order = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options; a saved processor can be loaded on either backend, whichever it was saved by."""
-        from .image_processing_apm import APMImageProcessor  # by this line its file is saved beside this one
+        """Return the options; a saved processor can be loaded by either backend."""
+        from .image_processing_apm import APMImageProcessor  # this import makes transformers save its file, too
 
         options = super().to_dict()
         if type(self) in (APMImageProcessor, APMImageProcessorPil):
@@ -325,20 +325,20 @@ class APMImageProcessorBase(BaseImageProcessor):
         if isinstance(image, str | os.PathLike):
             try:
                 if not os.path.isfile(image):
-                    if os.path.exists(image):  # a folder, a pipe: the next words would be about URLs
+                    if os.path.exists(image):  # a folder, a pipe: the error below is about URLs
                         raise OSError("not a file")
                     return load_image(os.fspath(image))
-                with open(image, "rb") as file:  # PIL would keep files of many frames open
+                with open(image, "rb") as file:  # PIL would keep files with several frames open
                     return PIL.Image.open(io.BytesIO(file.read()))
-            # The last is Pillow's for a decompression bomb, which is none of the system's.
+            # The last is Pillow's for a decompression bomb, which is no system error.
             except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-                unknown = isinstance(error, PIL.UnidentifiedImageError)  # its text names a buffer, not the file
+                unknown = isinstance(error, PIL.UnidentifiedImageError)  # its message names a buffer, not the file
                 reason = "PIL cannot identify its content" if unknown else str(error)[:300]
                 raise ValueError(f"expected a readable image, got {str(image)[:200]!r}: {reason}") from error
         return image
 
     def read(self, image: Any, **options: Any) -> Tensor:
-        """Read one image as `(C, H, W)`, `uint8` or `float32`, C being what the options say; see [`read_image`]."""
+        """Read one image as `(C, H, W)`, `uint8` or `float32`, C as given by the options; see [`read_image`]."""
         means = [options.get(name) for name in ("image_mean", "image_std")]
         entries = [len(values) for values in means if isinstance(values, list | tuple)]
         num_channels, convert = entries[0] if entries else None, bool(options.get("do_convert_rgb"))
@@ -358,7 +358,7 @@ class APMImageProcessorBase(BaseImageProcessor):
         return pixels
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[Any]:
-        """Flatten the input into images `(C, H, W)`; an error names the image it comes from."""
+        """Flatten the input into images `(C, H, W)`; errors name the image."""
         prepared: list[Any] = []
         for label, image in _flatten(images):
             try:
@@ -373,17 +373,17 @@ class APMImageProcessorBase(BaseImageProcessor):
     def preprocess(
         self, images: Any, segmentation_maps: Any = None, **kwargs: Unpack[APMImageProcessorKwargs]
     ) -> BatchFeature:
-        """Turn images, and maps of their pixels' labels, into a model's input.
+        """Convert images, and optionally label maps, to a model's inputs.
 
         Args:
             images: see the class.
             segmentation_maps: a map for every image, `(rows, cols)` integers at any resolution, as arrays, tensors or
                 PIL images of one channel (with a palette: its indices); one map, a list, or a batch.
-            **kwargs: options instead of the processor's own.
+            **kwargs: options that replace the processor's.
 
         Returns:
             `pixel_values`; with maps also `labels` `(B, S_h, S_w)` int64, the label at every pixel's centre, and 255
-            where a crop or padding reaches beyond the picture.
+            where a crop or padding extends beyond the image.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
@@ -397,12 +397,12 @@ class APMImageProcessorBase(BaseImageProcessor):
             raise ValueError(f"segmentation_maps: expected one for each of {len(images)} images, got {len(maps)}.")
         labels = []
         for image, label_map in zip(images, maps, strict=True):
-            sides = self._seen_sides(*image.shape[-2:], **kwargs)
+            sides = self._visible_sides(*image.shape[-2:], **kwargs)
             rows, cols = (side.sources(size) for side, size in zip(sides, label_map.shape, strict=True))
-            seen = np.full((len(rows), len(cols)), IGNORE_INDEX, dtype=np.int64)
+            visible = np.full((len(rows), len(cols)), IGNORE_INDEX, dtype=np.int64)
             inside = [(index >= 0) & (index < size) for index, size in zip((rows, cols), label_map.shape, strict=True)]
-            seen[np.ix_(*inside)] = label_map[np.ix_(rows[inside[0]], cols[inside[1]])]
-            labels.append(seen)
+            visible[np.ix_(*inside)] = label_map[np.ix_(rows[inside[0]], cols[inside[1]])]
+            labels.append(visible)
         return BatchFeature({**batch, "labels": labels}, tensor_type=kwargs.get("return_tensors"))
 
     def post_process_semantic_segmentation(
@@ -413,15 +413,15 @@ class APMImageProcessorBase(BaseImageProcessor):
         outside: int | None = None,
         return_segmentation_scores: bool = False,
     ) -> list[Any]:
-        """Make label maps of the pictures that a model has seen through this processor.
+        """Convert a model's outputs to label maps of the original images.
 
-        Resizing, centre crop and padding are undone, by the processor's own options; logits are resized bilinearly.
+        Resizing, centre crop and padding are undone, by the processor's options; logits are resized bilinearly.
 
         Args:
-            outputs: of a model, with `logits` `(B, K, h, w)`.
-            target_sizes: (height, width) of each picture; None leaves the map of what was seen as it is.
-            outside: label for pixels that the centre crop cut off, e.g. 255. None refuses pictures with such pixels:
-                `pipeline("image-segmentation")` has names for the classes alone.
+            outputs: outputs of a model, with `logits` `(B, K, h, w)`.
+            target_sizes: (height, width) of each image; None returns the maps at the logits' resolution.
+            outside: label for pixels that the centre crop cut off, e.g. 255. None rejects images with such pixels:
+                `pipeline("image-segmentation")` has names for the classes only.
             return_segmentation_scores: return the resized logits as well.
 
         Returns:
@@ -429,7 +429,7 @@ class APMImageProcessorBase(BaseImageProcessor):
             `segmentation` and of `segmentation_scores` `(K, height, width)`, NaN for pixels outside.
 
         Raises:
-            ValueError: not one size for each map, or cut-off pixels without `outside`.
+            ValueError: unless there is one size per map, and for cut-off pixels without `outside`.
         """
         logits = outputs.logits
         if target_sizes is None:
@@ -437,7 +437,7 @@ class APMImageProcessorBase(BaseImageProcessor):
         elif len(target_sizes) == len(logits):
             sizes = [(int(height), int(width)) for height, width in target_sizes]
             pairs = [
-                self._as_seen(image_logits, size, outside, return_segmentation_scores)
+                self._restore(image_logits, size, outside, return_segmentation_scores)
                 for image_logits, size in zip(logits, sizes, strict=True)
             ]
         else:
@@ -446,26 +446,26 @@ class APMImageProcessorBase(BaseImageProcessor):
             return [labels for labels, _ in pairs]
         return [BatchFeature({"segmentation": labels, "segmentation_scores": scores}) for labels, scores in pairs]
 
-    def _as_seen(
+    def _restore(
         self, logits: Tensor, size: tuple[int, int], outside: int | None, with_scores: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Put logits `(K, h, w)` back on a picture `(H, W)`: its labels `(H, W)` and, with scores, `(K, H, W)`."""
+        """Map logits `(K, h, w)` back to an image `(H, W)`: its labels `(H, W)` and, with scores, `(K, H, W)`."""
         options: dict[str, Any] = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
-        y, x = (side.places(cells) for side, cells in zip(self._seen_sides(*size, **options), size, strict=True))
-        unseen = (y.abs() > 1)[:, None] | (x.abs() > 1)  # (H, W)
-        if outside is None and unseen.any():
+        y, x = (side.places(cells) for side, cells in zip(self._visible_sides(*size, **options), size, strict=True))
+        cropped = (y.abs() > 1)[:, None] | (x.abs() > 1)  # (H, W)
+        if outside is None and cropped.any():
             raise ValueError(
-                f"target_sizes: the centre crop cuts {int(unseen.sum())} pixels off a picture of {size}, and nothing "
-                "is known about them; expected `outside`, the label to give them, or an image processor with "
+                f"target_sizes: the centre crop cuts {int(cropped.sum())} pixels off a picture of {size}, which "
+                "have no prediction; expected `outside`, the label to give them, or an image processor with "
                 "do_center_crop=False whose `size` has a height and a width."
             )
-        unseen, scores = unseen.to(logits.device), None
+        cropped, scores = cropped.to(logits.device), None
         labels = torch.cat([strip.argmax(dim=0) for strip in _resized(logits, y, x)])
-        if with_scores:  # resized once more, so that labels alone never need memory for all classes
-            scores = torch.cat(list(_resized(logits, y, x)), dim=1).masked_fill(unseen, torch.nan)
-        return labels if outside is None else labels.masked_fill(unseen, outside), scores
+        if with_scores:  # resized again, so that labels alone do not need memory for all classes
+            scores = torch.cat(list(_resized(logits, y, x)), dim=1).masked_fill(cropped, torch.nan)
+        return labels if outside is None else labels.masked_fill(cropped, outside), scores
 
-    def _seen_sides(
+    def _visible_sides(
         self,
         height: int,
         width: int,
@@ -477,20 +477,20 @@ class APMImageProcessorBase(BaseImageProcessor):
         do_pad: bool | None = None,
         pad_size: SizeDict | None = None,
         **kwargs: Any,
-    ) -> tuple[_SeenSide, _SeenSide]:
-        """Which rows and which columns of a picture the model sees: the geometry of both backends' `_preprocess`."""
+    ) -> tuple[_VisibleSide, _VisibleSide]:
+        """Return the rows and columns of an image that reach the model: the geometry of `_preprocess`."""
         resized = self._resized_size(height, width, size) if do_resize else (height, width)
         if do_pad and pad_size is None:
-            raise ValueError("pad_size: expected a size for label maps, since a batch's largest image tells it else.")
+            raise ValueError("pad_size: expected a size for label maps, else it depends on the largest image.")
         sides = []
         for name, pixels in zip(("height", "width"), resized, strict=True):
             start, length = 0, pixels
             if do_center_crop:
                 length = getattr(crop_size, name)
-                start = int((pixels - length) / 2)  # towards zero: negative where zeros were put around the image
+                start = int((pixels - length) / 2)  # rounded towards zero; negative if the image was padded
             if do_pad:
                 length = getattr(pad_size, name)
-            sides.append(_SeenSide(start, length, pixels))
+            sides.append(_VisibleSide(start, length, pixels))
         return sides[0], sides[1]
 
     def _resized_size(self, height: int, width: int, size: SizeDict) -> tuple[int, int]:
@@ -522,8 +522,8 @@ class APMImageProcessorPil(APMImageProcessorBase, PilBackend):
     min-max instead), channel order, padding. Every option may also be given per call.
 
     Raises:
-        ValueError: an unreadable or empty image, not an image at all, a number of channels that does not fit, NaN or
-            infinite pixels, or values outside their range; the message names the image's place in the batch.
+        ValueError: for an unreadable or empty image, another type, a number of channels that does not fit, NaN or
+            infinite pixels, or values outside their range; the message names the image's position in the batch.
     """
 
     def process_image(self, image: Any, **options: Any) -> np.ndarray:
@@ -533,9 +533,9 @@ class APMImageProcessorPil(APMImageProcessorBase, PilBackend):
     def resize(
         self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """Resize `(C, H, W)` with PIL at the image's own depth, where transformers has 8 bits only, and by channels.
+        """Resize `(C, H, W)` with PIL at the image's depth, per channel; transformers supports only 8 bits.
 
-        PIL would take four channels for RGBA and weigh the first three by the last.
+        PIL would treat four channels as RGBA and weight the first three by the last.
         """
         if image.dtype == np.uint8:
             resize = super().resize
@@ -546,7 +546,7 @@ class APMImageProcessorPil(APMImageProcessorBase, PilBackend):
         return np.stack([np.asarray(channel) for channel in resized]).clip(0, white)  # bicubic overshoots at edges
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
-        """Crop `(C, H, W)`, zeros around a smaller image: an odd row or column of them last, as torchvision has it."""
+        """Crop `(C, H, W)`, padding a smaller image with zeros; odd rows or columns come last, as in torchvision."""
         rows, cols = max(0, (size.height or 0) - image.shape[1]), max(0, (size.width or 0) - image.shape[2])
         image = np.pad(image, ((0, 0), (rows // 2, rows - rows // 2), (cols // 2, cols - cols // 2)))
         return super().center_crop(image, size, **kwargs)
@@ -599,6 +599,6 @@ class APMImageProcessorPil(APMImageProcessorBase, PilBackend):
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
-APMImageProcessorPil.register_for_auto_class()  # what is saved takes its code along
+APMImageProcessorPil.register_for_auto_class()  # saved processors include their code
 
 __all__ = ["APMImageProcessorKwargs", "APMImageProcessorPil", "read_image", "upright"]

@@ -1,16 +1,16 @@
-"""The Asynchronous Perception Machine (APM): fold an image into one column, then query any location of it.
+"""Implement the Asynchronous Perception Machine (APM): fold an image into one column, then query any location of it.
 
     pixel_values (B, C, S, S) -- fold --> trigger_column (B, D)
     [trigger_column ; local patch ; position code] -- one shared MLP --> feature (B, L, F), colour (B, L, 3)
     features (B, L, F) -- pool --> pooler_output (B, F)
 
-Locations never see each other, so any subset of them can be queried, in any order and in chunks.
+Locations do not interact, so any subset of them can be queried, in any order and in chunks.
 
 Source: Modi & Rawat, NeurIPS 2024, arXiv:2410.20535, Fig. 1.
 
 Legend: B images, L locations, D trigger width, Q local-patch width, P position width, H a layer's width, F feature
 width, N levels, K classes or texts, T tokens, (rows, cols) the grid. Locations are row-major; coordinates are (y, x)
-in [-1, 1] at the places of `torch.nn.functional.grid_sample(align_corners=False)`.
+in [-1, 1] as in `torch.nn.functional.grid_sample(align_corners=False)`.
 """
 
 import copy
@@ -40,23 +40,23 @@ from .position_encoding import axis_codes, axis_indices, grid_coordinates, local
 # Without gradients, locations are decoded in chunks whose widest activation stays below this many elements. On the
 # CPU it should also stay in the cache (8 MiB in float32), unless the chunk were less than a row of the grid.
 CHUNK_ELEMENTS, CACHED_ELEMENTS = 2**24, 2**21
-# Coordinates are clamped to this distance: beyond, float32 overflows on the way and tells no places apart.
+# Coordinates are clamped to this distance: beyond, float32 overflows and cannot resolve positions.
 FAR = 1e30
-# Pixels of segmentation maps that carry no label, as in transformers' `semantic_loss_ignore_index`.
+# Label of unlabelled pixels in segmentation maps, as in transformers' `semantic_loss_ignore_index`.
 IGNORE_INDEX = 255
 
 
 @dataclass
 class APMModelOutput(ModelOutput):
-    """Outputs of an APM.
+    """Hold the outputs of an APM.
 
     Args:
         last_hidden_state: `(B, L, F)`, the feature of every location.
         pooler_output: `(B, F)`, pooled over these locations.
-        rgb: `(B, L, 3)`, colours >= 0, or None without RGB head.
+        rgb: `(B, L, 3)`, colours >= 0, or None without an RGB head.
         trigger_column: `(B, D)`.
         hidden_states: one `(B, L, hidden_sizes[i])` per layer of the MLP, with `output_hidden_states=True`.
-        levels: `(B, L, N, level_size)`, the column of levels of every location, low to high, where the model has any.
+        levels: `(B, L, N, level_size)`, the column of levels of every location, low to high, if the model has any.
         teacher_features: `(B, L, F_i)` by name, from the additional teachers' heads that were requested.
         teacher_embeds: `(B, F_i)` by name, each pooled over these locations.
     """
@@ -75,7 +75,7 @@ class APMModelOutput(ModelOutput):
 
 
 class APMQuery(nn.Module):
-    """The first layer: a Linear over [features ; trigger ; local patch ; position], computed as a sum of Linears.
+    """Apply the first layer, a Linear over [features ; trigger ; local patch ; position], as a sum of Linears.
 
     W [I ; p] = W_I I + W_p p: the trigger's product is one row per image, and since the position code is
     [column ; row], rows + cols products serve all cells of a grid. Nothing is concatenated or repeated.
@@ -107,7 +107,7 @@ class APMQuery(nn.Module):
             patches: `(B, L, Q)`, with `config.local_patch`.
             features: `(B, L, F)`, in the RGB head.
         """
-        # Layers see three axes at most: adapters take four for an image.
+        # Layers get at most three axes: adapters treat four as an image.
         row = self.row(row_code.squeeze(2))[:, :, None]  # (1 or B, R, 1, H)
         column = self.column(column_code.flatten(1, 2)).unflatten(1, column_code.shape[1:3])  # (1 or B, 1 or R, C, H)
         hidden = self.trigger(trigger_column)[:, None, None] + row + column
@@ -120,7 +120,7 @@ class APMQuery(nn.Module):
 
 
 class APMRGBHead(nn.Module):
-    """An MLP from [feature ; query] to a colour >= 0; the feature is standardised where there are statistics."""
+    """Decode a colour >= 0 from [feature ; query] with an MLP; the feature is standardised if there are statistics."""
 
     def __init__(self, config: APMConfig):
         super().__init__()
@@ -144,9 +144,9 @@ class APMRGBHead(nn.Module):
 
 
 class APMFeatureSpace(nn.Module):
-    """Maps a head's standardised output to its teacher's space: output * std + mean, per channel.
+    """Map a head's standardised output to its teacher's space: output * std + mean, per channel.
 
-    The numbers are the configuration's; files of weights do not hold them.
+    The statistics come from the configuration; weight files do not contain them.
     """
 
     mean: Tensor  # (F,)
@@ -160,12 +160,12 @@ class APMFeatureSpace(nn.Module):
         self.fill()
 
     def fill(self) -> None:
-        """Write the numbers into the buffers, which loading leaves undefined."""
+        """Write the statistics into the buffers, which loading leaves undefined."""
         for name, values in zip(("mean", "std"), self.statistics, strict=True):
-            init.copy_(getattr(self, name), torch.tensor(values))  # one deviation serves all channels
+            init.copy_(getattr(self, name), torch.tensor(values))  # a single deviation is shared by all channels
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return `(..., F)` for `(..., F)`."""
+        """Return features in the teacher's space, `(..., F)`, for outputs `(..., F)`."""
         return torch.addcmul(self.mean, features, self.std)
 
 
@@ -174,7 +174,7 @@ def _feature_space(mean: Any, std: Any) -> APMFeatureSpace | nn.Identity:
 
 
 class APMMeanPooling(nn.Module):
-    """The mean over locations, which may come in chunks."""
+    """Average over locations, which may come in chunks."""
 
     def forward(
         self, features: Tensor, rows: Tensor, columns: Tensor, state: tuple[Any, ...] = ()
@@ -184,7 +184,7 @@ class APMMeanPooling(nn.Module):
         Args:
             features: `(B, L, F)`.
             rows, columns: not used here.
-            state: the features' sum `(B, F)` and their number, in the chunks before.
+            state: the features' sum `(B, F)` and their number, over the previous chunks.
 
         Returns:
             The pooled features `(B, F)` of all chunks so far, and the state after this one.
@@ -197,7 +197,7 @@ class APMMeanPooling(nn.Module):
 
 
 class APMAttentionPooling(nn.Module):
-    """A learned query attends to feature + position code; the design of the release's test-time-training model.
+    """Attend with a learned query to feature + position code; the design of the release's test-time-training model.
 
     Locations may come in chunks: the softmax is computed online (arXiv:1805.02867).
     """
@@ -218,8 +218,8 @@ class APMAttentionPooling(nn.Module):
         Args:
             features: `(B, L, F)`.
             rows, columns: cell indices `(1 or B, R, 1)` and `(1 or B, 1 or R, C)`, L = R * C.
-            state: highest score seen, sum of exp(score - highest) and the values' sum with these weights:
-                `(B, heads, 1, 1)` twice and `(B, heads, 1, F / heads)`, in the chunks before.
+            state: highest score, sum of exp(score - highest) and the values' sum with these weights:
+                `(B, heads, 1, 1)` twice and `(B, heads, 1, F / heads)`, over the previous chunks.
 
         Returns:
             The pooled features `(B, F)` of all chunks so far, and the state after this one.
@@ -252,7 +252,7 @@ def _pooling(config: APMConfig, kind: str, feature_size: int) -> APMMeanPooling 
 
 
 class APMTeacherHead(nn.Module):
-    """The modules of an additional teacher: a Linear on the last layer of the MLP, pooling, statistics."""
+    """Hold the modules of an additional teacher: a Linear on the last layer of the MLP, pooling, statistics."""
 
     def __init__(self, config: APMConfig, name: str):
         super().__init__()
@@ -264,7 +264,7 @@ class APMTeacherHead(nn.Module):
 
 
 class APMDecoder(GradientCheckpointingLayer):
-    """The shared MLP and its heads, which predict standardised features where there are statistics.
+    """Apply the shared MLP and its heads, which predict standardised features if there are statistics.
 
     One call decodes one chunk of locations, so that checkpointing it bounds memory.
     """
@@ -295,8 +295,8 @@ class APMDecoder(GradientCheckpointingLayer):
             trigger_column: `(B, D)`.
             rows, columns: real-valued cell indices, `(1 or B, R, 1)` and `(1 or B, 1 or R, C)`.
             patches: `(B, L, Q)`, with `config.local_patch`.
-            outputs: what to compute: `"features"`, `"rgb"`, `"levels"`, `"hidden_states.i"` for the layer i of the
-                MLP, or the name of an additional teacher behind `"teacher_features."`.
+            outputs: names of outputs to compute: `"features"`, `"rgb"`, `"levels"`, `"hidden_states.i"` for layer i of
+                the MLP, or `"teacher_features."` followed by the name of an additional teacher.
 
         Returns:
             One `(B, L, ...)` for each of `outputs`.
@@ -336,20 +336,20 @@ class APMPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["APMDecoder", "APMAttentionPooling"]
-    # The choice of attention is the text tower's, where a head has one.
+    # The choice of attention applies to the text tower, if a head has one.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: APMConfig, *args, **kwargs):
-        config.validate_architecture()  # fields may have been set since the configuration was made
+        config.validate_architecture()  # fields may have changed since the configuration was made
         super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a model as in transformers, but from safetensors alone unless `use_safetensors=False`.
+        """Load a model as in transformers, but only from safetensors unless `use_safetensors=False`.
 
         Raises:
-            ValueError: for weights of other shapes than the configuration describes.
-            OSError: for files that are missing or damaged.
+            ValueError: for weights whose shapes do not match the configuration.
+            OSError: for missing or damaged files.
         """
         name = pretrained_model_name_or_path
         wants_info, strict = kwargs.get("output_loading_info"), not kwargs.get("ignore_mismatched_sizes")
@@ -367,10 +367,10 @@ class APMPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save a model as in transformers; its code goes along, and serves every Auto class.
+        """Save a model as in transformers, together with its code for every Auto class.
 
         Raises:
-            OSError: where the weights cannot be written, as on a full disk.
+            OSError: if the weights cannot be written, e.g. on a full disk.
         """
         if type(self).__module__ == __name__:
             self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | _AUTO_MAP
@@ -391,13 +391,13 @@ class APMPreTrainedModel(PreTrainedModel):
             module.fill()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the first module that sees the input: the fold, or what an embedding goes through."""
+        """Return the first module applied to the input: the fold, or the identity for an embedding."""
         model: Any = getattr(self, "apm", self)
         return model.trigger
 
 
 class APMModel(APMPreTrainedModel):
-    """The bare model: `fold` an image into its trigger column, `query` any locations of it.
+    """Run the bare model: `fold` an image into its trigger column, `query` any locations of it.
 
     Source: arXiv:2410.20535, Fig. 1.
 
@@ -419,7 +419,7 @@ class APMModel(APMPreTrainedModel):
         self.grid_size = config.grid_size
         widths = [head["feature_size"] for head in (config.teacher_heads or {}).values()]
         self.widest = max(*config.hidden_sizes, config.feature_size, config.local_patch_width, *widths)
-        self.trigger: nn.Module = nn.Identity()  # what an embedding goes through
+        self.trigger: nn.Module = nn.Identity()  # for an embedding
         if config.trigger_source == "conv":
             self.trigger = nn.Conv2d(
                 config.num_channels, config.trigger_channels, config.patch_size, stride=config.patch_size
@@ -439,7 +439,7 @@ class APMModel(APMPreTrainedModel):
             `(B, D)`: the convolution's channels, each flattened row-major.
 
         Raises:
-            ValueError: for another shape, or where the trigger column comes from the caller.
+            ValueError: for another shape, or if the trigger column comes from the caller.
         """
         if self.config.trigger_source != "conv":
             raise ValueError("fold: trigger_source='embedding' has nothing to fold; pass trigger_column instead")
@@ -461,13 +461,13 @@ class APMModel(APMPreTrainedModel):
         """Fold, then query.
 
         Args:
-            pixel_values: `(B, C, S, S)`; not needed where `trigger_column` is given and `config.local_patch` is off.
+            pixel_values: `(B, C, S, S)`; not needed if `trigger_column` is given and `config.local_patch` is off.
             coordinates: `(L, 2)` or `(B, L, 2)`, (y, x) in [-1, 1], any real values; None is the full grid.
             trigger_column: `(B, D)`, instead of folding; required with `trigger_source="embedding"`.
-            chunk_size: locations decoded at a time, of the grid rounded to whole rows; outputs do not depend on it.
-                None chooses: all at once where gradients are needed without checkpointing and in compiled code, else
-                as many as keep the activations below `CHUNK_ELEMENTS`.
-            heads: names of `config.teacher_heads` to compute beside the main head; None is all of them.
+            chunk_size: locations decoded at a time, rounded to full rows on the grid; outputs do not depend on it.
+                None chooses: all at once if gradients are needed without checkpointing and in compiled code, else as
+                many as keep the activations below `CHUNK_ELEMENTS`.
+            heads: names of `config.teacher_heads` to compute besides the main head; None is all of them.
             output_hidden_states: also return the MLP's layers.
             output_attentions: accepted and ignored: locations do not attend to each other.
             interpolate_pos_encoding: accepted and ignored: positions are real numbers, and the image has one size.
@@ -524,9 +524,9 @@ class APMModel(APMPreTrainedModel):
         heads: Sequence[str] | None = None,
         output_hidden_states: bool | None = None,
     ) -> APMModelOutput:
-        """Query locations of images that are already folded; arguments and output as in `forward`.
+        """Query locations of folded images; arguments and output as in `forward`.
 
-        `pixel_values` are needed only where `config.local_patch` is on.
+        `pixel_values` are needed only if `config.local_patch` is on.
         """
         return self(
             pixel_values,
@@ -545,7 +545,7 @@ class APMModel(APMPreTrainedModel):
         *,
         trigger_column: Tensor | None = None,
     ) -> Tensor:
-        """Return `forward(...).pooler_output`, `(B, F)`, without computing colours or levels or keeping features."""
+        """Return `forward(...).pooler_output`, `(B, F)`, without computing colours or levels or storing features."""
         trigger_column = self._trigger_column(trigger_column, pixel_values)
         coordinates = self._coordinates(coordinates, trigger_column)
         state: tuple[Any, ...] = ()
@@ -558,9 +558,9 @@ class APMModel(APMPreTrainedModel):
     def set_feature_statistics(
         self, mean: Tensor | Sequence[float], std: Tensor | Sequence[float] | float, *, head: str | None = None
     ) -> None:
-        """Put a teacher's statistics into the configuration and behind the network's output.
+        """Set a teacher's statistics in the configuration and apply them to the network's output.
 
-        The weights stay: the network now predicts standardised features, so set the statistics before training.
+        Weights are unchanged: the network now predicts standardised features, so set the statistics before training.
 
         Args:
             mean: `(F,)`.
@@ -568,7 +568,8 @@ class APMModel(APMPreTrainedModel):
             head: a name of `config.teacher_heads`; None is the main head.
 
         Raises:
-            ValueError: for an unknown head, and for numbers that are not F, not finite, or no deviations.
+            ValueError: for an unknown head, another number of values than F, values that are not finite, or deviations
+                that are not positive.
         """
         statistics = self.config.set_feature_statistics(mean, std, head=head)
         space = APMFeatureSpace(*statistics.values()).to(device=self.device, dtype=self.dtype)
@@ -578,7 +579,7 @@ class APMModel(APMPreTrainedModel):
             self.feature_space = space
 
     def with_head(self, name: str) -> "APMModel":
-        """Return an ordinary APM whose main, and only, head is the one of the teacher `name`; weights are copied.
+        """Return an ordinary APM whose main and only head is that of the teacher `name`; weights are copied.
 
         It decodes no colours, since the RGB head reads the features of the main head.
 
@@ -605,7 +606,7 @@ class APMModel(APMPreTrainedModel):
             raise ValueError(f"trigger_column: expected a tensor, got {type(trigger_column).__name__}")
         if trigger_column.ndim != 2 or trigger_column.shape[1] != width:
             raise ValueError(f"trigger_column: expected shape (B, {width}), got {tuple(trigger_column.shape)}")
-        trigger_column = trigger_column.to(self.dtype)  # inputs may stay float32 beside bfloat16 weights
+        trigger_column = trigger_column.to(self.dtype)  # inputs may be float32 with bfloat16 weights
         return self.trigger(trigger_column) if self.config.trigger_source == "embedding" else trigger_column
 
     def _locations(
@@ -623,14 +624,14 @@ class APMModel(APMPreTrainedModel):
             images = self._check_pixels(pixel_values)
             num_columns, num_images = trigger_column.shape[0], images.shape[0]
             if num_images != num_columns:
-                raise ValueError(f"pixel_values: expected {num_columns} images, one a column, got {num_images}")
+                raise ValueError(f"pixel_values: expected {num_columns} images, one per column, got {num_images}")
         patches = None
         if coordinates is None:  # rows and columns of the grid
             index = torch.arange(self.grid_size, dtype=torch.float32, device=device)
             rows, columns = index[None, :, None], index[None, None]
             if config.local_patch:
                 patches = local_patches(images, config.patch_size, config.local_patch_scales)  # (B, L, Q)
-        else:  # every location is a row of one
+        else:  # every location is a row of length one
             rows, columns = axis_indices(coordinates, self.grid_size).split(1, dim=-1)  # (1 or B, L, 1) twice
         step = self._chunk_rows(trigger_column, columns, chunk_size)
         for start in range(0, rows.shape[1], step) if step else (0,):  # a range would fix a traced number of rows
@@ -646,7 +647,7 @@ class APMModel(APMPreTrainedModel):
                 yield rows[:, chunk], columns[:, chunk], patches
 
     def _chunk_rows(self, trigger_column: Tensor, columns: Tensor, chunk_size: int | None) -> int | None:
-        """Return how many rows of locations are decoded at a time; None is all of them."""
+        """Return the number of rows of locations decoded at a time; None is all of them."""
         if chunk_size is not None:
             if chunk_size < 1:
                 raise ValueError(f"chunk_size: expected a positive number of locations, got {chunk_size}")
@@ -654,7 +655,7 @@ class APMModel(APMPreTrainedModel):
         checkpointed = self.training and self.decoder.gradient_checkpointing
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not checkpointed):
             return None
-        elements = max(1, len(trigger_column)) * self.widest  # of one location
+        elements = max(1, len(trigger_column)) * self.widest  # per location
         size = CHUNK_ELEMENTS // elements
         if trigger_column.device.type == "cpu":
             size = min(size, max(CACHED_ELEMENTS // elements, self.grid_size))
@@ -673,7 +674,7 @@ class APMModel(APMPreTrainedModel):
         return pixel_values.to(self.dtype)
 
     def _coordinates(self, coordinates: Tensor | None, trigger_column: Tensor) -> Tensor | None:
-        """Return coordinates `(1 or B, L, 2)`, float32 or wider, beside the trigger column; None stays None."""
+        """Return coordinates `(1 or B, L, 2)`, float32 or wider, on the trigger column's device; None stays None."""
         if coordinates is None:
             return None
         if not isinstance(coordinates, Tensor):
@@ -690,13 +691,13 @@ class APMModel(APMPreTrainedModel):
             )
         if not _are_finite(coordinates):
             raise ValueError("coordinates: expected finite numbers, (y, x), got NaN or infinite ones")
-        dtype = torch.promote_types(coordinates.dtype, torch.float32)  # in bfloat16 places would move by whole pixels
+        dtype = torch.promote_types(coordinates.dtype, torch.float32)  # in bfloat16 positions would be off by pixels
         coordinates = coordinates.to(trigger_column.device, dtype).clamp(-FAR, FAR)
         return coordinates if coordinates.ndim == 3 else coordinates[None]  # (L, 2) -> (1, L, 2)
 
 
 def _are_finite(coordinates: Tensor) -> bool:
-    """Return False for numbers that are seen not to be finite; where looking would wait or break, NaN gives NaN."""
+    """Return False for non-finite numbers; True without checking where that would synchronise or break a graph."""
     if coordinates.device.type != "cpu" or torch.compiler.is_compiling():
         return True
     try:
@@ -706,7 +707,7 @@ def _are_finite(coordinates: Tensor) -> bool:
 
 
 class _Chunks:
-    """Joins the decoder's outputs for chunks of locations; without gradients, nothing is held twice."""
+    """Join the decoder's outputs for chunks of locations; without gradients, nothing is stored twice."""
 
     def __init__(self, num_locations: int):
         self.num_locations, self.num_decoded = num_locations, 0
@@ -735,13 +736,13 @@ class _Chunks:
 
 # --- models with a head for a task ---
 
-# Weights of a distilled APM that a head has no use for.
+# Weights of a distilled APM that a head does not use.
 _UNUSED_BY_HEADS = [r"decoder\.(rgb_head|level_head|teacher_heads)\."]
 
 
 @dataclass
 class APMZeroShotOutput(ModelOutput):
-    """Image-text similarities.
+    """Hold image-text similarities.
 
     Args:
         loss: `()`, the contrastive loss, with `return_loss=True`.
@@ -759,7 +760,7 @@ class APMZeroShotOutput(ModelOutput):
 
 
 class APMForImageClassification(APMPreTrainedModel):
-    """A linear classifier on the pooled feature. It has neither colours nor levels nor additional teachers' heads."""
+    """Classify images with a linear layer on the pooled feature, without colours, levels and additional heads."""
 
     _keys_to_ignore_on_load_unexpected = _UNUSED_BY_HEADS
 
@@ -807,16 +808,15 @@ class APMForImageClassification(APMPreTrainedModel):
 
 
 class APMForSemanticSegmentation(APMPreTrainedModel):
-    """A linear classifier on the feature of every location; it gives maps of any resolution.
+    """Segment images with a linear layer on the feature of every location, at any resolution.
 
-    To train the classifier alone, `model.apm.requires_grad_(False)`: the APM then runs without gradients, in chunks,
-    so that `output_size` may be that of the labels, whatever the memory. It has no pooling and no other heads.
+    To train only the classifier, use `model.apm.requires_grad_(False)`: the APM then runs without gradients, in
+    chunks, so that memory does not limit `output_size`. The model has no pooling and no other heads.
 
     Args:
-        output_size: (height, width) of maps where a call names none; None is the grid. It describes a use of the
-            model and not the model, hence is no part of the configuration and is not saved:
-            `from_pretrained(..., output_size=(480, 640))` or `model.output_size = ...` sets it, and for a folder
-            `pipeline("image-segmentation", folder, model_kwargs={"output_size": (480, 640)})`.
+        output_size: default (height, width) of maps; None is the grid. It is not part of the configuration and is
+            not saved: `from_pretrained(..., output_size=(480, 640))` or `model.output_size = ...` sets it, and for a
+            folder `pipeline("image-segmentation", folder, model_kwargs={"output_size": (480, 640)})`.
     """
 
     _keys_to_ignore_on_load_unexpected = [*_UNUSED_BY_HEADS, r"^(apm\.)?pooler\."]
@@ -846,9 +846,9 @@ class APMForSemanticSegmentation(APMPreTrainedModel):
 
         Args:
             pixel_values: `(B, C, S, S)`.
-            labels: `(B, height', width')`, class indices, 255 where there is none; the logits are interpolated
+            labels: `(B, height', width')`, class indices, 255 for unlabelled pixels; the logits are interpolated
                 bilinearly to their size for the loss.
-            output_size: (height, width) of the map of queries; None is the model's own, by default the grid itself.
+            output_size: (height, width) of the map of queries; None is `model.output_size`, by default the grid.
             trigger_column, chunk_size, output_hidden_states, output_attentions, interpolate_pos_encoding: as in
                 [`APMModel.forward`].
         """
@@ -858,7 +858,7 @@ class APMForSemanticSegmentation(APMPreTrainedModel):
         if height < 1 or width < 1:
             raise ValueError(f"output_size: expected a positive (height, width), got {output_size}")
         given = pixel_values if trigger_column is None else trigger_column
-        device = given.device if isinstance(given, Tensor) else None  # weights may lie elsewhere until they are used
+        device = given.device if isinstance(given, Tensor) else None  # weights may be offloaded until they are used
         coordinates = None if output_size is None else grid_coordinates(height, width, device=device)
         sources = (pixel_values, trigger_column, *self.apm.parameters())
         is_frozen = not any(source is not None and source.requires_grad for source in sources)
@@ -883,11 +883,11 @@ class APMForSemanticSegmentation(APMPreTrainedModel):
 
 
 class APMForZeroShotImageClassification(APMPreTrainedModel):
-    """An APM beside the text tower of its teacher: one vector space for images and texts.
+    """Compare images and texts with an APM and the text tower of its teacher, in one vector space.
 
     `config.text_config` describes the tower, of any Hugging Face dual encoder; [`from_dual_encoder`] takes it, with
-    its weights, from a teacher such as CLIP, SigLIP or a `VisionTextDualEncoderModel`. The APM keeps what the pooled
-    feature needs: neither colours nor levels nor additional teachers' heads.
+    its weights, from a teacher such as CLIP, SigLIP or a `VisionTextDualEncoderModel`. The APM has only what the
+    pooled feature needs: no colours, levels or additional heads.
     """
 
     main_input_name = "input_ids"
@@ -927,7 +927,7 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
             dual_encoder: e.g. `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel`.
 
         Raises:
-            ValueError: for a model without text tower, or of another width.
+            ValueError: for a model without a text tower, or of another width.
         """
         tower = getattr(dual_encoder, "text_model", None)
         if tower is None:
@@ -954,7 +954,7 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
         model = cls(config).to(device=apm.device, dtype=apm.dtype)
         used = model.apm.state_dict().keys()
         model.apm.load_state_dict({name: weight for name, weight in apm.state_dict().items() if name in used})
-        # Some dual encoders hold the tower itself, others the core that the tower's own class wraps once more.
+        # Some dual encoders hold the tower itself, others the core module that the tower's class wraps.
         core = (
             model.text_model if _same_keys(model.text_model, tower) else getattr(model.text_model, "text_model", None)
         )
@@ -1025,7 +1025,7 @@ class APMForZeroShotImageClassification(APMPreTrainedModel):
 
 
 def _damaged_file(name: str | os.PathLike) -> str:
-    """Return the first file of weights in a folder that cannot be read; the folder or model itself where all can."""
+    """Return the first weight file in a folder that cannot be read; the folder or model name if all can."""
     for path in sorted(Path(name).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
@@ -1036,7 +1036,7 @@ def _damaged_file(name: str | os.PathLike) -> str:
 
 
 def _text_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the text tower of a configuration; some, SigLIP's among them, are not known to `AutoModel`."""
+    """Build the text tower of a configuration; `AutoModel` does not support some, e.g. SigLIP's."""
     name = type(config).__name__.removesuffix("Config") + "Model"
     if hasattr(transformers, name):
         return getattr(transformers, name)(config)
@@ -1047,7 +1047,7 @@ def _same_keys(first: nn.Module, second: nn.Module) -> bool:
     return first.state_dict().keys() == second.state_dict().keys()
 
 
-# What is saved takes its code along, for `trust_remote_code=True`.
+# Saved models include their code, for `trust_remote_code=True`.
 AUTO_CLASSES = {
     "AutoModel": APMModel,
     "AutoModelForImageClassification": APMForImageClassification,

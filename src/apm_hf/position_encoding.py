@@ -1,8 +1,8 @@
-"""Locations: coordinates, cell indices, the fixed 2-D sin-cos code, and the image patch around a location.
+"""Compute coordinates, cell indices, the fixed 2-D sin-cos code, and the image patches of locations.
 
 Source: arXiv:2410.20535, section 3 (the code is the fixed one of MAE, arXiv:2111.06377, with the column first).
-Coordinates are (y, x) in [-1, 1] and mean what `torch.nn.functional.grid_sample(align_corners=False)` means by them,
-except that it takes (x, y). Positions are computed in float32 or wider, whatever the dtype of the model.
+Coordinates are (y, x) in [-1, 1] as in `torch.nn.functional.grid_sample(align_corners=False)`, except that it takes
+(x, y). Positions are computed in float32 or wider, independent of the dtype of the model.
 
 Pure functions. Legend: B images, L locations, P width of the code, (rows, cols) the grid; locations are row-major.
 """
@@ -28,7 +28,7 @@ def grid_coordinates(rows: int, cols: int, *, device: torch.device | str | None 
 
 
 def _not_half(coordinates: Tensor) -> Tensor:
-    """Return coordinates in float32 at least: in bfloat16, arithmetic on them would be off by whole cells."""
+    """Return coordinates in float32 at least: in bfloat16, arithmetic on them would be off by full cells."""
     return coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
 
 
@@ -62,7 +62,7 @@ def sincos_code(indices: Tensor, size: int) -> Tensor:
 
 
 def axis_codes(size: int, *axes: Tensor) -> list[Tensor]:
-    """Return `sincos_code` of each of several tensors of indices, on one device."""
+    """Return the `sincos_code` of each tensor of indices, all on one device."""
     dtype = torch.promote_types(axes[0].dtype, torch.float32)
     frequencies = MAX_PERIOD ** (torch.arange(0, -size, -2, dtype=dtype, device=axes[0].device) / size)  # (size / 2,)
     angles = [indices[..., None] * frequencies for indices in axes]  # (...) -> (..., size / 2)
@@ -73,7 +73,7 @@ def position_code(coordinates: Tensor, rows: int, cols: int, size: int) -> Tenso
     """Encode coordinates in two dimensions.
 
     Args:
-        coordinates: `(..., 2)`, (y, x) in [-1, 1]; outside of it the code simply continues.
+        coordinates: `(..., 2)`, (y, x) in [-1, 1]; the code continues outside.
         rows, cols: the grid that defines the unit of length.
         size: P, a multiple of 4.
 
@@ -95,7 +95,7 @@ def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, s
             S is a multiple of it.
 
     Returns:
-        `(B, L, C * patch_size**2)`, channels first; at a cell's centre, with scale 1, it is the cell's own patch.
+        `(B, L, C * patch_size**2)`, channels first; at a cell's centre, with scale 1, it is the cell's patch.
     """
     coordinates = _not_half(coordinates)
     pixel_values = F.avg_pool2d(pixel_values, scale) if scale > 1 else pixel_values
@@ -110,7 +110,7 @@ def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, s
 
 
 def grid_patches(pixel_values: Tensor, patch_size: int, scale: int = 1) -> Tensor:
-    """Cut the window around every cell's centre: `sample_patches` on the grid, without interpolation where possible.
+    """Extract the window around every cell's centre: `sample_patches` on the grid, without interpolation if possible.
 
     Args:
         pixel_values: `(B, C, S, S)`, S a multiple of `patch_size` and of `scale`.
@@ -119,24 +119,24 @@ def grid_patches(pixel_values: Tensor, patch_size: int, scale: int = 1) -> Tenso
     Returns:
         `(B, L, C * patch_size**2)`, for the cells of the grid of S / patch_size rows and columns.
     """
-    if scale > 1 and patch_size % (2 * scale):  # windows begin between the pixels of the averaged image
+    if scale > 1 and patch_size % (2 * scale):  # windows start between the pixels of the averaged image
         side = pixel_values.shape[-1] // patch_size
         coordinates = grid_coordinates(side, side, device=pixel_values.device)[None]
         return sample_patches(pixel_values, coordinates, patch_size, scale)
     averaged = F.avg_pool2d(pixel_values, scale) if scale > 1 else pixel_values
     stride = patch_size // scale
-    margin = (patch_size - stride) // 2  # of the window around its cell
+    margin = (patch_size - stride) // 2  # margin of the window around its cell
     return F.unfold(averaged, patch_size, padding=margin, stride=stride).transpose(1, 2)  # (B, Q, L) -> (B, L, Q)
 
 
 def local_patches(
     pixel_values: Tensor, patch_size: int, scales: Sequence[int], coordinates: Tensor | None = None
 ) -> Tensor:
-    """Put the windows of all scales around each location side by side: `(B, L, len(scales) * C * patch_size**2)`.
+    """Concatenate the windows of all scales around each location: `(B, L, len(scales) * C * patch_size**2)`.
 
     Args:
         pixel_values, patch_size: as in `sample_patches`.
-        coordinates: `(1 or B, L, 2)`; None is the centres of the image's own grid.
+        coordinates: `(1 or B, L, 2)`; None is the centres of the image's grid.
     """
     if coordinates is None:
         windows = [grid_patches(pixel_values, patch_size, scale) for scale in scales]

@@ -113,7 +113,7 @@ def _zero_shot_scores(folder: Path) -> list[dict[str, Any]]:
     from ..evaluation.results import read_run
 
     rows = []
-    for cell, answers in sorted(read_run(folder).answers.items()):
+    for cell, answers in sorted(read_run(folder).predictions.items()):
         accuracy = answers.accuracy()
         rows.append(
             cell._asdict()

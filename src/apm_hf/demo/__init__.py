@@ -1,1 +1,1 @@
-"""The demo and what is embedded in the package for it; import from the modules inside."""
+"""Run the demo and load the models embedded for it; import from the modules inside."""

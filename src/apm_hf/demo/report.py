@@ -1,4 +1,4 @@
-"""Pictures and a table of what an APM sees and what it is worth.
+"""Draw figures and a table of what an APM outputs and how well it performs.
 
 Legend: L locations, F feature width, S image side, (rows, cols) the teacher's grid.
 """
@@ -21,19 +21,19 @@ from ..position_encoding import grid_coordinates
 from ..publishing.cards import CardFacts
 from ..ttt import Adapted
 
-MAP_SIZE = 48  # side of the map of locations asked for a picture: finer than any grid of the demo
+MAP_SIZE = 48  # side of the map that is queried for a figure: finer than any grid of the demo
 NUM_ISLANDS = 5
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What everybody sees in one image: panels `(height, width, 3)` in [0, 1] or label maps `(height, width)`."""
+class ImagePanels:
+    """Hold all outputs for one image: panels `(height, width, 3)` in [0, 1] or label maps `(height, width)`."""
 
     condition: str
     panels: dict[str, np.ndarray]
 
     @classmethod
-    def look(
+    def from_models(
         cls,
         condition: str,
         image: Any,
@@ -43,16 +43,16 @@ class Sight:
         adapted: Mapping[str, Adapted],
         *,
         index: int,
-    ) -> "Sight":
-        """Ask all models for a fine map of one image.
+    ) -> "ImagePanels":
+        """Query all models for a fine map of one image.
 
         Args:
-            image: PIL, the input as a person sees it.
+            image: PIL, the original image.
             pixel_values: `(1, 3, S, S)`.
             features: `(1, rows, cols, F)`, the teacher's.
             models: by name; the first is the one whose islands and colours are shown.
             adapted: models after test-time training, for all images of the condition.
-            index: of this image among them.
+            index: index of this image among them.
         """
         coordinates = grid_coordinates(MAP_SIZE, MAP_SIZE, device=pixel_values.device)
         colours = PCAColours.fit(features)
@@ -60,24 +60,24 @@ class Sight:
         for number, (name, model) in enumerate(models.items()):
             with torch.no_grad():
                 outputs = model(pixel_values, coordinates)
-            answers = outputs.last_hidden_state[0]  # (L, F)
-            # The student shares its teacher's colours; a control gets colours of its own, in which it shows the most.
-            panels[name] = _square((colours if number == 0 else PCAColours.fit(answers))(answers))
+            model_features = outputs.last_hidden_state[0]  # (L, F)
+            # The student shares its teacher's colours; a control gets separate ones, which show its variation best.
+            panels[name] = _square((colours if number == 0 else PCAColours.fit(model_features))(model_features))
             if number == 0:
-                panels["islands"] = _square(cluster(answers, NUM_ISLANDS))
+                panels["islands"] = _square(cluster(model_features, NUM_ISLANDS))
                 if outputs.rgb is not None:
                     panels["RGB decoded"] = _square(outputs.rgb[0].clamp(0, 1).cpu().numpy())
         for name, result in adapted.items():
-            answers = result[index : index + 1].query(coordinates).last_hidden_state
-            assert answers is not None
-            panels[name] = _square(colours(answers[0]))
+            model_features = result[index : index + 1].query(coordinates).last_hidden_state
+            assert model_features is not None
+            panels[name] = _square(colours(model_features[0]))
         return cls(condition, panels)
 
 
 def write_report(
     folder: Path,
     rows: Mapping[str, Mapping[str, float]],
-    sights: Sequence[Sight],
+    panels: Sequence[ImagePanels],
     losses: Mapping[str, Sequence[Tensor]],
     facts: CardFacts,
 ) -> tuple[str, list[Path]]:
@@ -85,18 +85,18 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     names = ("report.md", "sights.png", "adaptation.png", "results.json")
     paths = {name: folder / name for name in names}
-    _draw_sights(paths["sights.png"], sights)
+    _draw_panels(paths["sights.png"], panels)
     _draw_adaptation(paths["adaptation.png"], losses)
     table = _table(rows, "top-1") + "\n" + _table(rows, "cosine")
     paths["results.json"].write_text(json.dumps(rows, indent=2) + "\n")
     paths["report.md"].write_text(
-        f"# What the APM sees\n\nMade by `{facts.command}`; teacher: {facts.teacher}; images: {facts.dataset}.\n\n"
-        "![what each model sees](sights.png)\n\nColours are the first three principal components of the features; "
-        "the distilled models share their teacher's, a control has its own.\n\n"
+        f"# APM demo\n\nMade by `{facts.command}`; teacher: {facts.teacher}; images: {facts.dataset}.\n\n"
+        "![output of each model](sights.png)\n\nColours are the first three principal components of the features; "
+        "the distilled models share their teacher's, each control has separate ones.\n\n"
         "Top-1 accuracy on held-out images, and mean cosine between a model's features and its teacher's:\n\n"
         f"{table}"
-        "\nA model that is adapted for longer comes closer to its teacher, not to the truth: the teacher's row is "
-        "what plain test-time training can reach.\n\n![loss against step](adaptation.png)\n"
+        "\nLonger adaptation brings a model closer to its teacher, not to the labels: the teacher's row is the "
+        "limit of plain test-time training.\n\n![loss against step](adaptation.png)\n"
     )
     return table, list(paths.values())
 
@@ -119,16 +119,16 @@ def _table(rows: Mapping[str, Mapping[str, float]], kind: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw_sights(path: Path, sights: Sequence[Sight]) -> None:
+def _draw_panels(path: Path, panels: Sequence[ImagePanels]) -> None:
     _, figure_module = load_matplotlib()
-    names = list(sights[0].panels)
-    figure = figure_module.Figure(figsize=(1.5 * len(names), 1.6 * len(sights) + 0.5), layout="constrained", dpi=100)
-    grid = figure.subplots(len(sights), len(names), squeeze=False)
-    for row, sight in zip(grid, sights, strict=True):
+    names = list(panels[0].panels)
+    figure = figure_module.Figure(figsize=(1.5 * len(names), 1.6 * len(panels) + 0.5), layout="constrained", dpi=100)
+    grid = figure.subplots(len(panels), len(names), squeeze=False)
+    for row, image in zip(grid, panels, strict=True):
         for axes, name in zip(row, names, strict=True):
-            axes.imshow(sight.panels[name], cmap="tab10", vmin=0, vmax=10, interpolation="nearest")
+            axes.imshow(image.panels[name], cmap="tab10", vmin=0, vmax=10, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-        row[0].set_ylabel(sight.condition.replace("_", " "))
+        row[0].set_ylabel(image.condition.replace("_", " "))
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title("\n".join(textwrap.wrap(name, 14)), fontsize=9)
     figure.savefig(path, metadata={"Software": None})
@@ -139,7 +139,7 @@ def _draw_adaptation(path: Path, losses: Mapping[str, Sequence[Tensor]]) -> None
     axes = figure.subplots()
     for name, parts in losses.items():
         values = torch.cat(list(parts)).cpu().numpy()  # (images of all conditions, steps)
-        values = values[:, ~np.isnan(values).all(axis=0)]  # steps at which some image was still fitted
+        values = values[:, ~np.isnan(values).all(axis=0)]  # steps before all images had stopped
         steps = np.arange(1, values.shape[1] + 1)
         low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=0)
         axes.plot(steps, middle, label=name)

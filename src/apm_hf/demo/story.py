@@ -1,8 +1,8 @@
-"""The whole story on a few images: distil a teacher, adapt to corrupted images, measure against controls, draw.
+"""Run all steps on a few images: distil a teacher, adapt to corrupted images, compare with controls, draw.
 
-By default everything is embedded: drawn part-whole scenes, and a tiny CLIP that was trained on them. Beside the
-distilled APM stand its teacher, an APM with random weights, and an APM distilled just as long from the same answers
-given to the wrong images (shuffled targets): what an APM is worth is its distance from both.
+By default everything is embedded: drawn part-whole scenes, and a tiny CLIP that was trained on them. The distilled APM
+is compared with its teacher and two controls: an APM with random weights, and one distilled for as many steps from the
+same targets assigned to the wrong images (shuffled targets).
 
 Legend: B images, L locations, F feature width, K classes, (rows, cols) the teacher's grid.
 """
@@ -32,13 +32,13 @@ from ..teachers.licenses import inherit
 from ..teachers.targets import TargetCache
 from ..teachers.zero_shot import classify
 from ..ttt import TTTConfig, adapt
-from .report import Sight, write_report
+from .report import ImagePanels, write_report
 
 logger = logging.get_logger(__name__)
 
 CONDITIONS = ("clean", "gaussian_noise", "contrast", "jpeg", "defocus")
 SEVERITY = 3
-TEST_SEED = 1  # scenes 0, 1, ... of another seed than those distilled from
+TEST_SEED = 1  # test scenes have another seed than training scenes
 
 TEACHER, DISTILLED = "teacher", "APM, distilled"
 ADAPTED, FROM_SCRATCH = "APM, distilled + TTT", "APM, TTT from random weights"
@@ -49,17 +49,17 @@ COMMAND = "apm demo"  # in the card of every demo
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What the demo does, and how long.
+    """Configure the demo.
 
     Args:
         teacher: name or folder.
         dataset: name, folder or parquet file of labelled images; None is the embedded scenes.
         output_dir: the distilled model's folder.
-        report_dir: the report's folder; None is `output_dir` with `_report` behind it.
-        max_steps: of distillation; the shuffled control takes as many.
-        num_images: to distil from.
-        num_test_images: held out, to measure on and to adapt to, in every condition.
-        seed: of everything that is drawn.
+        report_dir: the report's folder; None is `output_dir` with `_report` appended.
+        max_steps: steps of distillation, also for the shuffled control.
+        num_images: number of training images.
+        num_test_images: number of held-out images to evaluate on and adapt to, per condition.
+        seed: random seed of everything that is drawn.
     """
 
     teacher: str = DEMO_TEACHER
@@ -74,12 +74,12 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo leaves behind.
+    """Hold the demo's results.
 
     Args:
         rows: the table: method -> column -> value; accuracies and cosines.
-        table: the same, in Markdown.
-        files: what was written to the report's folder.
+        table: the table in Markdown.
+        files: files written to the report's folder.
         output_dir: the model's folder.
     """
 
@@ -90,7 +90,7 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
-    """Distil, adapt, measure, draw, save.
+    """Distil, adapt, evaluate, draw and save.
 
     Raises:
         ValueError: for a data set without labels.
@@ -125,23 +125,23 @@ def run_demo(config: DemoConfig) -> DemoResult:
     facts = _facts(config, student, test.rows)
     write_card_picture(output_dir, student, image_processor, seed=config.seed)
     report_dir = Path(config.report_dir or f"{config.output_dir.rstrip('/')}_report")
-    table, files = write_report(report_dir, test.rows, test.sights, test.losses, facts)
+    table, files = write_report(report_dir, test.rows, test.panels, test.losses, facts)
     write_card(
-        output_dir, replace(facts, comparison=f"Beside its teacher and controls (top-1 in percent):\n\n{table}")
+        output_dir, replace(facts, comparison=f"Compared with its teacher and controls (top-1 in percent):\n\n{table}")
     )
     return DemoResult(test.rows, table, files, output_dir)
 
 
 def demo_layers(teacher: Teacher) -> list[int]:
-    """Three of the teacher's layers, low to high: parts, more, wholes."""
+    """Return three of the teacher's layers, low to high: parts to wholes."""
     return sorted({max(1, round(share * teacher.num_layers)) for share in (0.2, 0.6, 1.0)})
 
 
 def demo_architecture(feature_size: int, **overrides: Any) -> APMConfig:
-    """The `tiny` preset with more to tell images and places apart.
+    """Return the `tiny` preset with more capacity to distinguish images and locations.
 
-    Attention pools, since the mean of the features cannot be the teacher's image embedding while the features
-    themselves are the teacher's patches; with mean pooling, L_grid and L_cls pull against each other.
+    It pools by attention, since the mean of the features cannot match the teacher's image embedding while the features
+    match the teacher's patches; with mean pooling, L_grid and L_cls conflict.
     """
     fields = {
         "feature_size": feature_size,
@@ -154,13 +154,13 @@ def demo_architecture(feature_size: int, **overrides: Any) -> APMConfig:
 
 
 class _Test:
-    """Measures every model in one condition after the other."""
+    """Evaluate every model, one condition at a time."""
 
     def __init__(self, teacher: Teacher, image_processor: Any, text_embeds: Tensor, labels: Tensor, seed: int) -> None:
         self.teacher, self.image_processor = teacher, image_processor
         self.text_embeds, self.labels, self.seed = text_embeds, labels, seed
         self.rows: dict[str, dict[str, float]] = {}
-        self.sights: list[Sight] = []
+        self.panels: list[ImagePanels] = []
         self.losses: dict[str, list[Tensor]] = {}
 
     def run(self, condition: str, images: Sequence[Any], models: dict[str, APMModel], *, shown: int) -> None:
@@ -177,12 +177,14 @@ class _Test:
         for name, start in ((ADAPTED, "model"), (FROM_SCRATCH, "random")):
             recipe = TTTConfig.preset("fast", start=start, seed=self.seed)
             adapted[name] = adapt(models[DISTILLED], pixel_values, cache.image_embeds, config=recipe)
-            answers = adapted[name].query(coordinates).last_hidden_state
-            self._record(name, condition, adapted[name].image_embeds, answers, features)
+            model_features = adapted[name].query(coordinates).last_hidden_state
+            self._record(name, condition, adapted[name].image_embeds, model_features, features)
             self.losses.setdefault(name, []).append(adapted[name].losses)
         one = slice(shown, shown + 1)
-        self.sights.append(
-            Sight.look(condition, images[shown], pixel_values[one], cache.features[one], models, adapted, index=shown)
+        self.panels.append(
+            ImagePanels.from_models(
+                condition, images[shown], pixel_values[one], cache.features[one], models, adapted, index=shown
+            )
         )
 
     def _record(
@@ -190,19 +192,19 @@ class _Test:
         method: str,
         condition: str,
         embeds: Tensor | None,
-        answers: Tensor | None = None,
+        model_features: Tensor | None = None,
         features: Tensor | None = None,
     ) -> None:
         assert embeds is not None
         row = self.rows.setdefault(method, {})
         predicted = classify(embeds.cpu(), self.text_embeds).argmax(dim=-1)
         row[f"top-1, {condition}"] = (predicted == self.labels).float().mean().item()
-        if answers is not None and features is not None:
-            row[f"cosine, {condition}"] = F.cosine_similarity(answers.cpu(), features, dim=-1).mean().item()
+        if model_features is not None and features is not None:
+            row[f"cosine, {condition}"] = F.cosine_similarity(model_features.cpu(), features, dim=-1).mean().item()
 
 
 def _load(config: DemoConfig) -> tuple[list[Any], list[Any], Tensor, list[str]]:
-    """Images to distil from, images to test on, the latter's labels `(B,)`, class names."""
+    """Return training images, test images, the latter's labels `(B,)`, and class names."""
     if config.dataset is None:
         train = SceneDataset(config.num_images, seed=config.seed)
         test = SceneDataset(config.num_test_images, seed=config.seed + TEST_SEED)
@@ -239,7 +241,7 @@ def _distil(
         output_dir=str(output_dir),
         max_steps=config.max_steps,
         learning_rate=4e-3,
-        # After fewer, one seed in a few ends with a student that gives every image the same output.
+        # With fewer steps, some seeds end with a student that outputs the same for every image.
         warmup_steps=max(32, config.max_steps // 20),
         num_locations=48,
         checkpoint_steps=0,

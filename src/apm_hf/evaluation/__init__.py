@@ -1,5 +1,5 @@
-"""Benchmarks x methods x teachers x seeds, honestly; import from the modules inside.
+"""Evaluate methods on benchmarks, for several teachers and seeds; import from the modules inside.
 
-`benchmarks` gives labelled images, `methods` predict them, `runner` does so sharded and resumable, `metrics` and
-`statistics` score, `report` draws; `suites` are ready-made combinations for `apm evaluate`.
+`labels` scores predicted classes, `masks` scores segments, `methods` are what is compared. `metrics` and `statistics`
+score, `tables`, `plots` and `report` present; `labels.suites` are ready-made combinations for `apm evaluate`.
 """

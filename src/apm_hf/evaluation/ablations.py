@@ -1,11 +1,11 @@
-"""What matters in test-time training: one factor is changed at a time, everything else stays as in the base.
+"""Ablate test-time training: change one factor at a time and leave everything else as in the base.
 
-The base is the paper's model and recipe (arXiv:2410.20535, Sec. 4) with the locations sampled that a step pools.
+The base is the paper's model and recipe (arXiv:2410.20535, Sec. 4), except that a step samples the locations it pools.
 Factors are those the paper ablates: losses (Sec. 3), trigger column, local patch, pooling, parameters, depth, steps,
-and how many locations are sampled. The images and the teacher's answers are the same for all variants.
+and the number of sampled locations. All variants get the same images and the same teacher outputs.
 
-`ablations.jsonl` in the output folder has a line per distinct setting, written as it comes: a run that was interrupted
-goes on, and levels that amount to the same setting are fitted once.
+`ablations.jsonl` in the output folder has a line per distinct setting, written when it is done: an interrupted run can
+be resumed, and levels that amount to the same setting are fitted once.
 
 Legend: N images, L locations, F feature width, S the model's image side, (rows, cols) a grid.
 """
@@ -57,23 +57,23 @@ FACTORS = {
 }
 LOSSES = ("cls", "grid", "rgb")
 BASE_RECIPE = TTTConfig.preset("paper", num_locations=16)
-BASE = "base"  # the level of a factor none of whose own is
-NUM_PROBES = 4  # images whose models are kept, to look at single locations
+BASE = "base"  # level added to a factor none of whose levels equals the base
+NUM_PROBES = 4  # images whose adapted models are kept to compare single locations
 _UNORDERED = ("losses", "trigger", "local_patch", "pooling")
-# Of all hidden widths: 7, 23, 54 and 108 million parameters for `clip-ttt`.
+# Factors on all hidden widths: 7, 23, 54 and 108 million parameters for `clip-ttt`.
 _WIDTHS = (5 / 16, 1, 29 / 16, 11 / 4)
 _RESULTS = "ablations.jsonl"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One level of a factor.
+    """Describe one level of a factor.
 
     Args:
         factor: one of `FACTORS`.
         level: its name in tables.
         config, recipe: what differs from the base's [`APMConfig`] and [`TTTConfig`].
-        losses: some of `LOSSES`; the features are always classified by their pooled one.
+        losses: some of `LOSSES`; images are always classified by the pooled feature.
 
     Raises:
         ValueError: for an unknown factor or loss, or no loss.
@@ -92,12 +92,12 @@ class Variant:
             raise ValueError(f"losses: expected some of {list(LOSSES)}, got {list(self.losses)}")
 
     def settings(self, base: APMConfig, recipe: TTTConfig) -> tuple[APMConfig, TTTConfig]:
-        """The base's model and recipe with this level."""
-        own = {name: getattr(base, name) for name in _architecture_fields()}
-        return APMConfig(**{**own, **self.config}), dataclasses.replace(recipe, **self.recipe)
+        """Return the base's model and recipe with this level applied."""
+        architecture = {name: getattr(base, name) for name in _architecture_fields()}
+        return APMConfig(**{**architecture, **self.config}), dataclasses.replace(recipe, **self.recipe)
 
     def describe(self, base: APMConfig, recipe: TTTConfig) -> dict[str, Any]:
-        """Everything that this level decides; equal for levels that amount to the same."""
+        """Return all settings that this level results in; equal for levels that amount to the same."""
         config, recipe = self.settings(base, recipe)
         model = {name: getattr(config, name) for name in _architecture_fields()}
         return {"model": model, "recipe": asdict(recipe), "losses": sorted(self.losses)}
@@ -105,20 +105,20 @@ class Variant:
 
 @dataclass(frozen=True)
 class AblationRow:
-    """What a variant scored.
+    """Hold the scores of a variant.
 
     Args:
         accuracy: top-1, in [0, 1].
-        difference: of that to the teacher's top-1 on the same images.
+        difference: top-1 minus the teacher's top-1 on the same images.
         agreement: share of the images for which the teacher's class is predicted.
         cosine: mean between the pooled feature and the teacher's embedding.
-        location_cosine: mean over pairs of locations of an image, of `NUM_PROBES` images; 1 where all locations have
+        location_cosine: mean over pairs of locations of an image, over `NUM_PROBES` images; 1 if all locations have
             the same feature (collapse).
-        num_images: that were fitted.
-        parameters: of the model.
-        gflops: of fitting an image, matrix products alone.
+        num_images: number of images fitted.
+        parameters: number of parameters of the model.
+        gflops: cost of fitting an image, matrix products only.
         seconds: per image, without drawing the initial weights.
-        device: on which that was.
+        device: device that `seconds` was measured on.
     """
 
     accuracy: Interval
@@ -138,7 +138,7 @@ Results = Sequence[tuple[Variant, AblationRow]]
 
 @dataclass(frozen=True)
 class AblationTask:
-    """N images and what their teacher says of them, for all variants.
+    """Hold N images and their teacher's outputs, shared by all variants.
 
     Args:
         pixel_values: `(N, 3, S, S)`, for the model.
@@ -146,8 +146,8 @@ class AblationTask:
         rgb: `(N, rows, cols, 3)`, in [0, 1], mean colours of the cells of the model's grid.
         text_embeds: `(K, F)`.
         labels: `(N,)`.
-        device: of models.
-        source: which teacher and images these are, for the result file.
+        device: device of the models.
+        source: identifies the teacher and the images in the result file.
     """
 
     pixel_values: Tensor
@@ -166,11 +166,11 @@ class AblationTask:
     def build(
         cls, teacher: Teacher, images: LabelledImages, base: APMConfig, *, seed: int = 0, batch_size: int = 16
     ) -> "AblationTask":
-        """Ask the teacher, once.
+        """Run the teacher once over all images.
 
         Args:
-            base: of the model, as wide as the teacher; variants share its image and grid.
-            seed: of the images' order: expensive variants see the first ones only.
+            base: configuration of the model, as wide as the teacher; variants share its image size and grid.
+            seed: seed of the images' order; expensive variants use only the first ones.
 
         Raises:
             ValueError: for a model of another width, or no more than `NUM_PROBES` images.
@@ -186,11 +186,11 @@ class AblationTask:
         for start in range(0, len(order), batch_size):
             batch = [images.image(index) for index in order[start : start + batch_size]]
             pixels = processor(batch, return_tensors="pt")["pixel_values"]
-            answer = teacher.encode_images(batch)
-            assert answer.image_embeds is not None and answer.features is not None
+            outputs = teacher.encode_images(batch)
+            assert outputs.image_embeds is not None and outputs.features is not None
             side = base.grid_size
             rgb = rgb_targets(pixels, side, side, mean=mean, std=std).unflatten(1, (side, side))
-            parts.append((pixels, answer.image_embeds, answer.features, rgb))
+            parts.append((pixels, outputs.image_embeds, outputs.features, rgb))
         texts = class_embeds(teacher, images.class_names, images.templates)
         pixels, embeds, features, rgb = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         labels = torch.as_tensor(np.asarray(images.labels)[order])
@@ -203,7 +203,7 @@ class AblationTask:
         return TTTTargets(**{names[loss]: getattr(self, names[loss])[rows] for loss in losses})
 
     def classes(self, embeds: Tensor) -> Tensor:
-        """`(B,)` predicted for embeddings `(B, F)`."""
+        """Return the classes `(B,)` predicted for embeddings `(B, F)`."""
         return classify(embeds, self.text_embeds).argmax(dim=1)
 
     def teacher_accuracy(self) -> Interval:
@@ -213,9 +213,9 @@ class AblationTask:
 def variants(
     base: APMConfig, recipe: TTTConfig = BASE_RECIPE, factors: Sequence[str] = tuple(FACTORS)
 ) -> list[Variant]:
-    """The levels of the factors, in order; the base is among those of each factor, once.
+    """Return the levels of the factors, in order, with the base once among those of each factor.
 
-    A grid with fewer locations than a level of `locations` does without that level.
+    Levels of `locations` that exceed the grid's number of locations are omitted.
 
     Raises:
         ValueError: for an unknown factor.
@@ -227,7 +227,7 @@ def variants(
     chosen = [("cls",), ("cls", "grid"), ("cls", "rgb"), ("cls", "grid", "rgb")]
     every = [
         *(Variant("losses", " + ".join(f"L_{loss}" for loss in losses), losses=losses) for losses in chosen),
-        # Attention would not be fitted: the mean of the features is what there is to classify.
+        # L_grid does not train the pooling's attention, so the mean of the features is classified.
         Variant("losses", "L_grid", {"pooling": "mean"}, losses=("grid",)),
         Variant("trigger", "T_c", {"trigger_source": "conv"}),
         Variant("trigger", "T_vit", {"trigger_source": "embedding"}),
@@ -244,15 +244,15 @@ def variants(
     ]
     levels = []
     for factor in dict.fromkeys(factors):
-        own = [variant for variant in every if variant.factor == factor]
-        if not any(is_base(variant, base, recipe) for variant in own):
-            own.insert(0, Variant(factor, BASE))
-        levels += own
+        of_factor = [variant for variant in every if variant.factor == factor]
+        if not any(is_base(variant, base, recipe) for variant in of_factor):
+            of_factor.insert(0, Variant(factor, BASE))
+        levels += of_factor
     return levels
 
 
 def is_base(variant: Variant, base: APMConfig, recipe: TTTConfig) -> bool:
-    """Whether a level changes nothing."""
+    """Return whether a level changes nothing."""
     return variant.describe(base, recipe) == Variant(variant.factor, BASE).describe(base, recipe)
 
 
@@ -269,28 +269,28 @@ def run_variant(
     """Fit a model to each image and score it.
 
     Args:
-        num_slow: images, the first of the task, for a variant that takes more than `max_gflops` an image.
+        num_slow: number of images, the first of the task, for a variant that takes more than `max_gflops` per image.
         batch_size: images fitted at a time.
 
     Raises:
-        ValueError: where a fit diverged, or `num_slow` is too small.
+        ValueError: if a fit diverged or `num_slow` is too small.
     """
     if num_slow <= NUM_PROBES:
         raise ValueError(f"num_slow: expected more than {NUM_PROBES}, got {num_slow}")
     config, recipe = variant.settings(base, recipe)
-    # Random weights are drawn once, for all fits.
+    # Random weights are drawn once and shared by all fits.
     recipe = dataclasses.replace(recipe, start="model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = APMModel(config).eval().requires_grad_(False).to(task.device)
     routed = config.trigger_source == "embedding"
-    sees_pixels = not routed or config.local_patch
+    uses_pixels = not routed or config.local_patch
 
     def fit(start: int, stop: int, *, keep_models: bool = False) -> tuple[Adapted, Tensor]:
         rows = slice(start, stop)
         adapted = adapt(
             model,
-            task.pixel_values[rows] if sees_pixels else None,
+            task.pixel_values[rows] if uses_pixels else None,
             task.targets(rows, variant.losses),
             config=recipe,
             trigger_column=task.image_embeds[rows] if routed else None,
@@ -313,14 +313,14 @@ def run_variant(
     embeds = torch.cat([first, *(fit(start, min(start + batch_size, num_images))[1] for start in starts)])
     seconds = (time.perf_counter() - started) / (num_images - NUM_PROBES)
 
-    wanted, labels = task.image_embeds[:num_images], task.labels[:num_images]
-    predicted, theirs = task.classes(embeds), task.classes(wanted)
+    embeds_teacher, labels = task.image_embeds[:num_images], task.labels[:num_images]
+    predicted, teacher_classes = task.classes(embeds), task.classes(embeds_teacher)
     correct = (predicted == labels).numpy()
     return AblationRow(
         accuracy=mean_interval(correct),
-        difference=paired_interval(correct, (theirs == labels).numpy()),
-        agreement=(predicted == theirs).double().mean().item(),
-        cosine=F.cosine_similarity(embeds, wanted).mean().item(),
+        difference=paired_interval(correct, (teacher_classes == labels).numpy()),
+        agreement=(predicted == teacher_classes).double().mean().item(),
+        cosine=F.cosine_similarity(embeds, embeds_teacher).mean().item(),
         location_cosine=local,
         num_images=num_images,
         parameters=model.num_parameters(),
@@ -331,10 +331,10 @@ def run_variant(
 
 
 def location_cosine(features: Tensor) -> float:
-    """Mean cosine between two different locations of an image, for `(B, L, F)`."""
+    """Return the mean cosine between two different locations of an image, for features `(B, L, F)`."""
     units = F.normalize(features.cpu().double(), dim=-1)
     num_locations = units.shape[1]
-    # Over all pairs, less those of a location with itself.
+    # Over all pairs, without those of a location with itself.
     total = units.sum(dim=1).square().sum(dim=-1) - num_locations
     return (total / (num_locations * (num_locations - 1))).mean().item()
 
@@ -387,7 +387,7 @@ def run_ablations(
 
 
 def ablation_report(results: Results, task: AblationTask, *, base: APMConfig, recipe: TTTConfig) -> str:
-    """Markdown: the base, then a table per factor, whose first line is the teacher's own."""
+    """Return markdown: the base, then a table per factor, whose first line is the teacher."""
     header = ["level", "top-1, %", "difference to the teacher, points", "agreement with it, %", "cosine to it"]
     header += ["cosine between locations", "parameters, M", "GFLOPs/image", "s/image", "images"]
     local = f"{location_cosine(task.features[:NUM_PROBES].flatten(1, 2)):.3f}"
@@ -402,7 +402,7 @@ def ablation_report(results: Results, task: AblationTask, *, base: APMConfig, re
         f"Teacher `{name}`, {task.source['images']}, {len(task)} images; {devices}. The base, in "
         f"bold: hidden layers {sizes}, trigger `{base.trigger_source}`, pooling `{base.pooling}`, "
         f"{recipe.steps} steps of Adam at {recipe.learning_rate:g}, {recipe.num_locations or 'all'} locations a step, "
-        "L_cls. Brackets are 95 % intervals; a difference is on the images of its line. Cosine between locations: 1 "
+        "L_cls. Brackets are 95 % intervals; a difference is over the images of its line. Cosine between locations: 1 "
         f"means collapsed, {NUM_PROBES} images.\n",
     ]
     for factor, levels in _by_factor(results).items():
@@ -426,7 +426,7 @@ def ablation_report(results: Results, task: AblationTask, *, base: APMConfig, re
 
 
 def draw_ablations(results: Results, task: AblationTask, *, base: APMConfig, recipe: TTTConfig) -> bytes:
-    """PNG, the same bytes for the same results: a panel per factor, top-1 and the cosine to the teacher by level."""
+    """Draw a panel per factor, top-1 and the cosine to the teacher by level; equal results give equal PNG bytes."""
     matplotlib, figure_module = load_matplotlib()
     by_factor, teacher = _by_factor(results), task.teacher_accuracy()
     columns = min(4, len(by_factor))

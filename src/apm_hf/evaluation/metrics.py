@@ -1,4 +1,4 @@
-"""Accuracy and calibration, as functions of arrays and as `evaluate.Metric`s that load without a network.
+"""Compute accuracy and calibration, as functions of arrays and as `evaluate.Metric`s that load without a network.
 
 Calibration: the expected calibration error of Guo et al. (arXiv:1706.04599, Sec. 2): confidences in [0, 1] are put
 into equal-width bins, each with its upper edge, and ECE is the mean over images of |accuracy - confidence| of the bin.
@@ -23,7 +23,7 @@ _PADDING = -1  # no class
 
 
 def rank_classes(scores: ArrayLike) -> np.ndarray:
-    """`(N, K)` scores -> `(N, K)` class indices, best first; of equal scores the first class wins.
+    """Rank classes: `(N, K)` scores -> `(N, K)` class indices, best first; ties go to the first class.
 
     Raises:
         ValueError: scores that are no such matrix, or not finite.
@@ -35,10 +35,10 @@ def rank_classes(scores: ArrayLike) -> np.ndarray:
 
 
 def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, *, k: int = 1) -> float:
-    """Share of the images whose label is among the first k classes.
+    """Return the share of the images whose label is among the first k classes.
 
     Args:
-        ranked: `(N, M)`, class indices, best first; fewer than k where there are fewer classes.
+        ranked: `(N, M)`, class indices, best first; fewer than k if there are fewer classes.
         labels: `(N,)`, class indices.
         k: at least 1.
 
@@ -60,7 +60,7 @@ def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, *, k: int = 1) -> float
 
 
 def bin_numbers(confidence: ArrayLike, *, num_bins: int = NUM_BINS) -> np.ndarray:
-    """Bins, from 0, of confidences: bin m holds those in (m / num_bins, (m + 1) / num_bins], and the first also 0.
+    """Return bin indices of confidences: bin m holds (m / num_bins, (m + 1) / num_bins], the first also 0.
 
     Raises:
         ValueError: confidences outside [0, 1] or no numbers, num_bins < 1.
@@ -74,12 +74,12 @@ def bin_numbers(confidence: ArrayLike, *, num_bins: int = NUM_BINS) -> np.ndarra
 
 
 def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, num_bins: int = NUM_BINS) -> float:
-    """How far confidence is from accuracy, on average; biased upwards where images are few.
+    """Return the mean distance between confidence and accuracy; biased upwards for few images.
 
     Args:
         confidence: `(N,)`, probability of the predicted class.
         correct: `(N,)`, whether the prediction is right.
-        num_bins: of equal width.
+        num_bins: number of bins, of equal width.
 
     Returns:
         In [0, 1]; 0 is calibrated.
@@ -97,9 +97,9 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, num
 
 
 class _Metric(evaluate.Metric):
-    """Keeps what it is given in memory, so that any number of processes may use one cache folder.
+    """Keep inputs in memory, so that any number of processes may share one cache folder.
 
-    With `num_process` > 1 the library needs files: give the processes an `experiment_id` of their own, as always.
+    With `num_process` > 1 the library needs files: give each run its own `experiment_id`, as usual.
     """
 
     description, inputs, citation = "", "", ""
@@ -109,7 +109,7 @@ class _Metric(evaluate.Metric):
         super().__init__(config_name, keep_in_memory=in_memory, **options)
 
     def compute(self, **inputs: Any) -> dict[str, Any] | None:
-        """Score what was added, and what is given here. Raises ValueError where there is nothing."""
+        """Score added inputs together with those given here. Raises ValueError if there are none."""
         if self.writer is None and all(value is None for value in inputs.values()):
             raise ValueError(f"{self.name}: expected predictions and references, got none")
         return super().compute(**inputs)
@@ -127,7 +127,7 @@ class _Metric(evaluate.Metric):
 
 
 class TopKAccuracy(_Metric):
-    """Share of the images whose label is among the first k classes, in [0, 1].
+    """Compute the share of the images whose label is among the first k classes, in [0, 1].
 
     `TopKAccuracy()` takes ranked class indices, best first; `TopKAccuracy("scores")` takes a score per class.
     """
@@ -142,7 +142,7 @@ Returns: {"top_1_accuracy": ..., "top_5_accuracy": ...}, in [0, 1].
     def _features(self) -> Mapping[str, Any]:
         if self.config_name not in ("default", "scores"):
             raise ValueError(f"config_name: expected None or 'scores', got {self.config_name!r}")
-        # Ranks are floats too: as integers the library would take scores and cut off what is behind the point.
+        # Ranks are floats too: with integers the library would accept scores and truncate them.
         number = datasets.Value("float64")
         return {"predictions": datasets.Sequence(number), "references": datasets.Value("int64")}
 
@@ -154,7 +154,7 @@ Returns: {"top_1_accuracy": ..., "top_5_accuracy": ...}, in [0, 1].
 
 
 class ExpectedCalibrationError(_Metric):
-    """Mean distance between confidence and accuracy over equal-width bins of confidence, in [0, 1]."""
+    """Compute the mean distance between confidence and accuracy over equal-width bins, in [0, 1]."""
 
     citation = "Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599"
     inputs = """
@@ -175,7 +175,7 @@ Returns: {"expected_calibration_error": ...}, in [0, 1].
 
 
 def _padded(ranked: Sequence[Sequence[float]]) -> np.ndarray:
-    """Ranked lists of any lengths -> `(N, longest)`, integers."""
+    """Pad ranked lists of any lengths to `(N, longest)`, integers."""
     padded = np.full((len(ranked), max(map(len, ranked))), _PADDING, dtype=np.int64)
     for row, classes in zip(padded, ranked, strict=True):
         row[: len(classes)] = classes

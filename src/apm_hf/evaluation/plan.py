@@ -1,4 +1,4 @@
-"""What an evaluation consists of: sweeps of benchmarks, corruptions, teachers and seeds, cut into cells.
+"""Plan an evaluation: sweeps over benchmarks, corruptions, teachers and seeds, divided into cells.
 
 A cell is one benchmark under one corruption at one severity, with one teacher and one seed; every method of its sweep
 predicts the same images of it.
@@ -15,28 +15,28 @@ from typing import Any
 import numpy as np
 
 from ..data.corruptions import CORRUPTION_NAMES, EXTRA_CORRUPTION_NAMES
-from .methods.task import Method, options_of
+from .methods.task import Method, method_options
 
 CLEAN = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Every combination of these.
+    """Describe every combination of benchmarks, methods, teachers, corruptions, severities and seeds.
 
     Args:
         benchmarks: names in `apm_hf.evaluation.labels.benchmarks.BENCHMARKS`, `"scenes"`, or folders, files and Hub
             names.
         methods: names in `apm_hf.evaluation.methods.registry.METHODS`.
         teachers: names or folders.
-        corruptions: `"none"` for the images as they are, else names in `apm_hf.data.corruptions`.
-        severities: 1 to 5, of every corruption but `"none"`.
-        seeds: of views, of corruptions' noise and of models' first weights.
-        max_images, skip_images: of each benchmark, in an order drawn once and for all, so that one sweep may tune on
-            what another does not report.
+        corruptions: `"none"` for unchanged images, else names in `apm_hf.data.corruptions`.
+        severities: 1 to 5, for every corruption but `"none"`.
+        seeds: random seeds of views, of corruption noise and of models' initial weights.
+        max_images, skip_images: per benchmark, in a fixed random order, so that one sweep may tune on images that
+            another does not report.
 
     Raises:
-        ValueError: for something empty or outside its range.
+        ValueError: for an empty field or a value outside its range.
     """
 
     benchmarks: tuple[str, ...]
@@ -64,7 +64,7 @@ class Sweep:
             )
 
     def cells(self) -> list["Cell"]:
-        """In order, the clean ones first."""
+        """Return the cells in order, the clean ones first."""
         conditions = [(name, 0) for name in self.corruptions if name == CLEAN]
         conditions += itertools.product((name for name in self.corruptions if name != CLEAN), self.severities)
         return [
@@ -78,7 +78,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Cell:
-    """One benchmark under one corruption, with one teacher and one seed; severity 0 is clean."""
+    """Name one benchmark under one corruption, with one teacher and one seed; severity 0 is clean."""
 
     benchmark: str
     corruption: str
@@ -95,12 +95,12 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Of its parts: short, and no other cell's."""
+        """Return the name of the cell's folder of parts: short and unique."""
         digest = hashlib.sha256(repr(self).encode()).hexdigest()[:8]
         return f"{self.corruption}-{self.severity}-seed{self.seed}-{digest}"
 
     def labels(self) -> dict[str, Any]:
-        """What its lines in result files begin with."""
+        """Return the columns that the cell's lines in result files begin with."""
         return {
             "benchmark": short_name(self.benchmark),
             "corruption": self.corruption,
@@ -110,10 +110,10 @@ class Cell:
         }
 
     def indices(self, num_images: int) -> list[int]:
-        """Which images of the benchmark, ascending; drawn, since many data sets are sorted by class.
+        """Return the cell's image indices, ascending; drawn at random, since many data sets are sorted by class.
 
         Raises:
-            ValueError: where none is left.
+            ValueError: if no image is left.
         """
         order = np.random.default_rng(0).permutation(num_images)
         stop = None if self.max_images is None else self.skip_images + self.max_images
@@ -125,18 +125,18 @@ class Cell:
         return chosen
 
     def image_seed(self, index: int, purpose: str = "views") -> int:
-        """Of one image, whatever stands beside it; 63 bits."""
+        """Return the 63-bit seed of one image, independent of its batch."""
         digest = hashlib.sha256(f"{self.seed}:{purpose}:{index}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
 
 
 def short_name(name: str) -> str:
-    """Of a folder or file the last part, so that results say nothing of the computer; a Hub name as it is."""
+    """Return the last part of a path, so that results reveal no local folders; a Hub name is unchanged."""
     return Path(name).resolve().name if os.path.exists(name) else name
 
 
 def describe(sweeps: Sequence[Sweep], methods: dict[str, Method], *, batch_size: int) -> dict[str, Any]:
-    """Everything that decides about the results, for the file by which a run is recognised."""
+    """Return all settings that determine the results, for the file that identifies a run."""
     return {
         "sweeps": [asdict(sweep) for sweep in sweeps],
         "methods": {
@@ -144,7 +144,7 @@ def describe(sweeps: Sequence[Sweep], methods: dict[str, Method], *, batch_size:
                 "title": method.title,
                 "baseline": method.baseline,
                 "num_views": method.num_views,
-                "options": {key: short_name(str(value)) for key, value in options_of(method).items()},
+                "options": {key: short_name(str(value)) for key, value in method_options(method).items()},
             }
             for name, method in methods.items()
         },

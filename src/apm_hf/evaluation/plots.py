@@ -1,9 +1,9 @@
-"""Pictures of an evaluation, as PNG bytes: the same input gives the same bytes with the same matplotlib.
+"""Draw the figures of an evaluation as PNG bytes; equal inputs give equal bytes with the same matplotlib.
 
-Every picture has panels; every panel has the same methods, each in its colour, marker and dash. Methods that others
-are compared with (the teacher) are black or grey. Accuracies come in as [0, 1] and are drawn in %.
+Every figure has panels; a method has the same colour, marker and dash in all of them. Reference methods (the teacher)
+are black or grey. Accuracies come in as [0, 1] and are drawn in %.
 
-Colours are those of Okabe & Ito, which colour-blind readers can tell apart (https://jfly.uni-koeln.de/color).
+Colours are those of Okabe & Ito, which colour-blind readers can distinguish (https://jfly.uni-koeln.de/color).
 """
 
 import io
@@ -30,13 +30,13 @@ _PANEL = 3.1  # inches
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracies with intervals at some places.
+    """Hold the points of one curve: accuracies with intervals.
 
     Args:
-        x: places, ascending; for a single point in a plane its one place.
-        y: accuracy there.
+        x: positions, ascending; one value for a single point.
+        y: accuracy at each of `x`.
         spread: `(low, high)` of `x`, for points.
-        stop: where a method ended by itself, and its accuracy.
+        stop: step at which a method stopped by itself, and its accuracy.
     """
 
     x: Sequence[float]
@@ -47,11 +47,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panels:
-    """What one picture shows.
+    """Describe the content of one figure.
 
     Args:
-        title: of the picture.
-        methods: title of every method -> whether it is a reference; the order gives colours, so pass all of a run's.
+        title: title of the figure.
+        methods: title of every method -> whether it is a reference; the order sets colours, so pass all of a run's.
         curves: panel title -> method title -> curve.
         chance: accuracy of guessing, in [0, 1].
         references: panel title -> method title -> accuracy that a horizontal line marks.
@@ -65,13 +65,13 @@ class Panels:
 
     @property
     def shown(self) -> list[str]:
-        """Methods that some panel shows, in order."""
+        """Return the methods that some panel shows, in order."""
         drawn = {name for part in (self.curves, self.references) for by_method in part.values() for name in by_method}
         return [name for name in self.methods if name in drawn]
 
 
 def draw_severity(panels: Panels) -> bytes:
-    """Accuracy against the severity of a corruption, one panel each; severity 0 is the clean image."""
+    """Draw accuracy against severity, one panel per corruption; severity 0 is the clean image."""
     with _figure(panels.title, list(panels.curves), panels.methods, panels.shown) as (figure, grid, styles):
         for axes, (title, curves) in zip(grid, panels.curves.items(), strict=True):
             for number, (method, curve) in enumerate(curves.items()):
@@ -85,9 +85,9 @@ def draw_severity(panels: Panels) -> bytes:
 
 
 def draw_steps(panels: Panels) -> bytes:
-    """Accuracy against gradient steps, its interval as a band, the end of each method as a large marker.
+    """Draw accuracy against gradient steps, its interval as a band, the end of each method as a large marker.
 
-    `references` are drawn as horizontal lines: what the teacher says without any step.
+    `references` are drawn as horizontal lines: the teacher's accuracy without any step.
     """
     with _figure(panels.title, list(panels.curves), panels.methods, panels.shown, wide=True) as (figure, grid, styles):
         for axes, (title, curves) in zip(grid, panels.curves.items(), strict=True):
@@ -108,7 +108,7 @@ def draw_steps(panels: Panels) -> bytes:
 
 
 def draw_cost(panels: Panels) -> bytes:
-    """Accuracy against seconds per image on a log axis, with intervals both ways."""
+    """Draw accuracy against seconds per image on a log axis, with intervals both ways."""
     with _figure(panels.title, list(panels.curves), panels.methods, panels.shown, wide=True) as (figure, grid, styles):
         for axes, (title, points) in zip(grid, panels.curves.items(), strict=True):
             for method, point in points.items():
@@ -125,17 +125,17 @@ def draw_cost(panels: Panels) -> bytes:
 
 
 def draw_reliability(
-    title: str, methods: Mapping[str, bool], answers: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    title: str, methods: Mapping[str, bool], predictions: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 ) -> bytes:
-    """Accuracy against confidence, a panel per method with its ECE; bars show where the answers are.
+    """Draw accuracy against confidence, a panel per method with its ECE; bars show the share of predictions.
 
     Args:
-        title: of the picture.
+        title: title of the figure.
         methods: as in [`Panels`].
-        answers: method title -> `(confidence, correct, images)`, each `(N,)`.
+        predictions: method title -> `(confidence, correct, images)`, each `(N,)`.
     """
-    with _figure(title, list(answers), methods) as (figure, grid, styles):
-        for axes, (method, (confidence, correct, images)) in zip(grid, answers.items(), strict=True):
+    with _figure(title, list(predictions), methods) as (figure, grid, styles):
+        for axes, (method, (confidence, correct, images)) in zip(grid, predictions.items(), strict=True):
             bins = bin_numbers(confidence)
             shares = np.bincount(bins, minlength=NUM_BINS) / len(bins)
             left = 100 * np.arange(NUM_BINS) / NUM_BINS
@@ -151,8 +151,8 @@ def draw_reliability(
             axes.set(xlim=(0, 100), ylim=(0, 102), xticks=range(0, 101, 25), yticks=range(0, 101, 25), aspect="equal")
             axes.set(xlabel="confidence, %", ylabel="top-1 accuracy, %")
         figure.supxlabel(
-            "Points: accuracy of the answers in a bin of confidence, 95 % interval.  Dashed: calibrated; below it, "
-            "too sure.  Bars: share of the answers, %.",
+            "Points: accuracy in a bin of confidence, 95 % interval.  Dashed: calibrated; below it, "
+            "overconfident.  Bars: share of the predictions, %.",
             fontsize=8,
         )
         return _png(figure, grid)
@@ -167,7 +167,7 @@ def error_bars(axes: Any, x: Sequence[float], y: Sequence[Interval], *, spread: 
 
 
 def _finish(axes: Any, title: str, chance: float) -> None:
-    """Title, axis of accuracies, and the level of chance where it is in sight."""
+    """Set the title and the accuracy axis, and mark the level of chance where it is visible."""
     low, high = axes.get_ylim()
     if low <= 100 * chance <= high:
         axes.axhline(100 * chance, color="#999999", linewidth=1, linestyle=":", zorder=0)
@@ -178,11 +178,11 @@ def _finish(axes: Any, title: str, chance: float) -> None:
 
 
 def _styles(methods: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
-    """Looks by method: one never changes when others are left out of a picture."""
-    own, reference = itertools.count(), itertools.count()
+    """Return plot styles by method; a style does not change when other methods are left out of a figure."""
+    ordinary, reference = itertools.count(), itertools.count()
     styles = {}
     for name, is_reference in methods.items():
-        number = next(reference if is_reference else own)
+        number = next(reference if is_reference else ordinary)
         colours = _GREYS if is_reference else COLOURS
         styles[name] = {
             "color": colours[number % len(colours)],
@@ -203,9 +203,9 @@ def _figure(
     *,
     wide: bool = False,
 ) -> Iterator[tuple[Any, list[Any], dict[str, dict[str, Any]]]]:
-    """A figure, its axes and the methods' looks; whatever the user's settings of matplotlib.
+    """Yield a figure, its axes and the methods' styles, independent of the user's matplotlib settings.
 
-    Wide panels have accuracies of their own; others share one axis.
+    Wide panels have one accuracy axis each; others share one.
     """
     matplotlib, figure_module = load_matplotlib()
     columns = min(len(panels), max(2, min(4, math.ceil(len(panels) ** 0.5))))
@@ -218,7 +218,7 @@ def _figure(
         grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=not wide).flat)
         for axes in grid[len(panels) :]:
             axes.remove()
-        # Over the panels, not over the legend beside them.
+        # Over the panels, not over the legend next to them.
         wrapped = "\n".join(textwrap.wrap(title, int(10 * width * columns)))
         figure.suptitle(wrapped, x=0.01, horizontalalignment="left", fontsize=11)
         styles = _styles(methods)
@@ -233,7 +233,7 @@ def _wrapped(text: str) -> str:
 
 
 def _plain_numbers(*, few: bool = False) -> Any:
-    """0.05 instead of 5 x 10^-2; of the minor ticks only 2 and 5."""
+    """Format ticks as 0.05 instead of 5 x 10^-2; of the minor ticks only 2 and 5."""
     from matplotlib.ticker import FuncFormatter
 
     def text(value: float, _: int) -> str:

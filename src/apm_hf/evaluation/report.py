@@ -1,4 +1,4 @@
-"""A run's files -> `report.md`, its pictures and model-index entries; the same files give the same bytes."""
+"""Write `report.md`, its figures and model-index entries from a run's files; equal files give equal bytes."""
 
 import json
 import os
@@ -19,11 +19,11 @@ from .results import CLEAN, Cell, Run, Scene, read_run
 from .statistics import Interval
 from .tables import FEW_IMAGES, NOTHING, clean_table, corruption_table, methods_table, seconds_per_image, shift_table
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def _pictures(run: Run, benchmark: str, teacher: str) -> dict[str, tuple[str, bytes]]:
-    """Kind of picture -> what it shows, PNG."""
+def _figures(run: Run, benchmark: str, teacher: str) -> dict[str, tuple[str, bytes]]:
+    """Return kind of figure -> its title and PNG."""
     methods = {run.method_title(method): run.baseline(method) is None for method in run.methods}
     chance = 1 / run.info["benchmarks"][benchmark]["num_classes"]
     where = f"{run.benchmark_title(benchmark)}, teacher {_teacher_title(run, teacher)}"
@@ -59,7 +59,7 @@ def _pictures(run: Run, benchmark: str, teacher: str) -> dict[str, tuple[str, by
 
 
 def _corruptions(scenes: Sequence[Scene]) -> dict[str, list[str]]:
-    """Panel title -> corruptions, their mean first."""
+    """Return panel title -> corruptions, their mean first."""
     names = sorted({scene[0] for scene in scenes if scene != CLEAN})
     mean = {f"mean of {len(names)} corruptions": names} if len(names) > 1 else {}
     return mean | {name.replace("_", " "): [name] for name in names}
@@ -72,9 +72,9 @@ def _by_severity(run: Run, benchmark: str, teacher: str, names: Sequence[str]) -
         points = {}
         for severity in severities:
             scenes = [(name, severity) for name in names] if severity else [CLEAN]
-            answers = run.pooled(benchmark, teacher, method, scenes)
-            if answers is not None:
-                points[severity] = answers.accuracy()
+            predictions = run.pooled(benchmark, teacher, method, scenes)
+            if predictions is not None:
+                points[severity] = predictions.accuracy()
         if set(points) - {0}:
             curves[run.method_title(method)] = Curve(list(points), list(points.values()))
     return curves
@@ -85,11 +85,11 @@ def _by_step(
 ) -> tuple[dict[str, Curve], dict[str, Interval]]:
     curves, references = {}, {}
     for method in run.methods:
-        answers, baseline = run.pooled(benchmark, teacher, method, scenes), run.baseline(method)
-        if answers is None or not answers.by_step:
+        predictions, baseline = run.pooled(benchmark, teacher, method, scenes), run.baseline(method)
+        if predictions is None or not predictions.by_step:
             continue
-        stop = None if answers.steps is None else (float(answers.steps.mean()), answers.accuracy())
-        points = {step: answers.accuracy_at(step) for step in answers.by_step}
+        stop = None if predictions.steps is None else (float(predictions.steps.mean()), predictions.accuracy())
+        points = {step: predictions.accuracy_at(step) for step in predictions.by_step}
         curves[run.method_title(method)] = Curve(list(points), list(points.values()), stop=stop)
         theirs = None if baseline is None else run.pooled(benchmark, teacher, baseline, scenes)
         if baseline is not None and theirs is not None:
@@ -100,11 +100,11 @@ def _by_step(
 def _by_cost(run: Run, benchmark: str, teacher: str, scenes: Sequence[Scene]) -> dict[str, Curve]:
     curves = {}
     for method in run.methods:
-        answers = run.pooled(benchmark, teacher, method, scenes)
+        predictions = run.pooled(benchmark, teacher, method, scenes)
         cost = run.cost(benchmark, teacher, method, scenes)
-        if answers is not None and cost is not None and (seconds := seconds_per_image(cost)) > 0:
+        if predictions is not None and cost is not None and (seconds := seconds_per_image(cost)) > 0:
             low, high = np.quantile(cost.seconds / cost.images, (0.05, 0.95))
-            curves[run.method_title(method)] = Curve([seconds], [answers.accuracy()], spread=(low, high))
+            curves[run.method_title(method)] = Curve([seconds], [predictions.accuracy()], spread=(low, high))
     return curves
 
 
@@ -112,10 +112,10 @@ def _by_cost(run: Run, benchmark: str, teacher: str, scenes: Sequence[Scene]) ->
 
 
 def write_report(folder: str | os.PathLike[str]) -> list[Path]:
-    """Write `report.md` and its pictures into a run's folder.
+    """Write `report.md` and its figures into a run's folder.
 
     Returns:
-        What was written, `report.md` first.
+        Paths of the written files, `report.md` first.
 
     Raises:
         ValueError, OSError: as [`read_run`] does.
@@ -133,7 +133,7 @@ def write_report(folder: str | os.PathLike[str]) -> list[Path]:
         for benchmark in benchmarks:
             text += _benchmark_section(run, benchmark, teacher)
             several = len(run.teachers()) > 1
-            for kind, (title, png) in _pictures(run, benchmark, teacher).items():
+            for kind, (title, png) in _figures(run, benchmark, teacher).items():
                 parts = [kind, benchmark, *([_teacher_title(run, teacher)] if several else [])]
                 name = "_".join(re.sub(r"\W+", "-", part) for part in parts) + ".png"
                 text += f"\n![{title}]({name})\n"
@@ -148,26 +148,26 @@ def _left_out(path: Path) -> str:
     if not path.exists():
         return ""
     number = len(path.read_text().splitlines())
-    return f"* left out for every method, since they could not be read: {number} images, listed in `{path.name}`\n"
+    return f"* skipped for every method: {number} unreadable images, listed in `{path.name}`\n"
 
 
 def eval_results(
     folder: str | os.PathLike[str], method: str, *, teacher: str | None = None, dataset_split: str = "test"
 ) -> list[EvalResult]:
-    """A method's top-1 accuracies for a model card, not verified by anybody.
+    """Return a method's top-1 accuracies for a model card, marked as not verified.
 
     Args:
-        folder: of a run.
+        folder: folder of a run.
         method: its name in `run.json`.
-        teacher: which, where the run has several.
+        teacher: name of the teacher, if the run has several.
         dataset_split: the split that the benchmarks' images come from.
 
     Returns:
-        One for the clean images (configuration "default") and one for each corruption (of its name, all severities
-        together) of every benchmark; accuracy in [0, 1], its 95 % interval among the metric's arguments.
+        One result for the clean images (configuration "default") and one per corruption (all severities pooled) of
+        every benchmark; accuracy in [0, 1], its 95 % interval among the metric's arguments.
 
     Raises:
-        ValueError: a method or teacher without results; several teachers and none chosen; as [`read_run`] does.
+        ValueError: for a method or teacher without results, several teachers and none chosen; as [`read_run`].
     """
     run = read_run(folder)
     teachers = run.teachers()
@@ -179,10 +179,10 @@ def eval_results(
         scenes = run.scenes(benchmark, teacher)
         for corruption in dict.fromkeys(scene[0] for scene in scenes):
             chosen = [scene for scene in scenes if scene[0] == corruption]
-            answers = run.pooled(benchmark, teacher, method, chosen)
-            if answers is None:
+            predictions = run.pooled(benchmark, teacher, method, chosen)
+            if predictions is None:
                 continue
-            accuracy = answers.accuracy()
+            accuracy = predictions.accuracy()
             results.append(
                 EvalResult(
                     task_type="zero-shot-image-classification",
@@ -190,7 +190,10 @@ def eval_results(
                     dataset_name=run.benchmark_title(benchmark),
                     dataset_config="default" if corruption == CLEAN[0] else corruption,
                     dataset_split=dataset_split,
-                    dataset_args={"severities": [severity for _, severity in chosen], "images": answers.num_images},
+                    dataset_args={
+                        "severities": [severity for _, severity in chosen],
+                        "images": predictions.num_images,
+                    },
                     metric_type="accuracy",
                     metric_name="top-1 accuracy",
                     metric_value=accuracy.mean,
@@ -217,28 +220,28 @@ def _header(run: Run) -> str:
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(facts["versions"].items()))
     lines = "".join(f"* {name}: `{value}`\n" for name, value in facts.items() if value)
     missing = "".join(
-        f"* Incomplete: {run.method_title(method)} lacks {count:,} answers that another method has.\n"
+        f"* Incomplete: {run.method_title(method)} lacks {count:,} predictions that another method has.\n"
         for method, count in _missing(run).items()
     )
     return (
         f"# Evaluation\n\n{lines}{missing}\n"
-        "Intervals are 95 %: Wilson's for one answer per image, else the bootstrap over images, an image always with "
-        "all its corruptions and seeds. A difference is taken answer by answer against the method's baseline, which "
-        f"asks the teacher about the same views. Figures from fewer than {FEW_IMAGES} images show their interval. "
+        "Intervals are 95 %: Wilson's for one prediction per image, else the bootstrap over images, an image always "
+        "with all its corruptions and seeds. A difference is paired with the method's baseline, which "
+        f"queries the teacher with the same views. Figures from fewer than {FEW_IMAGES} images show their interval. "
         "ECE grows as images get fewer: compare it between methods, not between benchmarks. Seconds include the "
-        f"teacher. The oracle step is the best common one, chosen with the labels: nobody can attain it. {NOTHING}: "
-        f"not measured, or not in all that a mean is of.\n\n{methods_table(run)}"
+        f"teacher. The oracle step is the best common one, chosen with the labels: no method can attain it. "
+        f"{NOTHING}: not measured, or missing in part of a mean.\n\n{methods_table(run)}"
     )
 
 
 def _missing(run: Run) -> dict[str, int]:
-    """Method -> answers that others gave in the cells where it gave some, and it did not."""
+    """Return method -> number of predictions missing in cells where it has some and other methods have more."""
     union: defaultdict[Cell, set[int]] = defaultdict(set)
-    for cell, answers in run.answers.items():
-        union[cell._replace(method="")].update(answers.images.tolist())
+    for cell, predictions in run.predictions.items():
+        union[cell._replace(method="")].update(predictions.images.tolist())
     counts = dict.fromkeys(run.methods, 0)
-    for cell, answers in run.answers.items():
-        counts[cell.method] += len(union[cell._replace(method="")]) - len(answers.images)
+    for cell, predictions in run.predictions.items():
+        counts[cell.method] += len(union[cell._replace(method="")]) - len(predictions.images)
     return {method: count for method, count in counts.items() if count}
 
 
@@ -262,6 +265,6 @@ def _benchmark_section(run: Run, benchmark: str, teacher: str) -> str:
 
 
 def _teacher_title(run: Run, teacher: str) -> str:
-    """The last part of a path or Hub name, where that is unambiguous."""
+    """Return the last part of a path or Hub name, if that is unambiguous."""
     short = [Path(name).name for name in run.teachers()]
     return Path(teacher).name if short.count(Path(teacher).name) == 1 else teacher

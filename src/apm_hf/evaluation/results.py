@@ -1,4 +1,4 @@
-"""What a run found: its files, read once into columns.
+"""Read the result files of a run into columns.
 
 A run is a folder with `results.jsonl` (a line per image, scene and method), `costs.jsonl` (a line per batch) and
 `run.json` (what was run); [`read_run`] says what they hold. A scene is a corruption and its severity, ("none", 0) for
@@ -28,7 +28,7 @@ _ROUNDING = 1e-5  # softmax in float32 may exceed 1
 
 
 class Cell(NamedTuple):
-    """What rows have in common."""
+    """Name what rows have in common: benchmark, corruption, severity, teacher, seed and method."""
 
     benchmark: str
     corruption: str
@@ -43,15 +43,15 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a method answered.
+class Predictions:
+    """Hold the predictions of a method.
 
     Args:
         images: `(N,)`, indices in their data set.
-        correct, correct_top5: `(N,)`, 0 or 1: whether the first, or one of the first five classes, is right.
+        correct, correct_top5: `(N,)`, 0 or 1: whether the first, or one of the first five classes, is correct.
         confidence: `(N,)`, probability of the first class, in [0, 1].
-        by_step: step -> `(N,)`, 0 or 1: whether the class after so many steps is right; the steps that all rows have.
-        steps: `(N,)`, gradient steps taken; None where there were none.
+        by_step: step -> `(N,)`, 0 or 1: whether the class after that step is correct; only steps that all rows have.
+        steps: `(N,)`, gradient steps taken; None without any.
     """
 
     images: np.ndarray
@@ -62,7 +62,7 @@ class Answers:
     steps: np.ndarray | None
 
     @classmethod
-    def join(cls, parts: Sequence["Answers"]) -> "Answers":
+    def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
         common = set.intersection(*(set(part.by_step) for part in parts))
         steps = [part.steps for part in parts if part.steps is not None]
         return cls(
@@ -85,13 +85,13 @@ class Answers:
         return mean_interval(self.by_step[step], groups=self.images)
 
     def best_step(self) -> int | None:
-        """The step with the most right answers, of equal ones the earliest. Only labels tell it."""
+        """Return the step with the most correct predictions, the earliest of ties; needs labels."""
         return max(self.by_step, key=lambda step: (self.by_step[step].sum(), -step), default=None)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of every batch: how many images, seconds, and bytes at the peak above the batch's start."""
+    """Hold, per batch, the number of images, seconds, and peak bytes above the batch's start."""
 
     images: np.ndarray
     seconds: np.ndarray
@@ -100,15 +100,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's files, read.
+    """Hold the contents of a run's files.
 
     Args:
-        info: what `run.json` holds.
-        answers, costs: by cell.
+        info: content of `run.json`.
+        predictions, costs: by cell.
     """
 
     info: Mapping[str, Any]
-    answers: Mapping[Cell, Answers]
+    predictions: Mapping[Cell, Predictions]
     costs: Mapping[Cell, Cost]
 
     @property
@@ -116,7 +116,7 @@ class Run:
         return list(self.info["methods"])
 
     def method_title(self, method: str) -> str:
-        """What tables and pictures call it; its name where it was not run itself."""
+        """Return the method's title in tables and figures; its name if it was not run itself."""
         if method not in self.info["methods"]:
             return method
         titles = Counter(entry["title"] for entry in self.info["methods"].values())
@@ -130,49 +130,49 @@ class Run:
         return self.info["methods"][method]["baseline"]
 
     def teachers(self) -> list[str]:
-        return sorted({cell.teacher for cell in self.answers})
+        return sorted({cell.teacher for cell in self.predictions})
 
     def benchmarks(self, teacher: str) -> list[str]:
-        seen = {cell.benchmark for cell in self.answers if cell.teacher == teacher}
+        seen = {cell.benchmark for cell in self.predictions if cell.teacher == teacher}
         return [benchmark for benchmark in self.info["benchmarks"] if benchmark in seen]
 
     def scenes(self, benchmark: str, teacher: str) -> list[Scene]:
-        """Clean first, then corruptions by name and severity."""
-        cells = [cell for cell in self.answers if (cell.benchmark, cell.teacher) == (benchmark, teacher)]
+        """Return the scenes: clean first, then corruptions by name and severity."""
+        cells = [cell for cell in self.predictions if (cell.benchmark, cell.teacher) == (benchmark, teacher)]
         return sorted({cell.scene for cell in cells}, key=lambda scene: (scene != CLEAN, scene))
 
     def cells(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> list[Cell]:
-        """The method's cells of these scenes, with all seeds; none if it lacks a scene, for means are of the same."""
+        """Return the method's cells of these scenes, all seeds; none if it lacks a scene, so that means compare."""
         wanted, key = set(scenes), (benchmark, teacher, method)
-        cells = [x for x in self.answers if (x.benchmark, x.teacher, x.method) == key and x.scene in wanted]
+        cells = [x for x in self.predictions if (x.benchmark, x.teacher, x.method) == key and x.scene in wanted]
         return sorted(cells) if {cell.scene for cell in cells} == wanted else []
 
-    def pooled(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> Answers | None:
+    def pooled(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> Predictions | None:
         cells = self.cells(benchmark, teacher, method, scenes)
-        return Answers.join([self.answers[cell] for cell in cells]) if cells else None
+        return Predictions.join([self.predictions[cell] for cell in cells]) if cells else None
 
     def paired(
         self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Whether the method is right, whether its baseline is, and the image: `(N,)` each, of rows that both have.
+        """Return `(N,)` each: method correct, baseline correct, and image, for rows that both have.
 
-        None without a baseline, and where a scene has no such rows.
+        None without a baseline or if a scene has no such rows.
         """
         baseline, wanted = self.baseline(method), set(scenes)
         pairs, seen = [], set()
         for cell in self.cells(benchmark, teacher, method, wanted):
-            ours, theirs = self.answers[cell], self.answers.get(cell._replace(method=baseline or ""))
+            ours, theirs = self.predictions[cell], self.predictions.get(cell._replace(method=baseline or ""))
             if theirs is not None:
                 images, at, there = np.intersect1d(ours.images, theirs.images, assume_unique=True, return_indices=True)
                 pairs.append((ours.correct[at], theirs.correct[there], images))
                 seen |= {cell.scene} if len(images) else set()
         if not pairs or seen != wanted:
             return None
-        our_answers, their_answers, of_images = zip(*pairs, strict=True)
-        return np.concatenate(our_answers), np.concatenate(their_answers), np.concatenate(of_images)
+        correct, baseline_correct, of_images = zip(*pairs, strict=True)
+        return np.concatenate(correct), np.concatenate(baseline_correct), np.concatenate(of_images)
 
     def difference(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> Interval | None:
-        """Accuracy above the baseline's, of the rows that both have."""
+        """Return the accuracy minus the baseline's, over the rows that both have."""
         pairs = self.paired(benchmark, teacher, method, scenes)
         return None if pairs is None else paired_interval(pairs[0], pairs[1], groups=pairs[2])
 
@@ -199,8 +199,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
               commit, computer, versions.
 
     Raises:
-        ValueError: rows that are torn, lack a column, occur twice or name what `run.json` does not; no rows. The file
-            and the line are named.
+        ValueError: for rows that are truncated, lack a column, occur twice or have a name missing in `run.json`, or
+            no rows. The message names the file and the line.
         OSError: a file cannot be read.
     """
     folder = Path(folder)
@@ -211,12 +211,12 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     _read_lines(path, lambda row, line: _rows_of(row, cells, info, _Rows).add(row, line))
     batches: dict[tuple[Any, ...], _Batches] = {}
     _read_lines(folder / "costs.jsonl", lambda row, line: _rows_of(row, batches, info, _Batches).add(row))
-    answers = {Cell(*key): rows.answers(path) for key, rows in cells.items()}
-    return Run(info, answers, {Cell(*key): rows.cost() for key, rows in batches.items()})
+    predictions = {Cell(*key): rows.predictions(path) for key, rows in cells.items()}
+    return Run(info, predictions, {Cell(*key): rows.cost() for key, rows in batches.items()})
 
 
 class _Rows:
-    """Rows of a cell as they are read, a column each: dictionaries would take 20 times the memory."""
+    """Collect a cell's rows in columns: dictionaries would take 20 times the memory."""
 
     def __init__(self) -> None:
         self.lines, self.images, self.steps = array("q"), array("q"), array("q")
@@ -241,22 +241,22 @@ class _Rows:
         for step, predicted in by_step.items():
             self.by_step[step].append(predicted == label)
 
-    def answers(self, path: Path) -> Answers:
+    def predictions(self, path: Path) -> Predictions:
         images = np.array(self.images)
         order = np.argsort(images, kind="stable")
         if len(twice := np.flatnonzero(np.diff(images[order]) == 0)):
             first, second = (self.lines[order[twice[0] + offset]] for offset in (0, 1))
             raise ValueError(f"{path}, line {second}: expected an image once per cell, got the one of line {first}")
-        # A step is common if every row has it: then there are as many answers as rows, in the rows' order.
+        # A step is common if every row has it: then its column is as long as the rows and in their order.
         common = sorted((int(step), step) for step, column in self.by_step.items() if len(column) == len(images))
         by_step = {number: np.array(self.by_step[step])[order] for number, step in common}
         steps = np.array(self.steps)[order] if len(self.steps) == len(images) else None
         correct, correct_top5 = np.array(self.correct)[order], np.array(self.correct_top5)[order]
-        return Answers(images[order], correct, correct_top5, np.array(self.confidence)[order], by_step, steps)
+        return Predictions(images[order], correct, correct_top5, np.array(self.confidence)[order], by_step, steps)
 
 
 class _Batches:
-    """Costs of a cell as they are read."""
+    """Collect a cell's costs."""
 
     def __init__(self) -> None:
         self.images, self.seconds, self.peak_bytes = array("q"), array("d"), array("q")
@@ -273,7 +273,7 @@ class _Batches:
 
 
 def _rows_of(row: Mapping[str, Any], cells: dict[tuple[Any, ...], Any], info: Any, collect: Callable[[], Any]) -> Any:
-    """The collected rows of this row's cell; a cell that is new is checked."""
+    """Return the collected rows of this row's cell; check the cell if it is new."""
     key = (row["benchmark"], row["corruption"], row["severity"], row["teacher"], row["seed"], row["method"])
     if key not in cells:
         for name, value in zip(Cell._fields, key, strict=True):

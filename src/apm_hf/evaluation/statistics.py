@@ -1,12 +1,12 @@
-"""How sure a measured mean is: intervals for accuracies and for paired differences.
+"""Compute confidence intervals for accuracies, paired differences and calibration errors.
 
-A plain accuracy, one 0/1 answer per image, gets Wilson's score interval: it needs no resampling and does not shrink to
+A plain accuracy, one 0/1 value per image, gets Wilson's score interval: it needs no resampling and does not shrink to
 nothing at 0 and 1. Every other mean gets the percentile bootstrap over images (Efron & Tibshirani, An Introduction to
-the Bootstrap, 1993, ch. 13): an image that was seen in several corruptions or with several seeds is drawn with all its
+the Bootstrap, 1993, ch. 13): an image with several corruptions or several seeds is drawn with all its
 rows, since they are not independent.
 
 Images with the same contribution are interchangeable, so drawing G images with replacement is one multinomial draw
-over the distinct contributions: exact, and cheap, as sums of 0/1 answers take few values.
+over the distinct contributions: exact, and cheap, as sums of 0/1 values take few values.
 
 Legend: N rows, G images, C columns, R resamples.
 """
@@ -25,7 +25,7 @@ _CHUNK = 2**22  # multinomial counts in memory at a time: 32 MiB
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the bounds of its confidence interval, in the units of the values."""
+    """Hold a mean and the bounds of its confidence interval, in the units of the values."""
 
     mean: float
     low: float
@@ -41,18 +41,18 @@ def mean_interval(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Mean of some values and its confidence interval.
+    """Return the mean of values and its confidence interval.
 
-    Wilson's where the values are 0 and 1, one per image, without strata; else the percentile bootstrap over images.
+    Wilson's interval for values 0 and 1, one per image, without strata; else the percentile bootstrap over images.
 
     Args:
         values: `(N,)`.
         groups: `(N,)`, the image that a row belongs to; None: each row is an image.
         strata: `(N,)`, e.g. the benchmark that a row belongs to. The mean is then that of the strata's means, and
             images are drawn within each stratum.
-        level: of confidence, in (0, 1).
+        level: confidence level, in (0, 1).
         num_resamples: R.
-        seed: of the resamples.
+        seed: random seed of the resamples.
 
     Raises:
         ValueError: no values, values that are not finite, lengths that differ, a level or number out of range.
@@ -74,7 +74,7 @@ def paired_interval(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Mean of `ours - theirs`, row by row, and its percentile bootstrap interval over images.
+    """Return the mean of `ours - theirs`, row by row, and its percentile bootstrap interval over images.
 
     Args:
         ours, theirs: `(N,)`, two methods' values for the same rows.
@@ -99,16 +99,16 @@ def calibration_interval(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Expected calibration error and its bootstrap interval over images.
+    """Return the expected calibration error and its bootstrap interval over images.
 
     A sum of absolute values grows when noise is added to it, and a resample is noisier than the sample. So the bounds
-    mirror the draws' at the estimate (the "basic" bootstrap), and the lower one is 0 where noise alone, the resamples'
-    deviation from the sample, would give as large an error. The estimate's own upward bias at few images remains.
+    mirror the draws' at the estimate (the "basic" bootstrap), and the lower one is 0 if noise alone, the resamples'
+    deviation from the sample, would give as large an error. The estimate's upward bias at few images remains.
 
     Args:
         confidence, correct: `(N,)`, as for [`~apm_hf.evaluation.metrics.expected_calibration_error`].
         groups, level, num_resamples, seed: as for [`mean_interval`].
-        num_bins: of equal width.
+        num_bins: number of bins, of equal width.
 
     Raises:
         ValueError: as for `expected_calibration_error` and [`mean_interval`].
@@ -160,7 +160,7 @@ def _bootstrap(
 
 
 def _per_group(columns: np.ndarray, groups: ArrayLike | None) -> np.ndarray:
-    """Sums over the rows of each image: `(N, C)` -> `(G, C)`."""
+    """Sum over the rows of each image: `(N, C)` -> `(G, C)`."""
     if groups is None:
         return columns
     _, index = np.unique(np.asarray(groups), return_inverse=True)
@@ -168,7 +168,7 @@ def _per_group(columns: np.ndarray, groups: ArrayLike | None) -> np.ndarray:
 
 
 def _resampled_sums(columns: np.ndarray, num_resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Column sums over G images drawn with replacement, R times: `(G, C)` -> `(R, C)`."""
+    """Return column sums over G images drawn with replacement, R times: `(G, C)` -> `(R, C)`."""
     distinct, counts = np.unique(columns, axis=0, return_counts=True)
     size = max(1, _CHUNK // len(distinct))
     chunks = [min(size, num_resamples - start) for start in range(0, num_resamples, size)]

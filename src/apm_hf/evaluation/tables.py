@@ -1,6 +1,6 @@
-"""A run's tables, as markdown.
+"""Format a run's tables as markdown.
 
-Methods are compared row by row with their baseline, which asks the teacher about the same views.
+Methods are compared row by row with their baseline, which queries the teacher with the same views.
 
 Legend: N rows, one per image, scene and seed.
 """
@@ -12,27 +12,27 @@ from typing import Any
 import numpy as np
 
 from .metrics import expected_calibration_error
-from .results import CLEAN, Answers, Cost, Run, Scene
+from .results import CLEAN, Cost, Predictions, Run, Scene
 from .statistics import Interval, calibration_interval, mean_interval, paired_interval
 
-FEW_IMAGES = 500  # figures that rest on fewer show their interval
+FEW_IMAGES = 500  # numbers from fewer images show their interval
 NOTHING = "–"
 
 
 def clean_table(run: Run, benchmark: str, teacher: str) -> str:
-    """Markdown: what every method makes of the clean images, and what it costs."""
+    """Return markdown: every method's accuracy on the clean images and its cost."""
     header = ["method", "top-1, %", "95 % interval", "top-5, %", "ECE, %", "difference to its baseline, points"]
     header += ["s/image", "peak, MiB", "images", _ORACLE]
     rows = []
     for method in run.methods:
-        answers = run.pooled(benchmark, teacher, method, [CLEAN])
-        if answers is None:
+        predictions = run.pooled(benchmark, teacher, method, [CLEAN])
+        if predictions is None:
             continue
-        accuracy, num_images = answers.accuracy(), answers.num_images
+        accuracy, num_images = predictions.accuracy(), predictions.num_images
         num_seeds = len(run.cells(benchmark, teacher, method, [CLEAN]))
-        top5 = NOTHING  # of five classes the right one is always among the first five
+        top5 = NOTHING  # with five classes, top-5 is always 100 %
         if run.info["benchmarks"][benchmark]["num_classes"] > 5:
-            top5 = _share(mean_interval(answers.correct_top5, groups=answers.images), num_images)
+            top5 = _share(mean_interval(predictions.correct_top5, groups=predictions.images), num_images)
         cost = run.cost(benchmark, teacher, method, [CLEAN])
         rows.append(
             [
@@ -40,28 +40,28 @@ def clean_table(run: Run, benchmark: str, teacher: str) -> str:
                 f"{100 * accuracy.mean:.1f}",
                 f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
                 top5,
-                _calibration(answers),
+                _calibration(predictions),
                 _difference(run.difference(benchmark, teacher, method, [CLEAN])),
                 NOTHING if cost is None else f"{seconds_per_image(cost):.3g}",
                 NOTHING if cost is None else f"{cost.peak_bytes.max() / 2**20:.0f}",
                 f"{num_images:,}" + (f" x {num_seeds} seeds" if num_seeds > 1 else ""),
-                _oracle(answers),
+                _oracle(predictions),
             ]
         )
     return _markdown(header, rows)
 
 
 def shift_table(run: Run, teacher: str, benchmarks: Sequence[str]) -> str:
-    """Markdown: top-1 on the clean images of several benchmarks, and the mean over benchmarks."""
+    """Return markdown: top-1 on the clean images of several benchmarks, and the mean over benchmarks."""
     header = ["method", *map(run.benchmark_title, benchmarks), "mean", "difference to its baseline, points"]
     rows = []
     for method in run.methods:
-        answers = [run.pooled(benchmark, teacher, method, [CLEAN]) for benchmark in benchmarks]
-        known = [part for part in answers if part is not None]
+        predictions = [run.pooled(benchmark, teacher, method, [CLEAN]) for benchmark in benchmarks]
+        known = [part for part in predictions if part is not None]
         if not known:
             continue
         mean = difference = NOTHING
-        if len(known) == len(answers):
+        if len(known) == len(predictions):
             interval = mean_interval(
                 np.concatenate([part.correct for part in known]),
                 groups=np.concatenate([part.images for part in known]),
@@ -74,26 +74,26 @@ def shift_table(run: Run, teacher: str, benchmarks: Sequence[str]) -> str:
             ours, theirs, images = (np.concatenate(column) for column in zip(*pairs, strict=True))
             strata = _numbered(pairs, lambda part: len(part[0]))
             difference = _difference(paired_interval(ours, theirs, groups=images, strata=strata))
-        rows.append([run.method_title(method), *map(_top1, answers), mean, difference])
+        rows.append([run.method_title(method), *map(_top1, predictions), mean, difference])
     return _markdown(header, rows)
 
 
 def corruption_table(run: Run, benchmark: str, teacher: str, columns: Mapping[str, Sequence[Scene]]) -> str:
-    """Markdown: top-1 over groups of scenes, and over all of them, where a method has them all.
+    """Return markdown: top-1 over groups of scenes, and over all of them if a method has them all.
 
     Args:
-        columns: title -> scenes whose answers are put together.
+        columns: title -> scenes whose predictions are pooled.
     """
-    everything = [scene for scenes in columns.values() for scene in scenes]
+    all_scenes = [scene for scenes in columns.values() for scene in scenes]
     rows = []
     for method in run.methods:
-        answers = [run.pooled(benchmark, teacher, method, scenes) for scenes in columns.values()]
-        if all(part is None for part in answers):
+        predictions = [run.pooled(benchmark, teacher, method, scenes) for scenes in columns.values()]
+        if all(part is None for part in predictions):
             continue
-        pooled = run.pooled(benchmark, teacher, method, everything)
-        difference = _difference(run.difference(benchmark, teacher, method, everything))
+        pooled = run.pooled(benchmark, teacher, method, all_scenes)
+        difference = _difference(run.difference(benchmark, teacher, method, all_scenes))
         oracle = NOTHING if pooled is None else _oracle(pooled)
-        rows.append([run.method_title(method), *map(_top1, answers), _top1(pooled), difference, oracle])
+        rows.append([run.method_title(method), *map(_top1, predictions), _top1(pooled), difference, oracle])
     return _markdown(["method", *columns, "mean", "difference to its baseline, points", _ORACLE], rows)
 
 
@@ -109,8 +109,8 @@ def methods_table(run: Run) -> str:
     return _markdown(["method", "name", "views", "baseline", "options"], rows)
 
 
-def _top1(answers: Answers | None) -> str:
-    return NOTHING if answers is None else _share(answers.accuracy(), answers.num_images)
+def _top1(predictions: Predictions | None) -> str:
+    return NOTHING if predictions is None else _share(predictions.accuracy(), predictions.num_images)
 
 
 def _share(interval: Interval, num_images: int) -> str:
@@ -118,10 +118,13 @@ def _share(interval: Interval, num_images: int) -> str:
     return text if num_images >= FEW_IMAGES else f"{text} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def _calibration(answers: Answers) -> str:
-    if answers.num_images >= FEW_IMAGES:
-        return f"{100 * expected_calibration_error(answers.confidence, answers.correct):.1f}"
-    return _share(calibration_interval(answers.confidence, answers.correct, groups=answers.images), answers.num_images)
+def _calibration(predictions: Predictions) -> str:
+    if predictions.num_images >= FEW_IMAGES:
+        return f"{100 * expected_calibration_error(predictions.confidence, predictions.correct):.1f}"
+    return _share(
+        calibration_interval(predictions.confidence, predictions.correct, groups=predictions.images),
+        predictions.num_images,
+    )
 
 
 def _difference(interval: Interval | None) -> str:
@@ -132,13 +135,13 @@ def _difference(interval: Interval | None) -> str:
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _oracle(answers: Answers) -> str:
-    step = answers.best_step()
-    return NOTHING if step is None else f"{_share(answers.accuracy_at(step), answers.num_images)} at {step}"
+def _oracle(predictions: Predictions) -> str:
+    step = predictions.best_step()
+    return NOTHING if step is None else f"{_share(predictions.accuracy_at(step), predictions.num_images)} at {step}"
 
 
 def seconds_per_image(cost: Cost) -> float:
-    return math.fsum(cost.seconds) / int(cost.images.sum())  # fsum: whatever the order of the lines
+    return math.fsum(cost.seconds) / int(cost.images.sum())  # fsum: independent of the order of the lines
 
 
 def _numbered(parts: Sequence[Any], length: Callable[[Any], int]) -> np.ndarray:
@@ -146,8 +149,8 @@ def _numbered(parts: Sequence[Any], length: Callable[[Any], int]) -> np.ndarray:
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table without the columns that hold nothing."""
-    kept = [0, *(at for at in range(1, len(header)) if any(row[at] != NOTHING for row in rows))]
-    lines = [[header[at] for at in kept], ["---", *["---:"] * (len(kept) - 1)]]
-    lines += [[row[at].replace("|", "\\|") for at in kept] for row in rows]
+    """Format a table without the columns that are empty."""
+    columns = [0, *(at for at in range(1, len(header)) if any(row[at] != NOTHING for row in rows))]
+    lines = [[header[at] for at in columns], ["---", *["---:"] * (len(columns) - 1)]]
+    lines += [[row[at].replace("|", "\\|") for at in columns] for row in rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

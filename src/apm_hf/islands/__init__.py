@@ -1,6 +1,6 @@
-"""Islands of agreement: neighbouring locations whose features agree, as colours, clusters, trees and graphs.
+"""Show islands of agreement, neighbouring locations whose features agree, as colours, clusters, trees and graphs.
 
-Source: the islands are GLOM's (Hinton 2021, arXiv:2102.12627).
+Source: islands are from GLOM (Hinton 2021, arXiv:2102.12627).
 """
 
 from ..ttt.maps import feature_map, upsample

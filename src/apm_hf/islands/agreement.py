@@ -1,6 +1,6 @@
-"""How far features agree: between neighbours, between places far apart, and whether everything has collapsed.
+"""Measure how far features agree between neighbours and between distant locations, and whether they have collapsed.
 
-Islands are there where neighbours agree more than locations far apart. Effective rank: Roy & Vetterli, EUSIPCO 2007,
+There are islands if neighbours agree more than distant locations. Effective rank: Roy & Vetterli, EUSIPCO 2007,
 "The effective rank: a measure of effective dimensionality".
 
 Legend: L locations, F feature width, (rows, cols) a map of locations, row-major.
@@ -9,28 +9,28 @@ Legend: L locations, F feature width, (rows, cols) a map of locations, row-major
 import torch
 from torch import Tensor
 
-# Locations worked on at a time, so that no copy in float64 is as large as the features.
+# Locations per chunk, so that no copy in float64 is as large as the features.
 CHUNK_LOCATIONS = 2**14
 # A difference below this share of its terms is rounding and has no direction.
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 def neighbour_agreement(features: Tensor, mean: Tensor | None = None, *, distance: int = 1) -> Tensor:
-    """Mean cosine similarity of locations that are `distance` cells apart in a row or a column.
+    """Return the mean cosine similarity of locations that are `distance` cells apart in a row or a column.
 
-    Neighbours on a finer map lie closer together and agree more: compare maps of one resolution, beside
+    Neighbours on a finer map lie closer together and agree more: compare maps of one resolution, together with
     `distant_agreement`.
 
     Args:
         features: `(..., rows, cols, F)`.
-        mean: `(F,)`, subtracted first, e.g. that of a data set: what all locations share is no agreement.
+        mean: `(F,)`, subtracted first, e.g. that of a data set: a common offset is no agreement.
         distance: in cells.
 
     Returns:
-        `(...)`, float32, one number a map; a feature of norm zero agrees with nothing: its cosines are 0.
+        `(...)`, float32, one number per map; cosines of a feature of norm zero are 0.
 
     Raises:
-        ValueError: for another shape, or where no two locations are so far apart.
+        ValueError: for another shape, or if no two locations are that far apart.
     """
     units = _units(features, mean)
     rows, cols = units.shape[-3:-1]
@@ -50,19 +50,19 @@ def distant_agreement(
     num_pairs: int = 4096,
     seed: int = 0,
 ) -> Tensor:
-    """Mean cosine similarity of random locations of the same map that lie far apart: the neighbours' control.
+    """Return the mean cosine similarity of random distant locations of the same map: the neighbours' control.
 
     Args:
         features, mean: as in `neighbour_agreement`.
         min_distance: cells between the two, vertically or horizontally; None is a quarter of the longer side.
         num_pairs: pairs drawn, the same for all maps.
-        seed: of the pairs.
+        seed: random seed of the pairs.
 
     Returns:
-        `(...)`, float32, one number a map.
+        `(...)`, float32, one number per map.
 
     Raises:
-        ValueError: for another shape, or where no two locations are so far apart.
+        ValueError: for another shape, or if no two locations are that far apart.
     """
     units = _units(features, mean)
     rows, cols = units.shape[-3:-1]
@@ -88,31 +88,31 @@ def distant_agreement(
 
 
 def mean_pairwise_cosine(features: Tensor) -> float:
-    """Mean cosine similarity of all pairs of different locations, exactly, in O(L F).
+    """Return the exact mean cosine similarity of all pairs of different locations, in O(L F).
 
-    The squared norm of the sum of all unit features is the sum over all pairs, so none is formed.
+    The squared norm of the sum of all unit features is the sum over all pairs, so no pairs are formed.
 
     Args:
-        features: `(..., F)`, all of them one set; a feature of norm zero agrees with nothing.
+        features: `(..., F)`, all of them one set; cosines of a feature of norm zero are 0.
 
     Raises:
         ValueError: for fewer than two features.
     """
     flat = _flat(features)
     total = torch.zeros(flat.shape[-1], dtype=torch.float64, device=flat.device)
-    own = 0.0
+    diagonal = 0.0
     for chunk in flat.split(CHUNK_LOCATIONS):
         units = torch.nn.functional.normalize(chunk.double(), dim=-1)
         total += units.sum(dim=0)
-        own += float(units.square().sum())
-    return (float(total.square().sum()) - own) / (len(flat) * (len(flat) - 1))
+        diagonal += float(units.square().sum())
+    return (float(total.square().sum()) - diagonal) / (len(flat) * (len(flat) - 1))
 
 
 def effective_rank(features: Tensor) -> float:
-    """The exponential of the entropy of the centred features' singular values, normalised to sum 1.
+    """Return the exponential of the entropy of the centred features' singular values, normalised to sum 1.
 
-    From 1, where all variation is along one line, to F, where it is the same in all directions; 0 for features that
-    do not vary. The singular values come from the F x F covariance, in float64.
+    From 1, if all variation is along one line, to F, if it is equal in all directions; 0 for constant features.
+    The singular values come from the F x F covariance, in float64.
 
     Args:
         features: `(..., F)`, all of them one set.
@@ -127,7 +127,7 @@ def effective_rank(features: Tensor) -> float:
     for chunk in chunks:
         centred = chunk.double() - mean
         scatter += centred.T @ centred
-    # What rounding alone leaves of features that are all equal is no variation.
+    # The rounding residual of constant features is no variation.
     if float(scatter.trace()) <= len(flat) * (1e-12**2) * float(mean.square().sum()):
         return 0.0
     values = torch.linalg.eigvalsh(scatter)
@@ -137,10 +137,10 @@ def effective_rank(features: Tensor) -> float:
 
 
 def collapse(features: Tensor) -> dict[str, float]:
-    """Whether the features `(..., F)` of many images have collapsed: few directions vary, and all point alike.
+    """Measure whether features `(..., F)` of many images have collapsed to few varying directions or a single one.
 
     Returns:
-        `effective_rank`; `max_effective_rank`, the most that so many features of this width can have; and
+        `effective_rank`; `max_effective_rank`, the maximum for this number and width of features; and
         `mean_pairwise_cosine`.
     """
     flat = _flat(features)
@@ -152,7 +152,7 @@ def collapse(features: Tensor) -> dict[str, float]:
 
 
 def _units(features: Tensor, mean: Tensor | None) -> Tensor:
-    """Features `(..., rows, cols, F)` less the mean, of norm 1 or 0, in float32."""
+    """Return features `(..., rows, cols, F)` minus the mean, scaled to norm 1 (or 0), in float32."""
     if features.ndim < 3:
         raise ValueError(f"features: expected shape (..., rows, cols, F), got {tuple(features.shape)}")
     vectors = features.detach().float()
@@ -169,5 +169,5 @@ def _units(features: Tensor, mean: Tensor | None) -> Tensor:
 def _flat(features: Tensor) -> Tensor:
     flat = features.detach().flatten(0, -2)  # (..., F) -> (L, F)
     if len(flat) < 2:
-        raise ValueError(f"features: expected two at least, of shape (..., F), got {tuple(features.shape)}")
+        raise ValueError(f"features: expected at least two, of shape (..., F), got {tuple(features.shape)}")
     return flat

@@ -1,4 +1,4 @@
-"""Features -> clusters: which locations agree, wherever they lie.
+"""Cluster features: find locations that agree, anywhere on the map.
 
 Legend: L locations, F feature width, (rows, cols) a map of locations, row-major.
 """
@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Locations normalised and assigned at a time.
+# Locations normalised and assigned per chunk.
 CHUNK_LOCATIONS = 2**16
 
 
 def cluster(features: Tensor, num_clusters: int, *, seed: int = 0, max_locations: int = 4096) -> np.ndarray:
-    """K-means on features of norm 1, so on directions.
+    """Cluster features with k-means on directions (features of norm 1).
 
     Args:
         features: `(..., F)`, e.g. `(L, F)` or `(rows, cols, F)`.
-        num_clusters: the number of clusters; fewer are found where fewer features differ.
-        seed: of the centres' start and of the subset.
-        max_locations: centres are fitted on so many locations at most, a random subset; all locations are then
+        num_clusters: number of clusters; fewer are found if there are fewer distinct features.
+        seed: random seed of the initial centres and of the subset.
+        max_locations: maximum size of the random subset that centres are fitted to; all locations are then
             assigned to their nearest centre.
 
     Returns:
@@ -45,7 +45,7 @@ def cluster(features: Tensor, num_clusters: int, *, seed: int = 0, max_locations
     if len(flat) > max_locations:
         order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
         fitted = flat[order[:max_locations].to(flat.device)]
-    # Of several threads, the one that is done first adds its part to the centres first: one keeps the last bit.
+    # One thread: with several, the order of summation, and so the last bit, would depend on timing.
     with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct features than clusters
         kmeans = KMeans(num_clusters, n_init=4, random_state=seed).fit(unit_features(fitted))
@@ -54,7 +54,7 @@ def cluster(features: Tensor, num_clusters: int, *, seed: int = 0, max_locations
 
 
 def order_by_size(labels: np.ndarray) -> np.ndarray:
-    """The same partition `(...)`, numbered from 0 by size, the largest first; of equals, the one that occurs first."""
+    """Renumber a partition `(...)` from 0 by size, the largest first; ties in order of occurrence."""
     _, first, inverse, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     rank = np.empty(len(sizes), dtype=np.int64)
     rank[np.lexsort((first, -sizes))] = np.arange(len(sizes))
@@ -62,7 +62,7 @@ def order_by_size(labels: np.ndarray) -> np.ndarray:
 
 
 def unit_features(features: Tensor) -> np.ndarray:
-    """Features `(..., F)` of norm 1, float32, on the CPU; zeros stay zeros."""
+    """Return features `(..., F)` scaled to norm 1, float32, on the CPU; zeros stay zeros."""
     return torch.nn.functional.normalize(features.detach().float().cpu(), dim=-1).numpy()
 
 

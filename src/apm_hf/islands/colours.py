@@ -1,4 +1,4 @@
-"""Features -> colours: principal components as in DINOv2 (arXiv:2304.07193, Fig. 1), t-SNE, UMAP.
+"""Map features to colours: principal components as in DINOv2 (arXiv:2304.07193, Fig. 1), t-SNE, UMAP.
 
 t-SNE: van der Maaten & Hinton, JMLR 2008. UMAP: arXiv:1802.03426.
 
@@ -14,28 +14,28 @@ from torch import Tensor
 
 from .clusters import check_finite, unit_features
 
-# Shares of the values that are clipped on either side before colours are stretched to [0, 1].
+# Quantiles at which values are clipped before colours are stretched to [0, 1].
 CLIPPED = 0.02
 METHODS = ("pca", "tsne", "umap")
 
-_BACKGROUND = 0.15  # the grey towards which the background recedes
-# Neighbour embeddings work on so many principal components, as is usual; the rest is mostly noise.
+_BACKGROUND = 0.15  # the grey that the background is blended with
+# Number of principal components that neighbour embeddings use, as is usual; the rest is mostly noise.
 _NUM_COMPONENTS = 50
 _PERPLEXITY, _NUM_NEIGHBOURS = 30.0, 15  # scikit-learn's and umap-learn's defaults
-# Colours at (0, 0), (0, 1), (1, 0), (1, 1) of the plane: apart in lightness or on the blue-yellow axis, which nearly
-# all the colour-blind see.
+# Colours at (0, 0), (0, 1), (1, 0), (1, 1) of the plane: they differ in lightness or on the blue-yellow axis, which
+# nearly all colour-blind people perceive.
 _CORNERS = ((0, 60, 160), (200, 40, 20), (70, 200, 220), (255, 225, 60))
 
 
 @dataclass(frozen=True)
 class PCAColours:
-    """Features -> colours: three principal directions and one stretch, fitted once, so that colours compare.
+    """Map features to colours by three principal directions and one stretch, fitted once so that colours compare.
 
     Args:
         mean: `(F,)`.
         directions: `(F, 3)`; each one's entry of largest magnitude is positive, so that the same features give the
             same colours everywhere.
-        low, high: `(3,)`, the projections that become 0 and 1.
+        low, high: `(3,)`, the projections that are mapped to 0 and 1.
     """
 
     mean: Tensor
@@ -48,7 +48,7 @@ class PCAColours:
         """Fit to features `(..., F)` of any number of images.
 
         Args:
-            foreground: `(...)`, bool, the locations that count; all the colours' range then goes to them.
+            foreground: `(...)`, bool, the locations to fit to; the full colour range then goes to them.
 
         Raises:
             ValueError: for a foreground of another shape or without a location.
@@ -70,11 +70,11 @@ class PCAColours:
     def __call__(
         self, features: Tensor, foreground: np.ndarray | Tensor | None = None, *, recede: float = 0.85
     ) -> np.ndarray:
-        """Colours `(..., 3)` in [0, 1] of features `(..., F)`.
+        """Return colours `(..., 3)` in [0, 1] of features `(..., F)`.
 
         Args:
             foreground: `(...)`, bool; other locations are mixed with a dark grey.
-            recede: the grey's share in them, from 0 (no difference) to 1 (nothing else).
+            recede: share of the grey, from 0 (no grey) to 1 (grey only).
 
         Raises:
             ValueError: for a foreground of another shape.
@@ -88,17 +88,17 @@ class PCAColours:
 
 
 def foreground_mask(features: Tensor) -> np.ndarray:
-    """Which locations belong to what the picture shows: a guess from one map's features alone.
+    """Estimate which locations belong to the foreground from one map's features alone.
 
-    A heuristic, as in DINOv2: the first principal component, cut in two by Otsu's threshold. Where DINOv2 chooses the
-    side by eye, here the background is the side that has more of the map's border. It fails where the background
-    varies more than the object, or the object fills the frame.
+    A heuristic, as in DINOv2: the first principal component, divided by Otsu's threshold. DINOv2 chooses the side by
+    eye; here the background is the side that has more of the map's border. It fails if the background varies more
+    than the object, or the object fills the frame.
 
     Args:
         features: `(rows, cols, F)`.
 
     Returns:
-        `(rows, cols)` bool; true everywhere where all features are equal.
+        `(rows, cols)` bool; true everywhere if all features are equal.
 
     Raises:
         ValueError: for another shape, or features that are not finite.
@@ -115,12 +115,12 @@ def foreground_mask(features: Tensor) -> np.ndarray:
     pca = PCAColours.fit(features)
     first = ((features.detach().double().cpu() - pca.mean) @ pca.directions[:, 0]).numpy()  # (rows, cols)
     values, counts = np.unique(first, return_counts=True)
-    # Of the values themselves: a histogram's threshold lies within a bin, and cuts off a location or two.
+    # Computed on the values themselves: a histogram's threshold lies within a bin and may misplace a few locations.
     mask = first > threshold_otsu(hist=(counts, values))
     border = np.ones(mask.shape, dtype=bool)
     border[1:-1, 1:-1] = False
     on_border, off_border = np.count_nonzero(mask & border), np.count_nonzero(~mask & border)
-    # Sides that meet the border equally: the smaller one is what is shown.
+    # If both sides touch the border equally, the smaller one is the foreground.
     swap = on_border > off_border or (on_border == off_border and 2 * np.count_nonzero(mask) > mask.size)
     return ~mask if swap else mask
 
@@ -128,21 +128,21 @@ def foreground_mask(features: Tensor) -> np.ndarray:
 def embed_colours(
     features: Tensor, *, method: str = "pca", components: int = 3, seed: int = 0, max_locations: int = 2048
 ) -> np.ndarray:
-    """Colours of features that are laid out in one, two or three dimensions.
+    """Return colours of features embedded in one, two or three dimensions.
 
     Three dimensions are red, green and blue, with PCA as in [`PCAColours`]. Two are a plane between four corners in
     CIE Lab. One is the colormap viridis. t-SNE and UMAP compare directions (features of norm 1), start from the
-    principal components and keep neighbours together: distances between far colours mean nothing, and the colours of
-    two calls do not compare. The same seed gives the same bytes, on the same computer and versions.
+    principal components and preserve neighbourhoods: distances between far colours are meaningless, and colours of
+    two calls are not comparable. Equal seeds give equal bytes, on the same computer and versions.
 
     Args:
         features: `(..., F)`.
         method: `"pca"`, `"tsne"` (scikit-learn) or `"umap"` (umap-learn).
         components: 1, 2 or 3 dimensions.
-        seed: of t-SNE and UMAP.
-        max_locations: t-SNE and UMAP lay out so many locations at most, evenly spaced in row-major order; each other
-            location takes the colour of the one among them whose feature is nearest. t-SNE takes up to half a minute
-            for 2048 locations in three dimensions, UMAP as long once, to compile, and then seconds.
+        seed: random seed of t-SNE and UMAP.
+        max_locations: maximum number of locations that t-SNE and UMAP embed, evenly spaced in row-major order; each
+            other location takes the colour of the one with the nearest feature. t-SNE takes up to half a minute for
+            2048 locations in three dimensions, UMAP as long once, to compile, and then seconds.
 
     Returns:
         `(..., 3)`, float32 in [0, 1].
@@ -166,24 +166,24 @@ def embed_colours(
 
 
 def _neighbour_embedding(flat: Tensor, method: str, components: int, seed: int, max_locations: int) -> np.ndarray:
-    """Features `(L, F)` -> places `(L, components)` in [0, 1]."""
+    """Embed features `(L, F)` at positions `(L, components)` in [0, 1]."""
     try:
         from sklearn.decomposition import PCA
         from sklearn.neighbors import NearestNeighbors
         from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise ImportError('embeddings need scikit-learn: pip install "apm_hf[viz]"') from error
-    # Ends included; all locations where there are few.
+    # Ends included; all locations if there are few.
     chosen = torch.linspace(0, len(flat) - 1, min(len(flat), max_locations), dtype=torch.float64).round().long()
     vectors = unit_features(flat[chosen.to(flat.device)])
     if len(vectors) < 4 or _is_constant(torch.from_numpy(vectors)):
-        return np.full((len(flat), components), 0.5)  # nothing to lay out
+        return np.full((len(flat), components), 0.5)  # nothing to embed
     width = min(_NUM_COMPONENTS, len(vectors), vectors.shape[1])
-    # One thread: others would add up in the order in which they are done.
+    # One thread: with several, the order of summation would depend on timing.
     with threadpool_limits(1):
         pca = PCA(width, svd_solver="full").fit(vectors)
         reduced = pca.transform(vectors)
-        # Features of fewer directions than dimensions leave some to noise, and equal features must not start as one.
+        # Add noise: features may span fewer directions than dimensions, and equal features must not start as one.
         start = 1e-3 * np.random.default_rng(seed).standard_normal((len(reduced), components))
         start[:, : min(components, width)] += reduced[:, :components] / reduced[:, 0].std()
         places = (_tsne if method == "tsne" else _umap)(reduced, start, seed)
@@ -199,7 +199,7 @@ def _neighbour_embedding(flat: Tensor, method: str, components: int, seed: int, 
 def _tsne(vectors: np.ndarray, start: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.manifold import TSNE
 
-    # The start's scale is scikit-learn's for init="pca".
+    # The initial scale is scikit-learn's for init="pca".
     perplexity = min(_PERPLEXITY, (len(vectors) - 1) / 3)
     tsne = TSNE(
         start.shape[1], perplexity=perplexity, init=(1e-4 * start).astype(np.float32), random_state=seed, n_jobs=1
@@ -210,7 +210,7 @@ def _tsne(vectors: np.ndarray, start: np.ndarray, seed: int) -> np.ndarray:
 def _umap(vectors: np.ndarray, start: np.ndarray, seed: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ImportWarning)  # that TensorFlow, which is not used, is missing
+            warnings.simplefilter("ignore", ImportWarning)  # warns that TensorFlow, which is not used, is missing
             from umap import UMAP
     except ImportError as error:
         raise ImportError('method="umap" needs umap-learn: pip install "apm_hf[umap]"') from error
@@ -220,7 +220,7 @@ def _umap(vectors: np.ndarray, start: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _coloured(places: np.ndarray) -> np.ndarray:
-    """Places `(L, 1 to 3)` in [0, 1] -> colours `(L, 3)`."""
+    """Map positions `(L, 1 to 3)` in [0, 1] to colours `(L, 3)`."""
     if places.shape[1] == 3:
         return places
     if places.shape[1] == 1:
@@ -248,5 +248,5 @@ def _mask(foreground: np.ndarray | Tensor, features: Tensor) -> Tensor:
 
 
 def _is_constant(flat: Tensor) -> bool:
-    """Whether features `(L, F)` are equal up to the rounding of float32."""
+    """Return whether features `(L, F)` are equal up to the rounding of float32."""
     return bool(((flat - flat[0]).abs() <= 1e-6 * flat.abs().max()).all())

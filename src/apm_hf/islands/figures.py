@@ -1,4 +1,4 @@
-"""Drawing: matplotlib without its global state, loaded where a picture is made."""
+"""Draw with matplotlib without its global state, importing it only when a figure is made."""
 
 import io
 from typing import Any
@@ -7,27 +7,27 @@ import numpy as np
 
 
 def load_matplotlib() -> tuple[Any, Any]:
-    """The modules `matplotlib`, with its lines and styles, and `matplotlib.figure`.
+    """Import and return the modules `matplotlib`, with its lines and styles, and `matplotlib.figure`.
 
     Raises:
-        ImportError: where matplotlib is missing; says what to install.
+        ImportError: if matplotlib is missing; the message says what to install.
     """
     try:
         import matplotlib.lines
         import matplotlib.style
         from matplotlib import figure
     except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "apm_hf[viz]"') from error
+        raise ImportError('figures need matplotlib: pip install "apm_hf[viz]"') from error
     return matplotlib, figure
 
 
 def new_figure(width: float, height: float, *, dpi: int) -> Any:
-    """A blank figure of this size in inches."""
+    """Return a blank figure of this size in inches."""
     return load_matplotlib()[1].Figure(figsize=(width, height), dpi=dpi)
 
 
 def place(figure: Any, left: float, top: float, width: float, height: float) -> Any:
-    """Axes without ticks at a place in inches from the figure's upper left corner: layouts that leave no margins."""
+    """Add axes without ticks at a position in inches from the figure's upper left corner, for exact layouts."""
     total_width, total_height = figure.get_size_inches()
     box = (left / total_width, 1 - (top + height) / total_height, width / total_width, height / total_height)
     axes = figure.add_axes(box)
@@ -36,14 +36,14 @@ def place(figure: Any, left: float, top: float, width: float, height: float) -> 
 
 
 def png_bytes(figure: Any) -> bytes:
-    """A figure as PNG: the same bytes for the same figure and matplotlib."""
+    """Encode a figure as PNG: equal bytes for equal figures and matplotlib versions."""
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
 
 
 def figure_pixels(figure: Any) -> np.ndarray:
-    """A figure as `(H, W, 3)`, uint8: a frame of a movie."""
+    """Render a figure as a movie frame `(H, W, 3)`, uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

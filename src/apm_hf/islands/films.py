@@ -1,4 +1,4 @@
-"""Frames -> GIF and MP4 files, whole or not at all, the same bytes for the same frames.
+"""Write frames as GIF and MP4 files, atomically; equal frames give equal bytes.
 
 Legend: T frames, (H, W) their height and width in pixels.
 """
@@ -15,13 +15,13 @@ from ..runs.files import write_atomically
 
 logger = logging.getLogger("apm_hf")
 
-_PALETTE_PIXELS = 2**20  # of all frames together, from which the palette is chosen
+_PALETTE_PIXELS = 2**20  # pixels, of all frames together, that the palette is chosen from
 _NUM_COLOURS = 256
 _HUNDREDTHS = 100  # of a second: GIF's unit of time
 
 
 def write_movies(folder: Path, name: str, frames: np.ndarray, fps: float) -> list[Path]:
-    """Write `name.gif` and, where OpenCV is installed, `name.mp4`; returns their paths. Arguments as in [`write_gif`].
+    """Write `name.gif` and, if OpenCV is installed, `name.mp4`; return their paths. Arguments as in [`write_gif`].
 
     Raises:
         ValueError: as [`write_gif`] does.
@@ -37,22 +37,22 @@ def write_movies(folder: Path, name: str, frames: np.ndarray, fps: float) -> lis
 
 
 def write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write an animated GIF that repeats for ever, with one palette for all frames, so that still parts keep still.
+    """Write an animated GIF that loops forever, with one palette for all frames, so that static parts do not flicker.
 
-    Equal frames in a row become one that is shown for longer.
+    Consecutive equal frames become one that is shown for longer.
 
     Args:
         frames: `(T, H, W, 3)`, uint8.
-        fps: frames a second; GIF rounds a frame's time to 1/100 s.
+        fps: frames per second; GIF rounds a frame's time to 1/100 s.
 
     Raises:
-        ValueError: for other frames, or more than 50 or not a positive number of frames a second.
+        ValueError: for other frames, or a number of frames per second that is above 50 or not positive.
     """
     _check(frames, fps)
     if fps > 50:  # browsers slow down anything faster
         raise ValueError(f"fps: expected at most 50 in a GIF, got {fps}")
     palette = _palette(frames)
-    reduced: dict[bytes, Image.Image] = {}  # movies that go there and back show most frames twice
+    reduced: dict[bytes, Image.Image] = {}  # movies played forth and back show most frames twice
     for frame in frames:
         if (key := frame.tobytes()) not in reduced:
             reduced[key] = _reduce(frame, palette)
@@ -68,12 +68,12 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
     Args:
         frames: `(T, H, W, 3)`, uint8.
-        fps: frames a second.
+        fps: frames per second.
 
     Raises:
         ImportError: without OpenCV.
-        OSError: where this OpenCV has no such encoder.
-        ValueError: for other frames, or not a positive number of frames a second.
+        OSError: if this build of OpenCV has no such encoder.
+        ValueError: for other frames, or not a positive number of frames per second.
     """
     _check(frames, fps)
     try:
@@ -85,7 +85,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
     height, width = frames.shape[1:3]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder) / "movie.mp4"
-        # "vp09": the patent-free codec that OpenCV's wheels bring along.
+        # "vp09": the patent-free codec in OpenCV's wheels.
         writer = cv2.VideoWriter(str(scratch), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"vp09"), fps, (width, height))
         if not writer.isOpened():
             raise OSError(f"{path}: this build of OpenCV cannot write VP9 movies")
@@ -96,7 +96,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def _palette(frames: np.ndarray) -> Image.Image:
-    """The best 256 colours for all frames, from evenly spaced pixels of them; the last is white, as margins are."""
+    """Choose 256 colours for all frames from evenly spaced pixels; the last is white, for the margins."""
     pixels = frames.reshape(-1, 3)  # (T, H, W, 3) -> (T * H * W, 3)
     pixels = pixels[:: -(-len(pixels) // _PALETTE_PIXELS)]
     colours = Image.fromarray(pixels[None]).quantize(_NUM_COLOURS - 1, Image.Quantize.MEDIANCUT).getpalette()
@@ -107,9 +107,9 @@ def _palette(frames: np.ndarray) -> Image.Image:
 
 
 def _reduce(frame: np.ndarray, palette: Image.Image) -> Image.Image:
-    """A frame `(H, W, 3)` in the palette's colours, dithered."""
+    """Reduce a frame `(H, W, 3)` to the palette's colours, dithered."""
     image = Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
-    # Pillow looks colours up roughly, and would tint white margins.
+    # Pillow's colour lookup is approximate and would tint white margins.
     indices = np.where((frame == 255).all(axis=-1), _NUM_COLOURS - 1, np.asarray(image)).astype(np.uint8)
     reduced = Image.fromarray(indices).convert("P")
     reduced.putpalette(palette.getpalette() or [])

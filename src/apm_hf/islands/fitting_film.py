@@ -1,6 +1,6 @@
-"""The islands of a photo while a model is fitted to it: wholes breaking into parts.
+"""Film the islands of a photo while a model is fitted to it: wholes split into parts.
 
-Source: the islands are GLOM's (arXiv:2102.12627); the fit is test-time training (arXiv:2410.20535, section 4).
+Source: islands are from GLOM (arXiv:2102.12627); the fit is test-time training (arXiv:2410.20535, section 4).
 
 Legend: F feature width, (rows, cols) a map of locations, row-major.
 """
@@ -28,18 +28,18 @@ _DPI = 80
 
 
 class IslandsMovie:
-    """Watches a fit, and draws wholes breaking into parts.
+    """Record a fit and draw wholes splitting into parts.
 
-    The tree of every frame is cut where the last one has the numbers of regions asked for: at fixed distances, so a
-    model to which all places look alike shows one region, and regions part as it learns to tell them apart. Colours
-    are the principal components of the teacher's features, the same in all frames.
+    Every frame's tree is cut at the distances at which the last frame's tree has the requested numbers of regions. A
+    model with equal features everywhere thus shows one region, which splits as features diverge. Colours are the
+    principal components of the teacher's features, the same in all frames.
 
     Args:
-        photo: as a person sees it.
-        pixel_values: `(1, C, S, S)`, the photo as the model sees it.
-        teacher_features: `(rows, cols, F)`, what the model is fitted to.
-        steps: of the fit.
-        config: heights, and the size up to 128.
+        photo: the original photo.
+        pixel_values: `(1, C, S, S)`, the model's input.
+        teacher_features: `(rows, cols, F)`, targets of the fit.
+        steps: number of steps of the fit.
+        config: gives heights, and the size up to 128.
         trigger_column: `(1, D)`, for `trigger_source="embedding"`.
     """
 
@@ -57,12 +57,12 @@ class IslandsMovie:
         self.size = map_size(photo, min(config.size, _SIZE))
         self.tree_size = map_size(photo, min(config.size, _TREE_SIZE))
         self.colours, self.config, self.steps = PCAColours.fit(teacher_features), config, steps
-        # Most happens early.
+        # Most changes happen early.
         self.watched = set(np.unique(np.geomspace(1, steps, _NUM_FRAMES).round().astype(int) - 1).tolist())
         self.frames: list[_MovieFrame] = []
 
     def on_step(self, step: int, model: APMModel) -> None:
-        """Of [`apm_hf.ttt.photos.fit_photo`]; call it once more with the fitted model and its number of steps."""
+        """Record a step of [`apm_hf.ttt.photos.fit_photo`]; call once more with the fitted model and `steps`."""
         if step not in self.watched and step != self.steps:
             return
         fine, coarse = (
@@ -72,17 +72,17 @@ class IslandsMovie:
         self.frames.append(_MovieFrame(step, self.colours(fine), self.colours(coarse), RegionTree.fit(coarse)))
 
     def write(self, output_dir: Path, *, fps: float = 5.0) -> list[Path]:
-        """Write `islands.gif` and, where OpenCV is installed, `islands.mp4`; returns their paths."""
+        """Write `islands.gif` and, if OpenCV is installed, `islands.mp4`; return their paths."""
         aspect = self.size[0] / self.size[1]
         frames = [
             figure_pixels(draw_panels([self._panels(frame, cuts)], aspect, dpi=_DPI))
             for frame, cuts in zip(self.frames, self.cuts(), strict=True)
         ]
-        frames += frames[-1:] * round(2 * fps)  # time to look
+        frames += frames[-1:] * round(2 * fps)  # hold the last frame
         return write_movies(output_dir, "islands", np.stack(frames), fps)
 
     def cuts(self) -> list[list[np.ndarray]]:
-        """Of every frame, one label map `(rows, cols)` for each of the heights."""
+        """Return, for every frame, one label map `(rows, cols)` for each of the heights."""
         *before, last = self.frames
         distances = [last.tree.height(count) for count in self.config.heights]
         # Not by distance: merges may happen at equal ones.
@@ -100,7 +100,7 @@ class IslandsMovie:
 
 @dataclass(frozen=True, eq=False)
 class _MovieFrame:
-    """Colours `(rows, cols, 3)`, fine and as coarse as the tree's map."""
+    """Hold a frame's colours `(rows, cols, 3)`, fine and at the resolution of the tree's map."""
 
     step: int
     colours: np.ndarray
@@ -109,7 +109,7 @@ class _MovieFrame:
 
 
 def _means(colours: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Every region in its mean colour: `(rows, cols, 3)`."""
+    """Paint every region in its mean colour: `(rows, cols, 3)`."""
     sizes = np.bincount(labels.ravel())
     sums = [np.bincount(labels.ravel(), weights=channel.ravel()) for channel in np.moveaxis(colours, -1, 0)]
     return (np.stack(sums, axis=1) / sizes[:, None])[labels]

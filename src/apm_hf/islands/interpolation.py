@@ -1,12 +1,11 @@
-"""Between two images: their trigger columns are blended, and the model is asked what it sees on the way.
+"""Interpolate between two images: blend their trigger columns and query the model with the blends.
 
 Source: arXiv:2410.20535, which shows features and colours between the trigger columns of two images.
 
-What a blend is: the fold is linear in the pixels, so the linear blend of two columns is, exactly, the column of the
-cross-faded image. A model with the local patch in its query (`local_patch=True`) takes patches from an image as
-well: by default they are those of the cross-faded image, and linear blending then asks about that image and nothing
-else. Only a model without the local patch, or one that keeps the patches of one image, shows what the column alone
-carries.
+The fold is linear in the pixels, so the linear blend of two columns is exactly the column of the cross-faded image. A
+model with the local patch in its query (`local_patch=True`) takes patches from an image as well: by default they are
+those of the cross-faded image, and linear blending then equals querying that image. Only a model without the local
+patch, or one with the patches of one image, shows what information the column alone carries.
 
 Legend: C channels, D trigger width, S image side, T frames, F feature width, (rows, cols) a map of locations,
 row-major.
@@ -28,12 +27,12 @@ PATCHES = ("blend", "a", "b")
 
 @dataclass(frozen=True)
 class InterpolationFrame:
-    """What the model answers at one place on the way.
+    """Hold the model's outputs at one blend.
 
     Args:
-        alpha: 0 is the first image, 1 the second.
+        alpha: share of the second image, 0 to 1.
         features: `(rows, cols, F)`.
-        rgb: `(rows, cols, 3)`, in [0, 1], or None without RGB head.
+        rgb: `(rows, cols, 3)`, in [0, 1], or None without an RGB head.
     """
 
     alpha: float
@@ -42,12 +41,12 @@ class InterpolationFrame:
 
 
 def blend(first: Tensor, second: Tensor, alpha: float, *, blending: str = "linear") -> Tensor:
-    """Between two batches of vectors `(..., D)`: the first at `alpha` 0, the second at 1.
+    """Interpolate between two batches of vectors `(..., D)`: the first at `alpha` 0, the second at 1.
 
     Args:
         blending: `"linear"`, or `"spherical"` (Shoemake, SIGGRAPH 1985): directions turn evenly along the great
-            circle, and lengths change evenly. Directions that are equal, opposite or undefined have no circle of
-            their own; they are blended linearly.
+            circle, and lengths change evenly. Directions that are equal, opposite or undefined do not define a
+            circle; they are blended linearly.
 
     Raises:
         ValueError: for shapes that differ, or an unknown blending.
@@ -80,16 +79,16 @@ def interpolate(
     patches: str = "blend",
     trigger_columns: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[InterpolationFrame]:
-    """Ask a model about `steps` evenly spaced blends of two images, ends included, one after the other.
+    """Query a model with `steps` evenly spaced blends of two images, ends included, one at a time.
 
-    Frames are computed as they are asked for, so that many large ones need not be held.
+    Frames are computed lazily, so that many large ones need not be held in memory.
 
     Args:
         steps: T, at least 2.
         model, pixel_values_a, pixel_values_b, size, blending, patches, trigger_columns: as in [`frame_between`].
 
     Raises:
-        ValueError: for fewer than 2 steps, and as [`frame_between`] does.
+        ValueError: for fewer than 2 steps, and as in [`frame_between`].
     """
     if steps < 2:
         raise ValueError(f"steps: expected at least 2, the two images, got {steps}")
@@ -115,16 +114,16 @@ def frame_between(
     patches: str = "blend",
     trigger_columns: tuple[Tensor, Tensor] | None = None,
 ) -> Callable[[float], InterpolationFrame]:
-    """What a model sees at any place between two images, as a function of alpha: 0 is the first, 1 the second.
+    """Return a function of alpha (0 is the first image, 1 the second) that queries the model at that blend.
 
     Args:
-        model: an [`APMModel`] or a model that holds one.
-        pixel_values_a, pixel_values_b: `(1, C, S, S)`; None where the columns are given and the model has no local
+        model: an [`APMModel`] or a model that contains one.
+        pixel_values_a, pixel_values_b: `(1, C, S, S)`; None if the columns are given and the model has no local
             patch.
         size: `(rows, cols)` of the maps; None is the model's grid.
-        blending: of the columns, `"linear"` or `"spherical"`, see [`blend`].
-        patches: with `local_patch=True`, whose patches are in the queries: those of the cross-faded image
-            (`"blend"`: pixel values are blended linearly) or always those of one image (`"a"`, `"b"`).
+        blending: blending of the columns, `"linear"` or `"spherical"`, see [`blend`].
+        patches: with `local_patch=True`, the patches in the queries: those of the cross-faded image (`"blend"`:
+            pixel values are blended linearly) or always those of one image (`"a"`, `"b"`).
         trigger_columns: `(1, D)` each, instead of folding; required with `trigger_source="embedding"`.
 
     Raises:
@@ -139,7 +138,7 @@ def frame_between(
         with torch.no_grad():
             trigger_columns = apm.fold(pixel_values_a), apm.fold(pixel_values_b)
     first, second = trigger_columns
-    blend(first, second, 0.0, blending=blending)  # says what is wrong before the first frame is asked for
+    blend(first, second, 0.0, blending=blending)  # raises before the first frame is requested
     pixels = None
     if apm.config.local_patch:
         if pixel_values_a is None or pixel_values_b is None:

@@ -1,4 +1,4 @@
-"""The way between two photos as a strip, a GIF and an MP4: colours decoded above, features below, alpha beneath.
+"""Draw the interpolation between two photos as a strip, a GIF and an MP4: decoded colours, features, and alpha.
 
 Legend: T frames, (rows, cols) a map of locations, row-major.
 """
@@ -21,23 +21,23 @@ from .figures import figure_pixels, new_figure, place, png_bytes
 from .films import write_movies
 from .interpolation import BLENDINGS, PATCHES, InterpolationFrame, interpolate
 
-_STRIP_COLUMNS = 7  # of the model's answers; a photo stands at either end
+_STRIP_COLUMNS = 7  # columns of model outputs, between the two photos
 _DPI, _FONT = 110, 14
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolationConfig:
-    """How the way between two photos is drawn.
+    """Configure how the interpolation between two photos is drawn.
 
     Args:
-        steps: T, frames of the movie, ends included.
+        steps: T, number of frames of the movie, ends included.
         size: locations along the longer side of a map.
-        blending: of the trigger columns, `"linear"` or `"spherical"`.
-        patches: of a model with local patch: `"blend"`, `"a"` or `"b"`.
-        fps: frames of the movie a second.
+        blending: blending of the trigger columns, `"linear"` or `"spherical"`.
+        patches: patches for a model with local patch: `"blend"`, `"a"` or `"b"`.
+        fps: frames per second of the movie.
 
     Raises:
-        ValueError: for a value outside its range; says what was expected.
+        ValueError: for a value outside its range.
     """
 
     steps: int = 25
@@ -55,7 +55,7 @@ class InterpolationConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {list(known)}, got {getattr(self, name)!r}")
         if not 0 < self.fps <= 50:
-            raise ValueError(f"fps: expected more than 0 and at most 50 frames a second, got {self.fps}")
+            raise ValueError(f"fps: expected more than 0 and at most 50 frames per second, got {self.fps}")
 
 
 def interpolation_picture(
@@ -69,17 +69,17 @@ def interpolation_picture(
     trigger_columns: tuple[Tensor, Tensor] | None = None,
     caption: str = "",
 ) -> list[Path]:
-    """Write `interpolation.png` (a strip), `interpolation.gif` and, where OpenCV is installed, `interpolation.mp4`.
+    """Write `interpolation.png` (a strip), `interpolation.gif` and, if OpenCV is installed, `interpolation.mp4`.
 
-    All frames share one set of principal components, so colours compare. The movie goes there and back.
+    All frames share one set of principal components, so colours are comparable. The movie plays forth and back.
 
     Args:
-        photos: as shown at the ends of the strip.
-        model: answers.
-        pixel_values: `(2, C, S, S)`, the photos as the model sees them.
+        photos: shown at the ends of the strip.
+        model: the model to query.
+        pixel_values: `(2, C, S, S)`, the photos as model inputs.
         size: `(rows, cols)` of the maps.
         trigger_columns: `(1, D)` each, for `trigger_source="embedding"`.
-        caption: below the strip.
+        caption: text below the strip.
 
     Returns:
         The files written.
@@ -97,22 +97,22 @@ def interpolation_picture(
             trigger_columns=trigger_columns,
         )
 
-    # Directions are fitted on the model's own grid, so that large maps need not be held.
+    # Directions are fitted on the model's grid, so that large maps need not be held in memory.
     colours = PCAColours.fit(torch.stack([frame.features.cpu() for frame in frames(_STRIP_COLUMNS, None)]))
-    ways = [
+    drawn = [
         _Colours.of(frame, colours) for frame in tqdm(frames(config.steps, size), desc="blend", total=config.steps)
     ]
     strip = output_dir / "interpolation.png"
-    write_atomically(strip, png_bytes(_strip(photos, ways, size, caption)))
-    there = _movie_frames(ways, size)
+    write_atomically(strip, png_bytes(_strip(photos, drawn, size, caption)))
+    forward = _movie_frames(drawn, size)
     hold = round(config.fps * 0.8)
-    movie = [*there[:1] * hold, *there, *there[-1:] * hold, *there[-2:0:-1]]
+    movie = [*forward[:1] * hold, *forward, *forward[-1:] * hold, *forward[-2:0:-1]]
     return [strip, *write_movies(output_dir, "interpolation", np.stack(movie), config.fps)]
 
 
 @dataclass(frozen=True)
 class _Colours:
-    """A frame as it is drawn: panels `(rows, cols, 3)` in [0, 1] by title."""
+    """Hold a drawn frame: panels `(rows, cols, 3)` in [0, 1] by title."""
 
     alpha: float
     panels: dict[str, np.ndarray]
@@ -123,12 +123,12 @@ class _Colours:
         return cls(frame.alpha, panels | {"features (PCA)": colours(frame.features)})
 
 
-def _strip(photos: tuple[Image.Image, Image.Image], ways: list[_Colours], size: tuple[int, int], caption: str) -> Any:
-    chosen = sorted({round(i * (len(ways) - 1) / (_STRIP_COLUMNS - 1)) for i in range(_STRIP_COLUMNS)})
-    shown = [ways[index] for index in chosen]
+def _strip(photos: tuple[Image.Image, Image.Image], drawn: list[_Colours], size: tuple[int, int], caption: str) -> Any:
+    chosen = sorted({round(i * (len(drawn) - 1) / (_STRIP_COLUMNS - 1)) for i in range(_STRIP_COLUMNS)})
+    shown = [drawn[index] for index in chosen]
     titles, aspect = list(shown[0].panels), size[0] / size[1]
     width, height, gap, margin = 2.0 / aspect**0.5, 2.0 * aspect**0.5, 0.08, 0.35
-    left = width + 2 * gap + margin  # of the model's answers
+    left = width + 2 * gap + margin  # left edge of the model's outputs
     right = left + len(shown) * (width + gap)
     bottom = len(titles) * (height + gap) + gap
     total_height = bottom + (0.95 if caption else 0.7)
@@ -138,16 +138,16 @@ def _strip(photos: tuple[Image.Image, Image.Image], ways: list[_Colours], size: 
         axes.imshow(np.asarray(photo.convert("RGB")), aspect="auto", interpolation="lanczos")
         axes.set_title(f"photo {name}", fontsize=_FONT)
     for row, title in enumerate(titles):
-        for column, way in enumerate(shown):
+        for column, frame in enumerate(shown):
             axes = place(figure, left + column * (width + gap), gap + row * (height + gap), width, height)
-            axes.imshow(way.panels[title], aspect="auto", interpolation="bilinear")
+            axes.imshow(frame.panels[title], aspect="auto", interpolation="bilinear")
             if column == 0:
                 axes.set_ylabel(title, fontsize=_FONT)
     axes = place(figure, left, bottom, right - left - gap, 0.02)
     step = 1 / (len(shown) - 1)
-    share = width / (width + gap) / 2  # so that a tick stands under the middle of each column
+    share = width / (width + gap) / 2  # so that ticks are centred under the columns
     axes.set(xlim=(-share * step, 1 + share * step), xticks=[column * step for column in range(len(shown))])
-    axes.set_xticklabels([f"{way.alpha:.2f}" for way in shown], fontsize=_FONT)
+    axes.set_xticklabels([f"{frame.alpha:.2f}" for frame in shown], fontsize=_FONT)
     axes.set_xlabel(r"$\alpha$: share of photo B in the trigger column", fontsize=_FONT)
     axes.spines[["top", "left", "right"]].set_visible(False)
     if caption:
@@ -155,16 +155,16 @@ def _strip(photos: tuple[Image.Image, Image.Image], ways: list[_Colours], size: 
     return figure
 
 
-def _movie_frames(ways: list[_Colours], size: tuple[int, int]) -> list[np.ndarray]:
-    """One `(H, W, 3)` a frame: panels side by side, and how far it is from A to B."""
-    titles, aspect = list(ways[0].panels), size[0] / size[1]
+def _movie_frames(drawn: list[_Colours], size: tuple[int, int]) -> list[np.ndarray]:
+    """Return one `(H, W, 3)` per frame: panels side by side, and a marker of alpha between A and B."""
+    titles, aspect = list(drawn[0].panels), size[0] / size[1]
     width, height, gap = 3.0 / aspect**0.5, 3.0 * aspect**0.5, 0.08
     total_width = len(titles) * (width + gap) + gap
     figure = new_figure(total_width, height + 0.95, dpi=_DPI)
     images = []
     for column, title in enumerate(titles):
         axes = place(figure, gap + column * (width + gap), 0.35, width, height)
-        images.append(axes.imshow(ways[0].panels[title], aspect="auto", interpolation="bilinear"))
+        images.append(axes.imshow(drawn[0].panels[title], aspect="auto", interpolation="bilinear"))
         axes.set_title(title, fontsize=_FONT)
     axes = place(figure, 0.25, height + 0.55, total_width - 0.5, 0.02)
     axes.set(xlim=(0, 1), ylim=(-1, 1), xticks=[0, 0.25, 0.5, 0.75, 1])
@@ -172,9 +172,9 @@ def _movie_frames(ways: list[_Colours], size: tuple[int, int]) -> list[np.ndarra
     axes.spines[["top", "left", "right"]].set_visible(False)
     (marker,) = axes.plot([0], [0], marker="o", markersize=10, color="#D55E00", clip_on=False)
     frames = []
-    for way in ways:
+    for frame in drawn:
         for image, title in zip(images, titles, strict=True):
-            image.set_data(way.panels[title])
-        marker.set_xdata([way.alpha])
+            image.set_data(frame.panels[title])
+        marker.set_xdata([frame.alpha])
         frames.append(figure_pixels(figure))
     return frames

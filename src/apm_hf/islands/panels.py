@@ -1,6 +1,6 @@
-"""Panels of a figure: photos, maps with colour bars, regions drawn over a photo.
+"""Draw panels of a figure: photos, maps with colour bars, regions drawn over a photo.
 
-Sizes are worked out in inches, so that panels stand close together and type is as large in every figure.
+Sizes are computed in inches, so that panels are close together and the font size is the same in every figure.
 
 Legend: (rows, cols) a map of locations, row-major; coordinates are (y, x) in [-1, 1].
 """
@@ -19,22 +19,22 @@ from .figures import new_figure, place
 
 DPI = 130
 _PANEL = 2.5  # inches, the side of a square panel
-_NARROWEST, _LONGEST = 1.9, 8.0  # inches: what a title needs; of extreme shapes
+_NARROWEST, _LONGEST = 1.9, 8.0  # inches: the width of a title; the longer side of extreme shapes
 _FONT, _CHARACTER, _LINE, _GAP, _BAR = 14, 0.105, 0.23, 0.08, 0.55  # points; inches
-_REGIONS_SIZE = 640  # pixels of the longer side of drawn regions
+_REGIONS_SIZE = 640  # longer side of drawn regions in pixels
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of the figure.
+    """Describe one panel of a figure.
 
     Args:
-        title: above it.
+        title: title above the panel.
         picture: `(height, width, 3)`, uint8 or in [0, 1]; or values `(height, width)`, with a colour bar.
-        unit: below the colour bar.
-        colormap: of values.
+        unit: text below the colour bar.
+        colormap: colormap of values.
         point: (y, x) in [-1, 1], marked.
-        smooth: False shows cells as they are.
+        smooth: False draws cells without interpolation.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Panel:
 
 
 def draw_panels(rows: list[list[Panel]], aspect: float, caption: str = "", *, dpi: int = DPI) -> Any:
-    """Rows of panels of one shape (height / width), as wide as the longest first row."""
+    """Draw rows of panels of one shape (height / width), as wide as the longest first row."""
     columns = len(rows[0])
     lines = [row[start : start + columns] for row in rows for start in range(0, len(row), columns)]
     width, height = _panel_size(aspect)
@@ -75,7 +75,7 @@ def draw_panels(rows: list[list[Panel]], aspect: float, caption: str = "", *, dp
 
 
 def _panel_size(aspect: float) -> tuple[float, float]:
-    """Width and height in inches: one area for usual shapes; extreme ones are squeezed."""
+    """Return width and height in inches: equal areas for usual shapes; extreme ones are squeezed."""
     width = min(max(_PANEL / aspect**0.5, _NARROWEST), _LONGEST)
     return width, min(max(width * aspect, 0.5), _LONGEST)
 
@@ -97,12 +97,12 @@ def _draw(panel: Panel, axes: Any, title: str) -> Any:
 
 
 def draw_regions(picture: np.ndarray, labels: np.ndarray, fill: np.ndarray) -> np.ndarray:
-    """Regions drawn over a dimmed photo: tinted, with light contours.
+    """Draw regions over a dimmed photo: tinted, with light contours.
 
     Args:
         picture: `(H, W, 3)`, uint8.
         labels: `(rows, cols)`.
-        fill: `(rows, cols, 3)` in [0, 1], one colour a region.
+        fill: `(rows, cols, 3)` in [0, 1], one colour per region.
 
     Returns:
         `(H', W', 3)` in [0, 1], with a longer side of 640 pixels.
@@ -120,7 +120,7 @@ def draw_regions(picture: np.ndarray, labels: np.ndarray, fill: np.ndarray) -> n
 
 
 def _contours(labels: np.ndarray, radius: int) -> np.ndarray:
-    """`(H, W)` bool: pixels with another region within `radius` pixels."""
+    """Return `(H, W)` bool: pixels with another region within `radius` pixels."""
     edge = np.zeros(labels.shape, dtype=bool)
     for shift in range(1, radius + 1):
         across, down = labels[:, shift:] != labels[:, :-shift], labels[shift:] != labels[:-shift]

@@ -1,10 +1,10 @@
-"""The islands of a photo as a figure, with what they have to be compared with.
+"""Draw the islands of a photo as a figure, together with controls.
 
-A figure without its controls shows little: some of what looks like islands is the position code, which is smooth. So
-beside every model stand one with random weights and the model itself shown the photo's pixels in random order,
-from which it can know nothing but positions.
+Controls are needed because the position code is smooth and looks like islands, too. Every model is compared with one
+with random weights, and with its own outputs for the photo's pixels in random order, which carry no information but
+positions.
 
-Source: the islands are GLOM's (arXiv:2102.12627); an APM's, arXiv:2410.20535, section 4.
+Source: islands are from GLOM (arXiv:2102.12627); those of an APM, arXiv:2410.20535, section 4.
 
 Legend: F feature width, (rows, cols) a map of locations, row-major; coordinates are (y, x) in [-1, 1].
 """
@@ -30,23 +30,23 @@ from .panels import Panel, draw_panels, draw_regions
 from .similarity import similarity_map
 from .tree import RegionTree, tree_colours
 
-# Trees are fitted on maps of so many locations along the longer side: seconds, where finer maps take minutes.
+# Longer side of the maps that trees are fitted on: it takes seconds, finer maps take minutes.
 _TREE_SIZE = 96
 
 
 @dataclass(frozen=True, kw_only=True)
 class IslandsConfig:
-    """What is drawn of a photo's islands.
+    """Configure the figure of a photo's islands.
 
     Args:
         size: locations along the longer side of the maps.
         heights: numbers of regions at which the tree is cut, ascending: wholes, parts, parts of parts.
-        colours: of the features: `"pca"`, `"tsne"` or `"umap"`.
-        points: (y, x) in [-1, 1]; for each a map of what is similar to it.
-        seed: of the controls and of t-SNE and UMAP.
+        colours: how features are coloured: `"pca"`, `"tsne"` or `"umap"`.
+        points: (y, x) in [-1, 1]; a similarity map is drawn for each.
+        seed: random seed of the controls and of t-SNE and UMAP.
 
     Raises:
-        ValueError: for a value outside its range; says what was expected.
+        ValueError: for a value outside its range.
     """
 
     size: int = 256
@@ -78,19 +78,19 @@ def islands_picture(
     text_embeds: Mapping[str, Tensor] | None = None,
     caption: str = "",
 ) -> Path:
-    """Write `islands.png`: photo, features and tree above; below, what they are compared with.
+    """Write `islands.png`: photo, features and tree above; comparisons below.
 
-    The controls are a model with random weights (`random`) and the same model shown the photo's pixels, or its
-    trigger column, in random order (`shuffled`); each has colours of its own, in which it shows the most.
+    The controls are a model with random weights (`random`) and the same model with the photo's pixels, or its trigger
+    column, in random order (`shuffled`); each has separate colours, which show its variation best.
 
     Args:
-        photo: as a person sees it.
-        model: answers.
-        pixel_values: `(1, C, S, S)`, the photo as the model sees it.
+        photo: the original photo.
+        model: the model to query.
+        pixel_values: `(1, C, S, S)`, the photo as the model's input.
         trigger_column: `(1, D)`, for `trigger_source="embedding"`.
-        teacher_features: `(rows, cols, F)`, the teacher's own grid; shown, and the model's error to it.
-        text_embeds: `(F,)` each, by text; for each a map of what is similar to it.
-        caption: below the figure.
+        teacher_features: `(rows, cols, F)`, the teacher's grid; drawn, together with the model's error to it.
+        text_embeds: `(F,)` each, by text; a similarity map is drawn for each.
+        caption: text below the figure.
 
     Raises:
         ValueError: for more regions than locations.
@@ -120,9 +120,9 @@ def islands_picture(
         below.append(Panel("RGB decoded", rgb.float().cpu().numpy()))
     below += _controls(model, pixel_values, size, trigger_column, config.seed)
     for point in config.points:
-        there = query(model, pixel_values, torch.tensor([point]), trigger_column=trigger_column).last_hidden_state
-        assert there is not None
-        similar = similarity_map(features[None], there)[0, 0].cpu().numpy()
+        at_point = query(model, pixel_values, torch.tensor([point]), trigger_column=trigger_column).last_hidden_state
+        assert at_point is not None
+        similar = similarity_map(features[None], at_point)[0, 0].cpu().numpy()
         below.append(Panel("like the point", similar, "cosine", point=point))
     for text, embeds in (text_embeds or {}).items():
         below.append(Panel(f"“{text}”", similarity_map(features[None], embeds)[0, 0].cpu().numpy(), "cosine"))
@@ -132,19 +132,19 @@ def islands_picture(
 
 
 def error_map(model: APMModel, pixel_values: Tensor, teacher_features: Tensor, **options: Any) -> Tensor:
-    """Cosine error, 1 - cosine, of the model at the centres of the teacher's patches: `(rows, cols)`, float32.
+    """Return 1 - cosine of model and teacher at the centres of the teacher's patches: `(rows, cols)`, float32.
 
     Args:
         teacher_features: `(rows, cols, F)`.
-        **options: of [`feature_map`].
+        **options: options of [`feature_map`].
     """
     rows, cols = teacher_features.shape[:2]
-    answers = feature_map(model, pixel_values, (rows, cols), **options)[0]
-    return 1 - F.cosine_similarity(answers.float(), teacher_features.to(answers.device).float(), dim=-1)
+    predicted = feature_map(model, pixel_values, (rows, cols), **options)[0]
+    return 1 - F.cosine_similarity(predicted.float(), teacher_features.to(predicted.device).float(), dim=-1)
 
 
 def shuffled(values: Tensor, start_dim: int, *, seed: int) -> Tensor:
-    """The same values in a random order within the dimensions from `start_dim` on; the same order for all others."""
+    """Shuffle values within the dimensions from `start_dim` on, in the same order for all leading indices."""
     flat = values.flatten(start_dim)
     order = torch.randperm(flat.shape[-1], generator=torch.Generator().manual_seed(seed))
     return flat[..., order.to(values.device)].view_as(values)
@@ -161,16 +161,16 @@ def _controls(
         ("random", random, pixel_values, trigger_column),
         ("shuffled", model, noise, column),
     ):
-        answers, _ = _one_map(control, pixels, size, trigger)
-        # Colours of its own, in which a control shows the most.
-        panels.append(Panel(f"control: {name}", PCAColours.fit(answers)(answers)))
+        predicted, _ = _one_map(control, pixels, size, trigger)
+        # Separate colours, which show a control's variation best.
+        panels.append(Panel(f"control: {name}", PCAColours.fit(predicted)(predicted)))
     return panels
 
 
 def _one_map(
     model: APMModel, pixel_values: Tensor, size: tuple[int, int], trigger_column: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Features `(rows, cols, F)` and colours `(rows, cols, 3)` or None of one image."""
+    """Return features `(rows, cols, F)` and colours `(rows, cols, 3)` or None of one image."""
     features, rgb = query_map(model, pixel_values, size, trigger_column=trigger_column)
     return features[0], None if rgb is None else rgb[0]
 

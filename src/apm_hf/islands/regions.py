@@ -1,4 +1,4 @@
-"""Regions and who borders on whom: a label map as a graph.
+"""Convert a label map to a graph of regions and their borders.
 
 Legend: K regions, E edges, F feature width, (rows, cols) a map of locations, row-major; coordinates are (y, x) in
 [-1, 1], at the centres of the map's cells.
@@ -16,13 +16,13 @@ from ..position_encoding import grid_coordinates
 
 @dataclass(frozen=True, eq=False)
 class RegionGraph:
-    """Regions and their borders; made by `region_graph`. Rows of `edges` are sorted, and count from 0 to K - 1.
+    """Hold regions and their borders; made by `region_graph`. Rows of `edges` are sorted, with indices 0 to K - 1.
 
     Args:
-        labels: `(K,)`, the regions' numbers in the label map, ascending.
+        labels: `(K,)`, the regions' labels in the label map, ascending.
         sizes: `(K,)`, in locations.
-        centroids: `(K, 2)`, (y, x) in [-1, 1]; of a region that is bent it may lie outside.
-        features: `(K, F)`, float32, the means.
+        centroids: `(K, 2)`, (y, x) in [-1, 1]; may be outside a concave region.
+        features: `(K, F)`, float32, means over the region.
         edges: `(E, 2)`, pairs of regions that touch along a side of a cell, the first less than the second.
         boundary_lengths: `(E,)`, in sides of cells.
         similarities: `(E,)`, float32, cosines between the two regions' mean features.
@@ -37,8 +37,8 @@ class RegionGraph:
     similarities: np.ndarray
 
     def to_networkx(self) -> Any:
-        """A `networkx.Graph`: nodes 0 to K - 1 with `label`, `size` and `centroid`, edges with `boundary_length` and
-        `similarity`."""
+        """Return a `networkx.Graph`: nodes 0 to K - 1 with `label`, `size` and `centroid`, edges with
+        `boundary_length` and `similarity`."""
         try:
             import networkx
         except ImportError as error:
@@ -52,7 +52,7 @@ class RegionGraph:
 
 
 def region_graph(labels: np.ndarray, features: Tensor) -> RegionGraph:
-    """The regions of a label map, with their mean features and neighbours.
+    """Build the graph of a label map's regions, with their mean features and neighbours.
 
     A region is all locations of one label, connected or not: `skimage.measure.label` would split k-means' clusters
     into connected ones; a `RegionTree`'s are connected.
@@ -89,14 +89,14 @@ def region_graph(labels: np.ndarray, features: Tensor) -> RegionGraph:
 
 
 def _means(regions: np.ndarray, values: Tensor, sizes: np.ndarray) -> Tensor:
-    """`(K, F)`, float64: the mean over each region of values `(rows * cols, F)`."""
+    """Return `(K, F)`, float64: the mean over each region of values `(rows * cols, F)`."""
     sums = torch.zeros(len(sizes), values.shape[1], dtype=torch.float64)
     sums.index_add_(0, torch.from_numpy(regions.ravel()), values.double().cpu())
     return sums / torch.from_numpy(sizes)[:, None]
 
 
 def _edges(regions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`(E, 2)` pairs of neighbours and `(E,)`, how many sides of cells they share."""
+    """Return `(E, 2)`, pairs of neighbours, and `(E,)`, the number of cell sides that they share."""
     down = np.stack([regions[:-1].ravel(), regions[1:].ravel()], axis=1)
     right = np.stack([regions[:, :-1].ravel(), regions[:, 1:].ravel()], axis=1)
     pairs = np.sort(np.concatenate([down, right]), axis=1)

@@ -1,9 +1,9 @@
-"""Segments against annotated segments, whatever their numbers: ARI, NMI, matched mIoU and boundary F.
+"""Score segments against annotated ones, independent of label values: ARI, NMI, matched mIoU and boundary F.
 
-The first three are read off one contingency table, so that a mask of 400 x 600 pixels costs milliseconds; the fourth
-looks at the places of the boundaries (Martin et al. 2004, 10.1109/TPAMI.2004.1273918; Arbelaez et al. 2011,
-10.1109/TPAMI.2010.161). Theirs pairs boundary pixels one to one; here a boundary pixel is right if any one of the
-other map lies within the tolerance. That is never stricter, so figures of the two do not compare.
+The first three are computed from one contingency table, so that a mask of 400 x 600 pixels costs milliseconds; the
+fourth compares the positions of the boundaries (Martin et al. 2004, 10.1109/TPAMI.2004.1273918; Arbelaez et al. 2011,
+10.1109/TPAMI.2010.161). Theirs pairs boundary pixels one to one; here a boundary pixel is correct if any one of the
+other map lies within the tolerance. That is never stricter, so the two scores are not comparable.
 
 Legend: (H, W) pixels, T true segments, P predicted ones.
 """
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-BOUNDARY_TOLERANCE = 0.0075  # of the image's diagonal: the BSDS benchmark's `maxDist`
-_WIDEST_TABLE = 2**16  # labels spread wider than this are numbered by sorting
+BOUNDARY_TOLERANCE = 0.0075  # share of the image's diagonal: the BSDS benchmark's `maxDist`
+_WIDEST_TABLE = 2**16  # labels with a wider range are numbered by sorting
 
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """How well segments agree with the true ones; all are better when higher, and 1 at best.
+    """Hold scores of segments against the true ones; higher is better, 1 is best.
 
     Attributes:
-        ari: adjusted Rand index, 0 for segments drawn by chance, may be negative.
+        ari: adjusted Rand index, 0 for random segments, may be negative.
         nmi: mutual information over the arithmetic mean of the entropies, in [0, 1].
         miou: intersection over union after the best one-to-one matching, averaged over the true segments, in [0, 1].
         boundary_f: harmonic mean of the boundaries' precision and recall, in [0, 1].
@@ -41,20 +41,20 @@ def segmentation_scores(
     ignore: int | tuple[int, ...] | None = None,
     tolerance: float = BOUNDARY_TOLERANCE,
 ) -> SegmentationScores:
-    """Compare two segmentations of one image; which number a segment has plays no role.
+    """Compare two segmentations of one image, independent of label values.
 
-    Where truth and prediction are both a single segment, all scores are 1. Where only one of them is, ARI, NMI and
-    boundary F are 0, and mIoU is the largest true segment's share of the pixels over T (one predicted segment), or
-    the largest predicted segment's share (one true segment). A true segment without partner counts 0 in mIoU.
+    If truth and prediction are both a single segment, all scores are 1. If only one of them is, ARI, NMI and boundary
+    F are 0, and mIoU is the largest true segment's share of the pixels over T (one predicted segment), or the largest
+    predicted segment's share (one true segment). A true segment without a partner counts 0 in mIoU.
 
     Args:
         predicted: `(H, W)`, integers.
         truth: `(H, W)`, integers.
-        ignore: labels of the truth whose pixels, and boundaries beside them, are left out.
-        tolerance: how far apart boundaries may lie, as a part of the diagonal of (H, W).
+        ignore: labels of the truth whose pixels, and boundaries next to them, are ignored.
+        tolerance: maximum distance between boundaries, as a share of the diagonal of (H, W).
 
     Raises:
-        ValueError: other shapes or types, a negative tolerance, or no pixel left to score.
+        ValueError: for other shapes or types, a negative tolerance, or no pixel left to score.
         ImportError: SciPy is not installed.
     """
     predicted, truth = np.asarray(predicted), np.asarray(truth)
@@ -80,15 +80,15 @@ def segmentation_scores(
 
 
 def contingency_table(truth: NDArray, predicted: NDArray) -> NDArray[np.int64]:
-    """`(T, P)`, how many pixels each pair of segments shares, for labels `(N,)` of both; no row or column is empty."""
+    """Count the pixels `(T, P)` that pairs of segments share, for labels `(N,)` of both; no row or column is empty."""
     (rows, num_rows), (cols, num_cols) = _numbered(truth), _numbered(predicted)
     return np.bincount(rows * num_cols + cols, minlength=num_rows * num_cols).reshape(num_rows, num_cols)
 
 
 def adjusted_rand_index(table: NDArray[np.int64]) -> float:
-    """Pairs of pixels that both or neither put together, corrected for chance (Hubert & Arabie 1985)."""
+    """Return the adjusted Rand index: agreement on pairs of pixels, corrected for chance (Hubert & Arabie 1985)."""
     together, in_truth, in_predicted, num_pairs = (
-        sum(count * (count - 1) // 2 for count in counts.ravel().tolist())  # Python's integers: products pass 2**63
+        sum(count * (count - 1) // 2 for count in counts.ravel().tolist())  # Python's integers: products exceed 2**63
         for counts in (table, table.sum(axis=1), table.sum(axis=0), table.sum())
     )
     if together == in_truth == in_predicted:
@@ -99,14 +99,14 @@ def adjusted_rand_index(table: NDArray[np.int64]) -> float:
 
 
 def normalised_mutual_information(table: NDArray[np.int64]) -> float:
-    """Mutual information over the arithmetic mean of the two entropies; 1 where both are one segment."""
+    """Return mutual information over the arithmetic mean of the two entropies; 1 if both are one segment."""
     in_truth, in_predicted, joint = (_entropy(counts) for counts in (table.sum(axis=1), table.sum(axis=0), table))
     mean = (in_truth + in_predicted) / 2
     return 1.0 if mean == 0 else float(np.clip((in_truth + in_predicted - joint) / mean, 0, 1))
 
 
 def matched_iou(table: NDArray[np.int64]) -> float:
-    """Mean intersection over union of T true segments and their partners in the best one-to-one matching."""
+    """Return the mean IoU of T true segments and their partners in the best one-to-one matching."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
@@ -116,7 +116,7 @@ def matched_iou(table: NDArray[np.int64]) -> float:
 
 
 def boundary_f(predicted: NDArray, truth: NDArray, *, valid: NDArray[np.bool_], tolerance: float) -> float:
-    """F of the boundaries of two maps `(H, W)`: 1 where neither has any, 0 where just one has."""
+    """Return the F score of the boundaries of two maps `(H, W)`: 1 if neither has any, 0 if only one has."""
     try:
         from scipy.ndimage import distance_transform_edt
     except ImportError as error:
@@ -131,7 +131,7 @@ def boundary_f(predicted: NDArray, truth: NDArray, *, valid: NDArray[np.bool_], 
 
 
 def boundaries(labels: NDArray, valid: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
-    """`(H, W)`, where the pixel to the right, below, or below to the right has another label.
+    """Return `(H, W)` bool, true if the pixel to the right, below, or below to the right has another label.
 
     Args:
         labels: `(H, W)`.
@@ -147,14 +147,14 @@ def boundaries(labels: NDArray, valid: NDArray[np.bool_] | None = None) -> NDArr
 
 
 def resize_labels(labels: ArrayLike, size: tuple[int, int]) -> NDArray:
-    """Nearest resize: each new cell has the label of the old one in which its centre lies.
+    """Resize by nearest neighbour: each new cell gets the label of the old cell that contains its centre.
 
     Args:
         labels: `(H, W)` or `(H, W, ...)`.
         size: new (height, width).
 
     Raises:
-        ValueError: an empty map or size.
+        ValueError: for an empty map or size.
     """
     labels = np.asarray(labels)
     if labels.ndim < 2 or not labels.size or min(size) < 1:
@@ -166,7 +166,7 @@ def resize_labels(labels: ArrayLike, size: tuple[int, int]) -> NDArray:
 
 
 def _numbered(labels: NDArray) -> tuple[NDArray[np.int64], int]:
-    """Labels `(N,)` as 0, 1, ... in their order, and how many there are."""
+    """Renumber labels `(N,)` as 0, 1, ... in their order; return them and their number."""
     low, high = int(labels.min()), int(labels.max())
     if high - low >= _WIDEST_TABLE:
         names, numbers = np.unique(labels, return_inverse=True)
@@ -177,7 +177,7 @@ def _numbered(labels: NDArray) -> tuple[NDArray[np.int64], int]:
 
 
 def _entropy(counts: NDArray[np.int64]) -> float:
-    """In nats."""
+    """Return the entropy in nats."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 

@@ -1,7 +1,7 @@
-"""Similarity maps: where in the picture is what I point at, or what I name?
+"""Compute similarity maps: cosines of every location with a point of the image, or with a text.
 
 Text is compared location by location as in MaskCLIP (arXiv:2112.01071): it needs features in the space of the text
-embeddings, so an APM distilled from a text-aligned teacher.
+embeddings, i.e. an APM distilled from a text-aligned teacher.
 
 Legend: B images, K queries, F feature width, (rows, cols) a map of locations, row-major; coordinates are (y, x) in
 [-1, 1].
@@ -15,14 +15,14 @@ from ..ttt.maps import feature_map, query
 
 
 def similarity_map(features: Tensor, query: Tensor) -> Tensor:
-    """Cosine similarity of every location with every query.
+    """Return the cosine similarity of every location with every query.
 
     Args:
         features: `(B, rows, cols, F)`.
-        query: `(F,)`, `(K, F)`, or `(B, K, F)` for queries of each image's own.
+        query: `(F,)`, `(K, F)`, or `(B, K, F)` for per-image queries.
 
     Returns:
-        `(B, K, rows, cols)`, float32 in [-1, 1]; 0 where a feature or a query is zero. K is 1 for a query `(F,)`.
+        `(B, K, rows, cols)`, float32 in [-1, 1]; 0 if a feature or a query is zero. K is 1 for a query `(F,)`.
 
     Raises:
         ValueError: for other shapes.
@@ -49,9 +49,9 @@ def similarity_to_point(
     trigger_column: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Which locations look to the APM like the one pointed at.
+    """Map each location's similarity to the APM's feature at a point.
 
-    The model is asked for the feature at exactly this point, not for the nearest cell's.
+    The model is queried at exactly this point, not at the nearest cell.
 
     Args:
         model, pixel_values, size, trigger_column, chunk_size: as in [`feature_map`].
@@ -61,16 +61,16 @@ def similarity_to_point(
         `(B, K, rows, cols)`, cosines, float32.
 
     Raises:
-        ValueError: for a point outside of the picture, or what `feature_map` refuses.
+        ValueError: for a point outside the image, or inputs that `feature_map` rejects.
     """
     points = torch.as_tensor(point, dtype=torch.float32)
     points = points[None] if points.ndim == 1 else points  # (2,) -> (1, 2)
     if points.ndim != 2 or points.shape[1] != 2 or not (points.abs() <= 1).all():
         raise ValueError(f"point: expected (y, x) in [-1, 1] or several, got {point}")
     options = {"trigger_column": trigger_column, "chunk_size": chunk_size}
-    there = query(model, pixel_values, points, **options).last_hidden_state  # type: ignore[arg-type]  # (B, K, F)
-    assert there is not None
-    return similarity_map(feature_map(model, pixel_values, size, **options), there)  # type: ignore[arg-type]
+    queries = query(model, pixel_values, points, **options).last_hidden_state  # type: ignore[arg-type]  # (B, K, F)
+    assert queries is not None
+    return similarity_map(feature_map(model, pixel_values, size, **options), queries)  # type: ignore[arg-type]
 
 
 def similarity_to_text(
@@ -82,10 +82,10 @@ def similarity_to_text(
     trigger_column: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Which locations the APM takes for what a text says.
+    """Map each location's similarity to text embeddings.
 
-    Cosines with a text alone say little, since texts lie apart from images: compare several texts location by
-    location, what is looked for and what else there may be.
+    Cosines with a single text mean little, since texts lie apart from images: compare several texts per location, the
+    target class and alternatives.
 
     Args:
         model, pixel_values, size, trigger_column, chunk_size: as in [`feature_map`].
@@ -95,7 +95,7 @@ def similarity_to_text(
         `(B, K, rows, cols)`, cosines, float32.
 
     Raises:
-        ValueError: for embeddings of another width, or what `feature_map` refuses.
+        ValueError: for embeddings of another width, or inputs that `feature_map` rejects.
     """
     features = feature_map(model, pixel_values, size, trigger_column=trigger_column, chunk_size=chunk_size)
     if text_embeds.ndim > 2 or text_embeds.shape[-1] != features.shape[-1]:

@@ -1,8 +1,8 @@
-"""Wholes, parts and parts of parts: neighbouring locations merged step by step, and the tree cut where one likes.
+"""Build trees of wholes, parts and sub-parts: merge neighbouring locations step by step, and cut at any level.
 
 The locations of a map are its leaves; at every step the two neighbouring regions that are closest merge (Ward's
 method, or another linkage, with the grid as the only neighbourhood), so a region is always connected. Cuts are
-nested: that is the part-whole hierarchy GLOM hopes to read off its islands (Hinton 2021, arXiv:2102.12627).
+nested: this is the part-whole hierarchy that GLOM expects of islands (Hinton 2021, arXiv:2102.12627).
 
 Legend: F feature width, (rows, cols) a map of locations, L = rows * cols, K regions.
 """
@@ -19,39 +19,39 @@ LINKAGES = ("ward", "average", "complete", "single")
 
 # Okabe & Ito's colours for all kinds of colour vision (https://jfly.uni-koeln.de/color/), without black.
 _WHOLES = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (86, 180, 233))
-# Half widths, in CIE L* and in degrees, of the range from which a whole's parts take their lightness and their hue:
-# lightness does most, since everybody sees it. Hues come closer at every level.
+# Half widths, in CIE L* and in degrees, of the range of lightness and hue of a whole's parts: lightness varies most,
+# since it is visible with any colour vision. The range of hues narrows at every level.
 _LIGHTNESS, _HUE, _HUE_SHRINK = 28.0, 28.0, 0.6
 _DARKEST, _LIGHTEST = 25.0, 95.0
 
 
 @dataclass(frozen=True, eq=False)
 class RegionTree:
-    """All merges of neighbouring regions, from single locations to the whole map; made by `fit`.
+    """Hold all merges of neighbouring regions, from single locations to the complete map; made by `fit`.
 
     Args:
         shape: rows and columns.
         merge_heights: `(L - 1,)`, float64, the distance at which each merge happened: for Ward's method the
             square root of twice the growth of the summed squares, else the linkage's distance between unit features.
-            Where neighbours alone may merge, a later merge can be the closer one; it then counts at the height of
-            those before it, so heights never fall.
+            Since only neighbours merge, a later merge can be closer than earlier ones; it then gets their height,
+            so that heights never decrease.
     """
 
     shape: tuple[int, int]
     merge_heights: np.ndarray
-    _parents: np.ndarray = field(repr=False)  # (2 L - 1,): leaves, then merges in order; the last is its own
+    _parents: np.ndarray = field(repr=False)  # (2 L - 1,): leaves, then merges; the last is its own parent
 
     @classmethod
     def fit(cls, features: Tensor, *, linkage: str = "ward") -> "RegionTree":
         """Merge the locations of one map, by features of norm 1.
 
-        Deterministic. About a second for 96 x 96 locations of width 192, and a little more than proportional to their
-        number: for a fine picture fit a coarser map and show its cuts with `upsample_labels`.
+        Deterministic. Takes about a second for 96 x 96 locations of width 192, and slightly more than linear time in
+        their number: for a fine figure fit a coarser map and show its cuts with `upsample_labels`.
 
         Args:
             features: `(rows, cols, F)`.
-            linkage: `"ward"`, or `"average"`, `"complete"` or `"single"`: as scikit-learn has them where only
-                neighbours merge, which is by the distances across the two regions' common border alone.
+            linkage: `"ward"`, or `"average"`, `"complete"` or `"single"`: as in scikit-learn with a connectivity,
+                which uses only the distances across the two regions' common border.
 
         Raises:
             ValueError: for another shape, an unknown linkage, or features that are not finite.
@@ -63,7 +63,7 @@ class RegionTree:
             raise ImportError('region trees need scikit-learn: pip install "apm_hf[viz]"') from error
         if features.ndim != 3 or features.shape[0] * features.shape[1] < 2:
             raise ValueError(
-                f"features: expected shape (rows, cols, F) with 2 locations at least, got {tuple(features.shape)}"
+                f"features: expected shape (rows, cols, F) with at least 2 locations, got {tuple(features.shape)}"
             )
         if linkage not in LINKAGES:
             raise ValueError(f"linkage: expected one of {list(LINKAGES)}, got {linkage!r}")
@@ -84,7 +84,7 @@ class RegionTree:
         return self.shape[0] * self.shape[1]
 
     def cut(self, num_regions: int) -> np.ndarray:
-        """`(rows, cols)`, the regions 0 to `num_regions - 1`, the largest first: the last merges are taken back.
+        """Return `(rows, cols)`, regions 0 to `num_regions - 1`, the largest first, by undoing the last merges.
 
         Every region of a finer cut lies within one region of any coarser cut.
 
@@ -92,7 +92,7 @@ class RegionTree:
             ValueError: for less than one region or more than locations.
         """
         self._check(num_regions, "num_regions")
-        num_nodes = 2 * self.num_locations - num_regions  # leaves and the merges that stand
+        num_nodes = 2 * self.num_locations - num_regions  # leaves and remaining merges
         roots = np.arange(num_nodes)
         inside = self._parents[:num_nodes] < num_nodes
         roots[inside] = self._parents[:num_nodes][inside]
@@ -101,15 +101,15 @@ class RegionTree:
         return order_by_size(roots[: self.num_locations].reshape(self.shape))
 
     def cuts(self, nums_regions: Sequence[int]) -> list[np.ndarray]:
-        """One `(rows, cols)` a number of regions."""
+        """Return one label map `(rows, cols)` per number of regions."""
         return [self.cut(num_regions) for num_regions in nums_regions]
 
     def cut_at(self, height: float) -> np.ndarray:
-        """`(rows, cols)`, the regions after all merges up to this height."""
+        """Return `(rows, cols)`, the regions after all merges up to this height."""
         return self.cut(self.num_locations - int(np.searchsorted(self.merge_heights, height, side="right")))
 
     def height(self, num_regions: int) -> float:
-        """The height at which so many regions were left, 0 where nothing has merged.
+        """Return the height at which `num_regions` regions were left, 0 if nothing has merged.
 
         Raises:
             ValueError: for less than one region or more than locations.
@@ -119,10 +119,10 @@ class RegionTree:
         return float(self.merge_heights[num_merges - 1]) if num_merges else 0.0
 
     def parents(self, coarse: int, fine: int) -> np.ndarray:
-        """`(fine,)`: in which region of `cut(coarse)` each region of `cut(fine)` lies.
+        """Return `(fine,)`: the region of `cut(coarse)` that contains each region of `cut(fine)`.
 
         Raises:
-            ValueError: for a coarse cut with more regions than the fine one, or numbers `cut` refuses.
+            ValueError: for a coarse cut with more regions than the fine one, or numbers that `cut` rejects.
         """
         self._check(coarse, "coarse")
         self._check(fine, "fine")
@@ -136,24 +136,24 @@ class RegionTree:
 
 
 def upsample_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Labels `(rows, cols)` at another `size` `(rows', cols')`: every new cell takes the label at its centre."""
+    """Resize labels `(rows, cols)` to `size` `(rows', cols')`: every new cell takes the label at its centre."""
     places = [(2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(labels.shape, size, strict=True)]
     return labels[np.ix_(*places)]
 
 
 def tree_colours(cuts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Colour nested label maps so that wholes are seen to break into parts.
+    """Colour nested label maps so that parts are recognisable as parts of their whole.
 
-    Regions of the first, coarsest cut get base colours that the colour-blind tell apart (seven; then their lighter
-    and darker versions). The parts of a region are shades of its colour: they share its range of lightness, each by
-    the number of regions it breaks into in the last cut, and differ a little in hue. A region that a finer cut leaves
-    alone keeps its colour. No randomness: the same cuts give the same colours.
+    Regions of the first, coarsest cut get colour-blind safe base colours (seven; then their lighter and darker
+    versions). The parts of a region are shades of its colour: they divide its range of lightness by the number of
+    regions each splits into in the last cut, and differ slightly in hue. A region that a finer cut does not split
+    has the same colour there. Deterministic: equal cuts give equal colours.
 
     Args:
         cuts: `(rows, cols)` integers each, from coarse to fine, each nested in the one before.
 
     Returns:
-        One `(rows, cols, 3)` a cut, float32 in [0, 1].
+        One `(rows, cols, 3)` per cut, float32 in [0, 1].
 
     Raises:
         ValueError: for no cuts, or cuts that are not nested.
@@ -163,7 +163,7 @@ def tree_colours(cuts: Sequence[np.ndarray]) -> list[np.ndarray]:
     except ImportError as error:
         raise ImportError('colours of region trees need scikit-image: pip install "apm_hf[viz]"') from error
     if not len(cuts):
-        raise ValueError("cuts: expected one label map at least, got none")
+        raise ValueError("cuts: expected at least one label map, got none")
     maps = [order_by_size(np.asarray(cut)) for cut in cuts]
     colours = _whole_colours(maps[0].max() + 1)
     ranges = (colours[:, :1] + [-_LIGHTNESS, _LIGHTNESS]).clip(_DARKEST, _LIGHTEST)  # (K, 2)
@@ -171,14 +171,14 @@ def tree_colours(cuts: Sequence[np.ndarray]) -> list[np.ndarray]:
     pictures = []
     for number, labels in enumerate(maps):
         if number:
-            weights = np.bincount(_parents(labels, maps[-1]))  # into how many regions each one breaks at last
+            weights = np.bincount(_parents(labels, maps[-1]))  # regions that each one splits into in the last cut
             colours, boxes = _part_colours(colours, boxes, _parents(maps[number - 1], labels), weights)
         pictures.append(lab2rgb(lch2lab(colours))[labels].clip(0, 1).astype(np.float32))
     return pictures
 
 
 def _parents(coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
-    """`(K',)`: the coarse region of each fine one, 0 to K' - 1."""
+    """Return `(K',)`: the coarse region of each fine one, 0 to K' - 1."""
     if coarse.shape != fine.shape:
         raise ValueError(f"cuts: expected maps of one shape, got {coarse.shape} and {fine.shape}")
     pairs = np.unique(np.stack([fine.ravel(), coarse.ravel()], axis=1), axis=0)  # sorted by fine region
@@ -188,7 +188,7 @@ def _parents(coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
 
 
 def _whole_colours(num_wholes: int) -> np.ndarray:
-    """`(K, 3)`: lightness, chroma, hue in radians."""
+    """Return base colours `(K, 3)`: lightness, chroma, hue in radians."""
     from skimage.color import lab2lch, rgb2lab
 
     base = lab2lch(rgb2lab(np.array(_WHOLES) / 255))
@@ -202,9 +202,9 @@ def _whole_colours(num_wholes: int) -> np.ndarray:
 def _part_colours(
     colours: np.ndarray, boxes: np.ndarray, parents: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Colours and boxes of the parts `(K', 3)`, of those of the wholes `(K, 3)`.
+    """Return colours and boxes of the parts `(K', 3)`, from those of the wholes `(K, 3)`.
 
-    A box is a range of lightness, darkest and lightest, and a half width of hue. Parts share their whole's range by
+    A box is a range of lightness, darkest and lightest, and a half width of hue. Parts divide their whole's range by
     their weights `(K',)`.
     """
     part_colours, part_boxes = colours[parents].copy(), boxes[parents].copy()
@@ -222,7 +222,7 @@ def _part_colours(
 
 
 def _set_lightness(colours: np.ndarray, lightness: np.ndarray) -> np.ndarray:
-    """Colours `(K, 3)` made lighter or darker; chroma falls towards black and white, where screens have none."""
+    """Change the lightness of colours `(K, 3)`; chroma falls towards black and white, where displays have none."""
     light = colours[:, 0]
     chroma = colours[:, 1] * np.minimum(np.minimum(lightness / light, (100 - lightness) / (100 - light)), 1)
     return np.stack([lightness, chroma, colours[:, 2]], axis=1)

@@ -1,4 +1,4 @@
-"""Frozen models as teachers: images and class names in, targets for a student out."""
+"""Use frozen models as teachers: images and class names in, targets for a student out."""
 
 from .teacher import DEFAULT_LOGIT_SCALE, DEFAULT_TEMPLATES, Teacher, TeacherOutput, first_five, load_teacher
 

@@ -1,8 +1,8 @@
-"""A teacher's answers between its patches: the image is moved by fractions of a patch, and the grids are interlaced.
+"""Compute a teacher's features between its patches: shift the image by fractions of a patch and interlace the grids.
 
-A vision transformer answers once per patch. Moved images give it other patches, so its answers on a finer grid need
-no interpolation; FeatUp (arXiv:2403.10516) learns from such jittered views. An APM answers at any coordinate, so it
-can be asked exactly where these answers belong.
+A vision transformer outputs one feature per patch. Shifted images have other patches, so features on a finer grid need
+no interpolation; FeatUp (arXiv:2403.10516) learns from such jittered views. An APM can be queried at exactly the
+coordinates of these features.
 
 Legend: B images, N levels, C width of the vision tower, F width of the teacher's embeddings, (rows, cols) its grid.
 """
@@ -20,7 +20,7 @@ from . import Teacher, TeacherOutput
 def encode_densely(
     teacher: Teacher, pixel_values: Tensor, factor: int, *, layers: Sequence[int] | None = None
 ) -> TeacherOutput:
-    """The teacher's answers on a grid that is `factor` times as fine as its own, in factor**2 passes.
+    """Encode images on a grid `factor` times as fine as the teacher's, in factor**2 passes.
 
     Args:
         pixel_values: `(B, 3, H, W)`, made by the teacher's image processor.
@@ -28,8 +28,8 @@ def encode_densely(
         layers: see [`Teacher.encode_images`].
 
     Returns:
-        [`TeacherOutput`] with `features` `(B, rows * factor, cols * factor, F)` and, where asked for, `levels`
-        `(B, N, rows * factor, cols * factor, C)`; `image_embeds` are those of the image as it is.
+        [`TeacherOutput`] with `features` `(B, rows * factor, cols * factor, F)` and, if requested, `levels`
+        `(B, N, rows * factor, cols * factor, C)`; `image_embeds` are those of the unshifted image.
 
     Raises:
         ValueError: for a factor below 1 or above the patch's pixels.
@@ -42,29 +42,29 @@ def encode_densely(
     finer = {name: _finer(values, factor) for name, values in plain.items() if name != "image_embeds"}
     for row in range(factor):
         for column in range(factor):
-            # From the middle of a patch to the middle of the fine cell, in pixels.
+            # From the centre of a patch to the centre of the fine cell, in pixels.
             shift = [((number + 0.5) / factor - 0.5) * teacher.patch_size for number in (row, column)]
-            answer = plain
+            outputs = plain
             if any(shift):
-                answer = teacher.encode_images(pixel_values=moved(pixel_values, *shift), layers=layers)
+                outputs = teacher.encode_images(pixel_values=moved(pixel_values, *shift), layers=layers)
             for name, values in finer.items():  # (..., rows, cols, width)
-                values[..., row::factor, column::factor, :] = answer[name]
+                values[..., row::factor, column::factor, :] = outputs[name]
     return TeacherOutput(image_embeds=plain.image_embeds, **finer)
 
 
 def moved(pixel_values: Tensor, down: float, right: float) -> Tensor:
-    """Return what a window that lies `down` and `right` pixels away sees of the image; reflected beyond its edges.
+    """Return the content of a window shifted by `down` and `right` pixels; the image is reflected at its edges.
 
     Args:
         pixel_values: `(B, C, H, W)`, of any floating-point dtype.
-        down, right: in pixels, fractions too (bilinear).
+        down, right: in pixels; fractions are interpolated bilinearly.
 
     Returns:
         `(B, C, H, W)`, of the same dtype; positions and sampling are at least float32.
     """
     height, width = pixel_values.shape[-2:]
-    # Half precision would shift pixels by whole ones: places and sampling take float32 at least. They are sums alone,
-    # since autocast would round the product of matrices that `affine_grid` is.
+    # Half precision would be off by full pixels, so positions and sampling take float32 at least. They are computed as
+    # sums, since autocast would round the matrix product in `affine_grid`.
     pixels = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
     y = cell_centres(height, device=pixels.device) + 2 * down / height
     x = cell_centres(width, device=pixels.device) + 2 * right / width

@@ -1,7 +1,7 @@
-"""What must be known about a family of models for it to be a teacher.
+"""Describe the families of models that can be teachers.
 
-A new family is one entry in `VISION_TOWERS` and, where it reads text too, one in `DUAL_ENCODERS`; how a description is
-put to use is in `apm_hf.teachers.vision` and `apm_hf.teachers.text`. The tests ask every family where its tokens lie.
+A new family is one entry in `VISION_TOWERS` and, if it encodes text too, one in `DUAL_ENCODERS`; the descriptions are
+used in `apm_hf.teachers.vision` and `apm_hf.teachers.text`. The tests check the token order of every family.
 
 Legend: B images, T tokens, (rows, cols) the grid of patches, C width of the vision tower, F width of the embeddings.
 """
@@ -24,37 +24,37 @@ def _run(tower: Any, pixel_values: Tensor, output_hidden_states: bool, **options
 
 
 def _linear_head(model: Any) -> LinearHead:
-    """The one linear layer that makes logits. DeiT has a second one, over the distillation token, not used here."""
+    """Return the linear layer that makes logits. DeiT has a second one, for the distillation token, not used here."""
     head = next((getattr(model, name) for name in ("classifier", "cls_classifier") if hasattr(model, name)), None)
-    if isinstance(head, nn.Sequential):  # ResNet and RegNet flatten what they have pooled first
+    if isinstance(head, nn.Sequential):  # ResNet and RegNet flatten the pooled features first
         head = head[-1]
     return head if isinstance(head, nn.Linear) else None
 
 
-def _says_classifier(config: Any) -> bool:
+def _is_classifier(config: Any) -> bool:
     return any("ForImageClassification" in architecture for architecture in config.architectures or [])
 
 
 @dataclass(frozen=True)
 class VisionTower:
-    """What must be known about one family of vision models; keyed by its `config.model_type`.
+    """Describe one family of vision models; keyed by its `config.model_type`.
 
     A tower's tensors are tokens `(B, T, C)`, prefix tokens first and patches row-major, or maps `(B, C, rows, cols)`.
 
     Args:
-        num_prefix_tokens: From the tower: tokens in front of the first patch (class, registers, distillation).
-        standalone: What the tower's image embedding is where it is a teacher on its own: the first token, the mean of
+        num_prefix_tokens: From the tower: number of tokens before the first patch (class, registers, distillation).
+        standalone: The tower's image embedding if it is a teacher without a text tower: the first token, the mean of
             the patches, or its `pooler_output`; None if it cannot be one.
-        pool: `(tower, patches (..., C)) -> (..., F)`: what makes `pooler_output` of an image, for any patch of
-            `last_hidden_state`. Used where `pooler_output` is the embedding: `standalone`, and in dual encoders.
-        forward: `(tower, pixel_values, output_hidden_states)` -> an object with `last_hidden_state`, and where they
-            are used `pooler_output` and `hidden_states`.
+        pool: `(tower, patches (..., C)) -> (..., F)`: applies the pooling that makes `pooler_output` to each patch of
+            `last_hidden_state`. Used if `pooler_output` is the embedding: `standalone`, and in dual encoders.
+        forward: `(tower, pixel_values, output_hidden_states)` -> an object with `last_hidden_state` and, if used,
+            `pooler_output` and `hidden_states`.
         bare_options: Keyword arguments of `from_pretrained` for a checkpoint without a head.
-        patch_size: From the tower: pixels from one patch, or place of a map, to the next.
-        num_layers, hidden_size: From the tower: `hidden_states` beside the first; C.
-        feature_size: From the tower: F where it is a teacher on its own; None is C.
+        patch_size: From the tower: pixels from one patch, or position of a map, to the next.
+        num_layers, hidden_size: From the tower: number of `hidden_states` after the first; C.
+        feature_size: From the tower: F if it is a teacher without a text tower; None is C.
         is_classifier: From the config: whether the checkpoint has a classifier.
-        tower, head: From a classifier: what it classifies with, and the linear layer over the image embedding.
+        tower, head: From a classifier: its backbone, and the linear layer over the image embedding.
     """
 
     num_prefix_tokens: Callable[[Any], int] = lambda tower: 0
@@ -66,20 +66,20 @@ class VisionTower:
     num_layers: Callable[[Any], int] = lambda tower: tower.config.num_hidden_layers
     hidden_size: Callable[[Any], int] = lambda tower: tower.config.hidden_size
     feature_size: Callable[[Any], int] | None = None
-    is_classifier: Callable[[Any], bool] = _says_classifier
+    is_classifier: Callable[[Any], bool] = _is_classifier
     tower: Callable[[Any], Any] = lambda model: model.base_model
     head: Callable[[Any], LinearHead] = _linear_head
 
 
 @dataclass(frozen=True)
 class DualEncoder:
-    """What must be known about one family of image-text models; keyed by its `config.model_type`.
+    """Describe one family of image-text models; keyed by its `config.model_type`.
 
     Args:
         project: `(model, pooled (..., C)) -> (..., F)`: the map into the space shared with the text.
         feature_size: From the config: F.
-        tokenizer_options: How the prompts of a batch are brought to one length.
-        lowercase: Whether it was trained on lower case, which not every tokenizer of such checkpoints sees to.
+        tokenizer_options: How the prompts of a batch are padded to one length.
+        lowercase: Whether it was trained on lower case, which not every tokenizer of such checkpoints applies.
     """
 
     project: Callable[[Any, Tensor], Tensor] = lambda model, pooled: model.visual_projection(pooled)
@@ -96,35 +96,35 @@ def _class_and_registers(tower: Any) -> int:
     return 1 + tower.config.num_register_tokens
 
 
-_interpolate = partial(_run, interpolate_pos_encoding=True)  # DINOv2 does so unasked
+_interpolate = partial(_run, interpolate_pos_encoding=True)  # DINOv2 does so by default
 
 
 def _as_first_token(tower: Any, patches: Tensor) -> Tensor:
-    # The pooler reads token 0 of each sequence: give it every patch as a sequence of its own.
+    # The pooler reads token 0 of each sequence: pass every patch as a separate sequence.
     return tower.pooler(patches.reshape(-1, 1, patches.shape[-1])).unflatten(0, patches.shape[:-1])
 
 
 def _attention_pool(tower: Any, patches: Tensor) -> Tensor:
-    """SigLIP's head, on every patch as a sequence of its own.
+    """Apply SigLIP's head to every patch as a separate sequence.
 
-    Attention over one token gives it weight 1 whatever the query is, so this is the head's value and output projection
-    and its MLP, without attention: MaskCLIP's way (arXiv:2112.01071, Sec. 3.2) for a head with one learned query.
+    Attention over one token gives it weight 1 for any query, so this is the head's value and output projection and its
+    MLP, without attention: as in MaskCLIP (arXiv:2112.01071, Sec. 3.2), for a head with one learned query.
     """
     return tower.head(patches.reshape(-1, 1, patches.shape[-1])).unflatten(0, patches.shape[:-1])
 
 
 def _all_in_order(tower: Any, pixel_values: Tensor, output_hidden_states: bool) -> Any:
-    """MAE without masking: it shuffles patches by the order of a noise, of which it then drops `mask_ratio`."""
+    """Run MAE without masking: it shuffles patches by sorting noise, then drops `mask_ratio` of them."""
     num_patches = (pixel_values.shape[-2] // tower.config.patch_size) * (
         pixel_values.shape[-1] // tower.config.patch_size
     )
-    order = torch.arange(num_patches, device=pixel_values.device, dtype=torch.float32)  # bfloat16 ends at 256
+    order = torch.arange(num_patches, device=pixel_values.device, dtype=torch.float32)  # bfloat16 is exact up to 256
     noise = order.expand(len(pixel_values), -1)
     return _interpolate(tower, pixel_values, output_hidden_states, noise=noise)
 
 
 def _naflex(tower: Any, pixel_values: Tensor, output_hidden_states: bool) -> Any:
-    """SigLIP 2 NaFlex reads patches, flattened with channels last, and the shape of the grid."""
+    """Run SigLIP 2 NaFlex, which takes patches, flattened with channels last, and the shape of the grid."""
     patch_size = tower.config.patch_size
     rows, cols = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
     pixels = pixel_values.unflatten(3, (cols, patch_size)).unflatten(2, (rows, patch_size))
@@ -150,7 +150,7 @@ def _efficientnet_stride(tower: Any) -> int:
 
 
 def _timm_forward(model: Any, pixel_values: Tensor, output_hidden_states: bool) -> Any:
-    """The wrapped model itself, with or without a classifier: what its head pools is read before the logits."""
+    """Run the wrapped timm model, with or without a classifier, and return its features before the logits."""
     wrapped, hidden_states = model.timm_model, None
     if output_hidden_states and not hasattr(wrapped, "forward_intermediates"):
         raise ValueError(f"{model.config.architecture} of timm gives no hidden states: expected `layers` to be None")
@@ -165,9 +165,9 @@ def _timm_forward(model: Any, pixel_values: Tensor, output_hidden_states: bool) 
 
 
 def _timm_pool(model: Any, patches: Tensor) -> Tensor:
-    """The head's pooling and norm, on every place as an image of its own."""
+    """Apply the head's pooling and norm to every location as a separate image."""
     wrapped, width = model.timm_model, patches.shape[-1]
-    if hasattr(wrapped, "num_prefix_tokens"):  # a sequence of the patch alone, whether the first or the mean is pooled
+    if hasattr(wrapped, "num_prefix_tokens"):  # a sequence of one patch, for first-token and mean pooling alike
         images = patches.reshape(-1, 1, width).expand(-1, wrapped.num_prefix_tokens + 1, -1)
     elif getattr(wrapped, "output_fmt", "NCHW") == "NHWC":
         images = patches.reshape(-1, 1, 1, width)
@@ -189,13 +189,13 @@ def _timm_head(model: Any) -> LinearHead:
 _VIT: dict[str, Any] = {
     "pool": _as_first_token,
     "forward": _interpolate,
-    "bare_options": {"add_pooling_layer": False},  # many checkpoints have none, and only dual encoders use it
+    "bare_options": {"add_pooling_layer": False},  # many checkpoints lack one, and only dual encoders use it
 }
 _CLIP: dict[str, Any] = {
     "num_prefix_tokens": _class_token,
     "pool": lambda tower, patches: tower.post_layernorm(patches),
     "forward": _interpolate,
-    "standalone": None,  # AutoModel would drop its projection: ask for the whole CLIPModel
+    "standalone": None,  # AutoModel would drop its projection: use the full CLIPModel
 }
 _CONVOLUTIONAL: dict[str, Any] = {
     "standalone": "pooler_output",
@@ -237,11 +237,11 @@ VISION_TOWERS: dict[str, VisionTower] = {
         pool=_timm_pool,
         forward=_timm_forward,
         patch_size=lambda model: model.timm_model.feature_info[-1]["reduction"],
-        num_layers=lambda model: len(model.timm_model.feature_info) - 1,  # of those that timm counts, the first is 0
+        num_layers=lambda model: len(model.timm_model.feature_info) - 1,  # timm's first entry is hidden state 0
         hidden_size=_timm_width,
         feature_size=lambda model: getattr(model.timm_model, "head_hidden_size", model.timm_model.num_features),
-        # timm's own files on the Hub say how many classes there are and name no class of transformers.
-        is_classifier=lambda config: _says_classifier(config) or not config.architectures and config.num_labels > 0,
+        # timm's configs on the Hub have a number of classes and no transformers architecture.
+        is_classifier=lambda config: _is_classifier(config) or not config.architectures and config.num_labels > 0,
         tower=lambda model: model,
         head=_timm_head,
     ),

@@ -1,8 +1,8 @@
-"""Pixels for a teacher: what its image processor is given, and one that everybody here knows how to use.
+"""Prepare pixels for a teacher, and replace image processors that lack the usual options.
 
-Students are shown the part of a picture that their teacher sees, views are scaled without being resized again, whole
-photos are squeezed without a crop: all that is asked of a teacher's image processor by the usual names (`size`,
-`do_resize`, `do_center_crop`, `crop_size`). Those that work otherwise are replaced by one of CLIP's that does as they.
+Students get the part of an image that their teacher gets, views are not resized again, complete photos are resized
+without a crop: all of this uses the usual options of the teacher's image processor (`size`, `do_resize`,
+`do_center_crop`, `crop_size`). Processors without them are replaced by an equivalent one of CLIP's.
 """
 
 import math
@@ -21,14 +21,14 @@ from ..data.images import check_resized, eight_bit_rgb
 
 logger = logging.get_logger(__name__)
 
-_WARPED_FROM = 384  # ConvNeXt's processor crops below this size and squeezes from it on
+_WARPED_FROM = 384  # ConvNeXt's processor crops below this size and resizes to a square from it on
 
 
 def rgb_images(images: Any) -> list[Image.Image]:
-    """One image or many, of any kind that `Teacher.encode_images` takes, as upright RGB pictures.
+    """Convert one image or many, of any kind that `Teacher.encode_images` takes, to upright RGB images.
 
     Raises:
-        ValueError: No image, or what is none (naming its index).
+        ValueError: No images, or something that is not an image (naming its index).
     """
     is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 4)
     images = list(images) if is_batch else [images]
@@ -41,7 +41,7 @@ def _to_rgb(image: Any, index: int) -> Image.Image:
     if isinstance(image, np.ndarray | Tensor) and image.dtype not in (np.uint8, torch.uint8):
         raise ValueError(
             f"Image {index}: expected an array of uint8, 0 to 255, got {image.dtype}; "
-            "what an image processor has made goes to `pixel_values`."
+            "pass the output of an image processor as `pixel_values`."
         )
     try:
         return eight_bit_rgb(image)
@@ -50,14 +50,14 @@ def _to_rgb(image: Any, index: int) -> Image.Image:
 
 
 def process(image_processor: Any, images: list[Image.Image]) -> Tensor:
-    """`(B, 3, H, W)`."""
+    """Return the pixel values of images, `(B, 3, H, W)`."""
     for image in images:
         check_resized(image_processor, image)
     return image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 
 def square_side(image_processor: Any, side: int) -> int:
-    """Side in pixels of what the processor makes of a square image of the given side."""
+    """Return the side in pixels of the processor's output for a square image of the given side."""
     sides = set(process(image_processor, [Image.new("RGB", (side, side))]).shape[-2:])
     if len(sides) != 1:
         raise ValueError(f"Expected a teacher with square images, got {sides} from its image processor.")
@@ -65,31 +65,31 @@ def square_side(image_processor: Any, side: int) -> int:
 
 
 def fitted(image_processor: Any, patch_size: int, *, side: int) -> Any:
-    """The processor, or where its squares are no multiple of the patch size, one that makes the next smaller ones.
+    """Return the processor or, if its squares are no multiple of the patch size, one for the next smaller multiple.
 
-    Such teachers (SigLIP at 384 pixels with patches of 14, EfficientNet at 300) leave out or pad pixels at two edges,
-    so that their answers would lie elsewhere than the student is asked about.
+    Such teachers (SigLIP at 384 pixels with patches of 14, EfficientNet at 300) drop or pad pixels at two edges, so
+    that their features would be at other positions than the student is queried at.
 
     Args:
         patch_size: In pixels.
-        side: Of a square image to try the processor on, in pixels.
+        side: Side of a square image to try the processor on, in pixels.
 
     Raises:
-        ValueError: It takes no other size.
+        ValueError: If its size cannot be changed.
     """
     made = square_side(image_processor, side)
     if made % patch_size == 0:
         return image_processor
-    wanted = made // patch_size * patch_size
+    smaller_side = made // patch_size * patch_size
     name = "crop_size" if getattr(image_processor, "do_center_crop", False) else "size"
     size = dict(getattr(image_processor, name, None) or {})
-    if wanted and size and hasattr(image_processor, "to_dict"):
-        sides = {key: wanted for key, value in size.items() if value}
+    if smaller_side and size and hasattr(image_processor, "to_dict"):
+        sides = {key: smaller_side for key, value in size.items() if value}
         smaller = type(image_processor).from_dict(image_processor.to_dict() | {name: sides})
-        if square_side(smaller, side) == wanted:
+        if square_side(smaller, side) == smaller_side:
             logger.warning_once(
                 f"The image processor makes {made} pixels, no multiple of the patch size {patch_size}: "
-                f"it now makes {wanted}, so that the grid covers the image."
+                f"it now makes {smaller_side}, so that the grid covers the image."
             )
             return smaller
     raise ValueError(
@@ -98,19 +98,19 @@ def fitted(image_processor: Any, patch_size: int, *, side: int) -> Any:
 
 
 def plain_image_processor(image_processor: Any) -> Any:
-    """The processor, or one of CLIP's that does the same to pictures by the usual names.
+    """Return the processor, or an equivalent one of CLIP's that has the usual options.
 
-    * ConvNeXt's (ResNet and RegNet use it too) crops by `crop_pct` below 384 pixels, and squeezes above.
-    * timm's is a list of transforms, which takes no options.
-    * SigLIP 2 NaFlex's makes patches, as many as fit: here the largest square that they fill, any shape for
-      `pixel_values`.
+    * ConvNeXt's (ResNet and RegNet use it too) crops by `crop_pct` below 384 pixels, and resizes to a square above.
+    * timm's is a list of transforms without options.
+    * SigLIP 2 NaFlex's makes as many patches as fit: here the largest square of them; `pixel_values` may have any
+      shape.
 
     Raises:
-        ValueError: timm's transforms crop in another way.
+        ValueError: If timm's transforms crop in another way.
     """
     kind = type(image_processor).__name__
     if kind.startswith("TimmWrapper"):
-        return _of_timm(image_processor.data_config)
+        return _from_timm(image_processor.data_config)
     if kind.startswith("ConvNext"):
         side = dict(image_processor.size)["shortest_edge"]
         if side >= _WARPED_FROM:
@@ -133,8 +133,8 @@ def _like(image_processor: Any, **sizes: Any) -> Any:
     return CLIPImageProcessor(**options)
 
 
-def _of_timm(data: Mapping[str, Any]) -> Any:
-    """What `timm.data.create_transform` makes of such a configuration for evaluation."""
+def _from_timm(data: Mapping[str, Any]) -> Any:
+    """Return the equivalent of `timm.data.create_transform` for evaluation."""
     _, height, width = data["input_size"]
     crop, mode = {"height": height, "width": width}, data.get("crop_mode") or "center"
     if mode == "center" and height == width:
@@ -146,7 +146,7 @@ def _of_timm(data: Mapping[str, Any]) -> Any:
             f"image_processor: expected timm's crop_mode 'center' with square images, or 'squash', got {mode!r} and "
             f"{height} x {width} pixels; give load_teacher an image_processor"
         )
-    return CLIPImageProcessorPil(  # timm resizes pictures, not tensors
+    return CLIPImageProcessorPil(  # timm resizes PIL images, not tensors
         size=size,
         crop_size=crop,
         resample=Image.Resampling[data["interpolation"].upper()],

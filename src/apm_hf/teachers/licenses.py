@@ -1,6 +1,6 @@
-"""What a student inherits: its teacher's public name, revision and licence, as far as they are found, never guessed.
+"""Find what a student inherits from its teacher: public name, revision and licence, if available, never guessed.
 
-The licence stands in the front matter of a teacher's model card (https://huggingface.co/docs/hub/model-cards). It is
+The licence is in the front matter of a teacher's model card (https://huggingface.co/docs/hub/model-cards). It is
 read from the teacher's folder or from the Hub's cache; nothing is downloaded, and None means unknown. For a teacher on
 the Hub, `hf download NAME README.md` puts the card into the cache.
 """
@@ -21,13 +21,13 @@ logger = logging.get_logger(__name__)
 
 
 def public_name(name: str) -> str:
-    """A Hub name as it is; of a path only the last part, which says nothing of the computer."""
+    """Return a Hub name unchanged; for a path only the last part, which reveals no local folders."""
     local = os.path.exists(name) or name.startswith((".", "~", os.sep)) or name.count("/") > 1
     return Path(os.path.abspath(name)).name if local else name
 
 
 def teacher_license(teacher: Any) -> str | None:
-    """The licence of a [`Teacher`], e.g. `"apache-2.0"`; the name of one that the Hub knows only as `"other"`."""
+    """Return the licence of a [`Teacher`], e.g. `"apache-2.0"`; its name if the Hub lists it as `"other"`."""
     card = _card_path(teacher)
     if card is None:
         return None
@@ -44,11 +44,11 @@ def teacher_license(teacher: Any) -> str | None:
 
 
 def origin(teacher: Any, *, dataset: str | None = None) -> dict[str, str | None]:
-    """An entry of `APMConfig.distilled_from`.
+    """Return an entry for `APMConfig.distilled_from`.
 
     Args:
         teacher: a [`Teacher`].
-        dataset: what was distilled on: a name on the Hub or a folder.
+        dataset: the training data: a name on the Hub or a folder.
     """
     entry = {
         "name": public_name(teacher.name),
@@ -56,12 +56,12 @@ def origin(teacher: Any, *, dataset: str | None = None) -> dict[str, str | None]
         "revision": _revision(teacher),
     }
     if entry["license"] is None:
-        logger.info(f"{entry['name']}: its licence was not found; look it up before you publish what it has taught")
+        logger.info(f"{entry['name']}: its licence was not found; look it up before you publish its students")
     return entry if dataset is None else entry | {"dataset": public_name(dataset)}
 
 
 def inherit(config: APMConfig, teachers: Iterable[Any], *, dataset: str | None = None) -> None:
-    """Add teachers to `config.distilled_from`; those that are there already, by name, stay as they are."""
+    """Add teachers to `config.distilled_from`; entries with the same name are unchanged."""
     entries = list(config.distilled_from or [])
     for teacher in teachers:
         if public_name(teacher.name) not in {entry["name"] for entry in entries}:
@@ -71,7 +71,7 @@ def inherit(config: APMConfig, teachers: Iterable[Any], *, dataset: str | None =
 
 
 def _revision(teacher: Any) -> str | None:
-    """The commit on the Hub that was loaded."""
+    """Return the commit on the Hub that was loaded."""
     return getattr(getattr(teacher.model, "config", None), "_commit_hash", None)
 
 

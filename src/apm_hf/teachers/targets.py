@@ -1,4 +1,4 @@
-"""Turn a teacher's outputs into targets for a student, and hold those of a set of images in memory.
+"""Convert a teacher's outputs to targets for a student, and cache those of a set of images in memory.
 
 Legend: B or M images, L locations, N levels, C width of a level, F feature width, S image side,
 (rows, cols) the targets' grid.
@@ -21,9 +21,9 @@ BATCH_SIZE = 64
 
 
 def normalise_levels(levels: Tensor) -> Tensor:
-    """Every token of every layer to mean 0 and variance 1 over its width, as the next layer's layernorm sees it.
+    """Normalise every token of every layer to mean 0 and variance 1 over its width, as a layernorm does.
 
-    The layers of a transformer differ in scale; without this the top one would be all that a loss sees.
+    The layers of a transformer differ in scale; without this the top one would dominate a loss.
 
     Args:
         levels: `(..., C)`.
@@ -32,11 +32,11 @@ def normalise_levels(levels: Tensor) -> Tensor:
 
 
 def rgb_targets(pixel_values: Tensor, rows: int, cols: int, *, mean: Tensor, std: Tensor) -> Tensor:
-    """Mean colour of every cell of a grid.
+    """Return the mean colour of every cell of a grid.
 
     Args:
         pixel_values: `(B, 3, H, W)`, normalised.
-        rows, cols: the grid; it may be coarser or finer than the student's own.
+        rows, cols: the grid; it may be coarser or finer than the student's.
         mean, std: `(3,)`, of the normalisation, which is undone.
 
     Returns:
@@ -48,7 +48,7 @@ def rgb_targets(pixel_values: Tensor, rows: int, cols: int, *, mean: Tensor, std
 
 
 class TargetCache(Dataset):
-    """Rows `pixel_values` `(3, S, S)`, `image_embeds` `(F,)`, `features` `(rows, cols, F)` and, where there are any,
+    """Hold rows of `pixel_values` `(3, S, S)`, `image_embeds` `(F,)`, `features` `(rows, cols, F)` and, if present,
     `levels` `(N, rows, cols, C)`, for [`distill`].
 
     Args:
@@ -56,7 +56,7 @@ class TargetCache(Dataset):
         image_embeds: `(M, F)`.
         features: `(M, rows, cols, F)`.
         levels: `(M, N, rows, cols, C)`, normalised.
-        order: `(M,)`; image i gets the answer to image `order[i]`. None is the identity.
+        order: `(M,)`; image i gets the targets of image `order[i]`. None is the identity.
     """
 
     def __init__(
@@ -84,15 +84,15 @@ class TargetCache(Dataset):
         dtype: torch.dtype = torch.float32,
         description: str | None = None,
     ) -> "TargetCache":
-        """Ask the teacher about every image.
+        """Run the teacher on every image.
 
         Args:
             images: PIL images, or anything else that both image processors take.
             image_processor: the student's.
-            factor: how many times as fine as the teacher's own the targets' grid is, see [`encode_densely`].
-            layers: of the teacher, for levels.
-            dtype: in which features and levels are kept.
-            description: of the progress bar; None shows none.
+            factor: refinement of the teacher's grid for the targets, see [`encode_densely`].
+            layers: the teacher's layers for levels.
+            dtype: dtype of the cached features and levels.
+            description: text of the progress bar; None disables it.
         """
         if len(images) == 0:
             raise ValueError("images: expected at least one image, got none")
@@ -100,28 +100,28 @@ class TargetCache(Dataset):
         starts = tqdm(range(0, len(images), BATCH_SIZE), desc=description, disable=description is None)
         for start in starts:
             batch = [images[i] for i in range(start, min(start + BATCH_SIZE, len(images)))]
-            seen = teacher.pixel_values(batch)
-            answer = encode_densely(teacher, seen, factor, layers=layers)
-            assert answer.image_embeds is not None and answer.features is not None
+            teacher_pixels = teacher.pixel_values(batch)
+            outputs = encode_densely(teacher, teacher_pixels, factor, layers=layers)
+            assert outputs.image_embeds is not None and outputs.features is not None
             pixels.append(image_processor(batch, return_tensors="pt")["pixel_values"])
-            embeds.append(answer.image_embeds.cpu())
-            features.append(answer.features.to("cpu", dtype))
-            if answer.levels is not None:
-                levels.append(normalise_levels(answer.levels).to("cpu", dtype))
+            embeds.append(outputs.image_embeds.cpu())
+            features.append(outputs.features.to("cpu", dtype))
+            if outputs.levels is not None:
+                levels.append(normalise_levels(outputs.levels).to("cpu", dtype))
         column = torch.cat(levels) if levels else None
         return cls(torch.cat(pixels), torch.cat(embeds), torch.cat(features), levels=column)
 
     def shuffled(self, seed: int) -> "TargetCache":
-        """The control: the same answers, every one given to another image than the one it was given for."""
+        """Return the shuffled control: the same targets, each assigned to another image."""
         if len(self) < 2:
             raise ValueError(f"shuffled: expected at least two images, got {len(self)}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         wrong = torch.empty_like(order)
-        wrong[order] = order.roll(1)  # one cycle through all images, so none keeps its own answer
+        wrong[order] = order.roll(1)  # one cycle through all images, so no image gets its targets
         return TargetCache(self.pixel_values, self.image_embeds, self.features, levels=self.levels, order=wrong)
 
     def digest(self) -> str:
-        """SHA-256 of all that the rows hold."""
+        """Return the SHA-256 of the contents of all rows."""
         digest = hashlib.sha256()
         for values in (self.pixel_values, self.image_embeds, self.features, self.levels, self.order):
             if values is not None:
@@ -132,10 +132,10 @@ class TargetCache(Dataset):
         return len(self.pixel_values)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        answer = self.order[index]
+        target = self.order[index]
         row = {
             "pixel_values": self.pixel_values[index],
-            "image_embeds": self.image_embeds[answer],
-            "features": self.features[answer],
+            "image_embeds": self.image_embeds[target],
+            "features": self.features[target],
         }
-        return row if self.levels is None else row | {"levels": self.levels[answer]}
+        return row if self.levels is None else row | {"levels": self.levels[target]}

@@ -1,11 +1,11 @@
-"""Frozen models as teachers: images and class names in, targets for a student out.
+"""Use frozen models as teachers: images and class names in, targets for a student out.
 
-A teacher sees a whole image once and says what a student should answer: one embedding per image, one feature per
-patch, optionally the patches of intermediate layers, and the embeddings of class names to classify against. The paper
-distils DINOv2 grids and adapts to CLIP image embeddings (arXiv:2410.20535, Sec. 3); patch tokens go through CLIP's
-image head as in MaskCLIP (arXiv:2112.01071). `docs/teachers.md` says what that means for each family.
+A teacher encodes a complete image in one pass and outputs a student's targets: one embedding per image, one feature
+per patch, optionally the patches of intermediate layers, and the embeddings of class names to classify against. The
+paper distils DINOv2 grids and adapts to CLIP image embeddings (arXiv:2410.20535, Sec. 3); patch tokens go through
+CLIP's image head as in MaskCLIP (arXiv:2112.01071). `docs/teachers.md` has the details for each family.
 
-A new family is one entry in `apm_hf.teachers.families`; any other module comes in by [`Teacher.from_module`].
+A new family is one entry in `apm_hf.teachers.families`; for any other module use [`Teacher.from_module`].
 
 Shapes: B images, N levels, K classes, C width of the vision tower, F width of the teacher's embeddings. Pixels are
 `(B, 3, H, W)`; H = rows * patch_size, where a convolutional network's patch is its stride.
@@ -48,17 +48,17 @@ from .vision import FamilyVision, ModuleOutputs, ModuleVision, device_and_dtype
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_LOGIT_SCALE = 100.0  # the bound that CLIP's training keeps to (arXiv:2103.00020, Sec. 2.5)
+DEFAULT_LOGIT_SCALE = 100.0  # the upper bound in CLIP's training (arXiv:2103.00020, Sec. 2.5)
 
 
 @dataclass
 class TeacherOutput(ModelOutput):
-    """What a teacher says about a batch of images, in float32.
+    """Hold a teacher's outputs for a batch of images, in float32.
 
     Args:
         image_embeds: `(B, F)`, not normalised: what zero-shot classification (or a classifier's linear head) uses.
         features: `(B, rows, cols, F)`, patches in the space of `image_embeds`.
-        levels: `(B, N, rows, cols, C)`, patches of the layers asked for, before any final layernorm; or None.
+        levels: `(B, N, rows, cols, C)`, patches of the requested layers, before any final layernorm; or None.
     """
 
     image_embeds: Tensor | None = None
@@ -67,25 +67,25 @@ class TeacherOutput(ModelOutput):
 
 
 class Teacher:
-    """A frozen model that turns images and class names into targets; made by [`load_teacher`] or `from_module`.
+    """Convert images and class names to targets with a frozen model; made by [`load_teacher`] or `from_module`.
 
-    It can be pickled, and so be sent to a process, where what its maker gave it can, until `layers` are first asked
-    for: then transformers leaves hooks in some models that cannot.
+    It can be pickled, and so be sent to a process, if its module and functions can, until `layers` are first
+    requested: then transformers leaves hooks in some models that cannot be pickled.
 
     Attributes:
-        name: What `load_teacher` was given.
-        model, image_processor, tokenizer: The Hugging Face objects, or what `from_module` was given; `tokenizer` is
+        name: The argument of `load_teacher`.
+        model, image_processor, tokenizer: The Hugging Face objects, or the arguments of `from_module`; `tokenizer` is
             None without a text tower.
         feature_size, hidden_size: F and C.
         num_layers: Layers, or stages, of the vision tower.
-        image_size: Side in pixels of what `image_processor` makes of a square image.
+        image_size: Side in pixels of the output of `image_processor` for a square image.
         patch_size: Side of a patch in pixels; the stride of a convolutional network.
         has_text: Whether there is a text tower, so that `encode_text` takes any words.
         class_names: All labels of a classifier whose weights serve as class embeddings, in order and unique: labels
-            that occur twice carry their index, "crane (134)". None for other teachers.
-        logit_scale: Factor on cosine similarities: exp of the model's own for dual encoders, else 100.
-        logit_bias: What SigLIP adds before its sigmoid, `sigmoid(logit_scale * cosine + logit_bias)`; it is the same
-            for every class, so it changes no softmax and no ranking. 0 for others.
+            that occur twice have their index appended, "crane (134)". None for other teachers.
+        logit_scale: Factor on cosine similarities: exp of the model's parameter for dual encoders, else 100.
+        logit_bias: SigLIP's bias in `sigmoid(logit_scale * cosine + logit_bias)`; it is the same for every class, so
+            it changes neither softmax nor ranking. 0 for others.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Teacher:
     ) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.image_processor = fitted(image_processor, vision.patch_size, side=vision.image_size)
-        # What the processor makes, not what the config says, decides on the grid: DINOv2 says 518 and is shown 224.
+        # The processor's output, not the config, sets the grid: DINOv2's config has 518, its processor makes 224.
         self.image_size = square_side(self.image_processor, vision.image_size)
         self.feature_size, self.hidden_size = vision.feature_size, vision.hidden_size
         self.num_layers, self.patch_size = vision.num_layers, vision.patch_size
@@ -126,31 +126,31 @@ class Teacher:
         logit_scale: float = DEFAULT_LOGIT_SCALE,
         name: str | None = None,
     ) -> "Teacher":
-        """Make a teacher of any module. It is frozen and put into evaluation mode, and stays where it is.
+        """Make a teacher of any module. It is frozen and put into evaluation mode, and stays on its device.
 
         Args:
             outputs: `(module, pixel_values (B, 3, H, W)) -> (image_embeds, features)` or `(..., levels)`, as
-                [`TeacherOutput`] describes them; `levels`, of all layers there are, may be a list of `(B, rows, cols,
+                [`TeacherOutput`] describes them; `levels`, of all layers, may be a list of `(B, rows, cols,
                 C)`. Called in inference mode. A function at the top of a file can be pickled, a lambda cannot.
-            image_processor: A Hugging Face image processor that makes squares. Anything that is called like one,
-                `(images=[PIL], return_tensors="pt")["pixel_values"]`, does for `encode_images`; students, views and
-                whole photos ask it for more: `do_resize`, `do_center_crop`, `size`.
-            patch_size: Pixels from one place of `features` to the next.
-            text: `(module, prompts) -> (n, F)`, for teachers that read text.
-            class_names, class_embeds: K names and `(K, F)`, for teachers that know classes instead.
+            image_processor: A Hugging Face image processor that makes squares. For `encode_images` any callable
+                `(images=[PIL], return_tensors="pt")["pixel_values"]` suffices; students, views and complete photos
+                need its options, too: `do_resize`, `do_center_crop`, `size`.
+            patch_size: Pixels from one location of `features` to the next.
+            text: `(module, prompts) -> (n, F)`, for teachers that encode text.
+            class_names, class_embeds: K names and `(K, F)`, for teachers with fixed classes instead.
             logit_scale: Factor on cosine similarities.
-            name: In messages and cards; by default the module's class.
+            name: Name in messages and cards; by default the module's class.
 
         Raises:
-            ValueError: Outputs of other shapes or types (they are asked for a blank image at once), an image
-                processor that makes no multiples of the patch size, class names without embeddings or of other number.
+            ValueError: Outputs of other shapes or types (checked at once on a blank image), an image processor that
+                makes no multiples of the patch size, class names without embeddings or of another number.
         """
         if not isinstance(module, nn.Module):
             raise ValueError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
         if not isinstance(patch_size, int) or patch_size < 1:
-            raise ValueError(f"patch_size: expected a whole number of pixels, 1 or more, got {patch_size!r}")
+            raise ValueError(f"patch_size: expected an integer number of pixels, 1 or more, got {patch_size!r}")
         if (class_names is None) != (class_embeds is None) or (class_names is not None and text is not None):
-            raise ValueError("class_names, class_embeds: expected both or neither, and neither beside text")
+            raise ValueError("class_names, class_embeds: expected both or neither, and neither with text")
         module.requires_grad_(False).eval()
         image_processor = fitted(plain_image_processor(image_processor), patch_size, side=_BLANK_SIDE)
         image_size = square_side(image_processor, _BLANK_SIDE)
@@ -185,9 +185,9 @@ class Teacher:
         """Embed images and their patches, all of them in one forward pass.
 
         For a dual encoder the patch tokens go through the same layernorm, pooler or attention head and projection as
-        what becomes `image_embeds`, each as a sequence of its own, so that they can be compared with text (unlike in
-        MaskCLIP, the last attention layer stays as it is). For other models both are tokens, or places of a map,
-        after the final layernorm.
+        `image_embeds`, each as a separate sequence, so that they can be compared with text (unlike in MaskCLIP, the
+        last attention layer is unchanged). For other models both are tokens, or locations of a map, after the final
+        layernorm.
 
         Args:
             images: A PIL image (turned upright, transparency on white), a uint8 array or tensor (grey, RGB or RGBA,
@@ -195,14 +195,14 @@ class Teacher:
             pixel_values: `(B, 3, H, W)`, made by `image_processor`; H and W multiples of the patch size, not
                 necessarily equal.
             layers: Indices into the hidden states, for `levels`: 0 is the embedding, n the output of layer n. Maps of
-                a convolutional network are brought to the last one's grid and width, see `apm_hf.teachers.vision`.
+                a convolutional network are converted to the last one's grid and width, see `apm_hf.teachers.vision`.
 
         Returns:
             [`TeacherOutput`], ordinary tensors on the teacher's device: a student may be trained on them.
 
         Raises:
-            ValueError: What is no image or no pixel values, an unknown layer, sizes that do not fit the patches,
-                values that are not finite (naming the image's index).
+            ValueError: Invalid images or pixel values, an unknown layer, sizes that do not fit the patches, values
+                that are not finite (naming the image's index).
         """
         if (images is None) == (pixel_values is None):
             raise ValueError("Expected exactly one of `images` and `pixel_values`.")
@@ -221,7 +221,7 @@ class Teacher:
         return TeacherOutput(**{key: ordinary(target) for key, target in targets.items()})
 
     def pixel_values(self, images: Any) -> Tensor:
-        """`(B, 3, H, W)`, what `image_processor` makes of images as `encode_images` takes them."""
+        """Return `(B, 3, H, W)`, the output of `image_processor` for images as `encode_images` takes them."""
         return process(self.image_processor, rgb_images(images))
 
     def encode_text(self, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
@@ -233,13 +233,13 @@ class Teacher:
 
         Args:
             class_names: K different names.
-            templates: Prompts with `{}` or `{class}` where the name goes. Without effect on a classifier.
+            templates: Prompts with `{}` or `{class}` for the name. Ignored by a classifier.
 
         Returns:
             `(K, F)`, float32 rows of length 1.
 
         Raises:
-            ValueError: No, repeated, blank, unknown or ambiguous names; a template without a place for the name; a
+            ValueError: No, repeated, blank, unknown or ambiguous names; a template without a field for the name; a
                 teacher with neither a text tower nor class weights.
         """
         check_class_names(class_names)
@@ -253,7 +253,7 @@ class Teacher:
                 logger.warning_once(f"Teacher '{self.name}' has no text tower: `templates` are ignored.")
         elif self._vision.head_size is None:
             raise ValueError(
-                f"Teacher '{self.name}' has neither a text tower nor a classifier: it knows no class names. "
+                f"Teacher '{self.name}' has neither a text tower nor a classifier, so it has no class names. "
                 "Use a dual encoder such as CLIP, or an image classifier."
             )
         else:
@@ -265,7 +265,7 @@ class Teacher:
         return nn.functional.normalize(ordinary(embeds), dim=-1)
 
     def identity(self) -> dict[str, Any]:
-        """What its outputs depend on, as JSON: sizes, the SHA-256 of all weights, the image processor's options."""
+        """Return what outputs depend on, as JSON: sizes, the SHA-256 of all weights, the image processor's options."""
         return {
             "name": public_name(self.name),
             "feature_size": self.feature_size,
@@ -283,7 +283,7 @@ class Teacher:
         if len(shape) != 4 or shape[1] != 3 or 0 in shape or not pixel_values.is_floating_point():
             raise ValueError(
                 f"Expected floating point `pixel_values` of shape (B, 3, H, W), got {pixel_values.dtype} {shape}; "
-                "unprocessed images go to `images`."
+                "pass unprocessed images as `images`."
             )
         if shape[2] % self.patch_size or shape[3] % self.patch_size:
             raise ValueError(
@@ -293,7 +293,7 @@ class Teacher:
         check_finite(pixel_values, "pixel values")
 
 
-_BLANK_SIDE = 224  # of a square picture that tells what an image processor makes
+_BLANK_SIDE = 224  # side of a blank image for testing image processors
 
 
 def load_teacher(
@@ -303,24 +303,24 @@ def load_teacher(
     dtype: str | torch.dtype | None = None,
     image_processor: Any = None,
 ) -> Teacher:
-    """Load a frozen model from the Hub or a folder. No code that lies beside a model is ever run.
+    """Load a frozen model from the Hub or a folder. Remote code is never run.
 
     Args:
         name_or_path: A model of a family in `docs/teachers.md`: CLIP, SigLIP, DINOv3, MAE, ConvNeXt, timm's, ...,
             bare or as an image classifier.
-        device: By default the first of CUDA, MPS and CPU that is there.
+        device: By default the first available one of CUDA, MPS and CPU.
         dtype: By default float32 on the CPU (where float16 is 40 times slower), elsewhere that of the checkpoint.
-        image_processor: Instead of the model's own, e.g. where that needs torchvision, as DINOv3's does.
+        image_processor: Replaces the model's, e.g. if that needs torchvision, as DINOv3's does.
 
     Raises:
         ValueError: A family that is not supported, a checkpoint that lacks weights or a tokenizer.
-        OSError: Not found or not to be reached, with the Hub's own message.
+        OSError: Not found or not reachable, with the Hub's message.
     """
     name = os.fspath(name_or_path)
     device = torch.device(default_device() if device is None else device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    trusted = {"trust_remote_code": False}  # None would ask whoever sits at the terminal
+    trusted = {"trust_remote_code": False}  # None would prompt the user
     with _loading(name, "configuration"):
         config = AutoConfig.from_pretrained(name, **trusted)
     _check_family(name, config)
@@ -333,7 +333,7 @@ def load_teacher(
             options = dict(family.bare_options)
     with _loading(name, "model"), no_loading_bars():
         model, report = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **trusted, **options)
-    # transformers fills missing weights at random. The mask token alone is of no use to a teacher.
+    # transformers fills missing weights at random. Only the mask token is not needed by a teacher.
     if missing := sorted(key for key in report["missing_keys"] if not key.endswith("mask_token")):
         raise ValueError(f"Teacher '{name}' lacks weights of {type(model).__name__}: {first_five(missing)}.")
     model.requires_grad_(False).eval().to(device)
@@ -347,7 +347,7 @@ def load_teacher(
     if config.model_type in DUAL_ENCODERS:
         with _loading(name, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
-        # Where CLIP's tokenizer files are missing, transformers makes one up of special tokens alone.
+        # If CLIP's tokenizer files are missing, transformers makes a tokenizer with special tokens only.
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ValueError(f"Teacher '{name}' has no tokenizer files.")
         text, logit_scale = TowerText(model, tokenizer), float(model.logit_scale.exp())
@@ -369,7 +369,7 @@ def load_teacher(
 
 @contextmanager
 def _loading(name: str, part: str) -> Iterator[None]:
-    """Put one line of context above the Hub's own message."""
+    """Prefix the Hub's message with one line of context."""
     try:
         yield
     except (OSError, ValueError) as error:

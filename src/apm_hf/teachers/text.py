@@ -1,4 +1,4 @@
-"""Class names to embeddings: prompts through a text tower, or the class weights of a classifier.
+"""Embed class names: as prompts through a text tower, or as the class weights of a classifier.
 
 Prompts are averaged as in CLIP (arXiv:2103.00020, Sec. 3.1.4).
 
@@ -22,7 +22,7 @@ Template = Sequence[str | None]  # None is where the class name goes
 
 
 class TowerText:
-    """Prompts -> `(n, F)`, through the text tower of a dual encoder, by its own tokenizer."""
+    """Embed prompts, `(n, F)`, with the text tower and the tokenizer of a dual encoder."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -34,7 +34,7 @@ class TowerText:
 
 
 class ModuleText:
-    """Prompts -> `(n, F)`, through a function of a module's user; see [`Teacher.from_module`]."""
+    """Embed prompts, `(n, F)`, with a user's function of a module; see [`Teacher.from_module`]."""
 
     def __init__(self, module: nn.Module, text: Callable[[nn.Module, list[str]], Tensor], feature_size: int) -> None:
         self.module, self.text, self.feature_size = module, text, feature_size
@@ -50,13 +50,13 @@ class ModuleText:
 
 
 def tokenizer_options(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """How a dual encoder's prompts are cut and padded."""
+    """Return the options by which a dual encoder's prompts are truncated and padded."""
     longest = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
     return {"truncation": True, "max_length": longest, **DUAL_ENCODERS[model.config.model_type].tokenizer_options}
 
 
 def trained_case(model: Any, prompts: list[str]) -> list[str]:
-    """Prompts in lower case, where a dual encoder was trained on that."""
+    """Return prompts in lower case if the dual encoder was trained on lower case."""
     lowercase = DUAL_ENCODERS[model.config.model_type].lowercase
     return [prompt.lower() for prompt in prompts] if lowercase else prompts
 
@@ -64,11 +64,11 @@ def trained_case(model: Any, prompts: list[str]) -> list[str]:
 def prompt_embeds(
     encode: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[Template], what: str
 ) -> Tensor:
-    """Mean over templates of unit text embeddings, `(K, F)` float32.
+    """Return the mean over templates of unit text embeddings, `(K, F)` float32.
 
     Args:
         encode: Prompts -> `(n, F)`.
-        what: The embeddings' name in errors.
+        what: Name of the embeddings in errors.
 
     Raises:
         ValueError: Embeddings that are not finite, naming the prompts.
@@ -90,14 +90,14 @@ def prompt_embeds(
 
 
 class ClassWeights:
-    """Labels, and a row of weights for each of them.
+    """Hold labels, and a row of weights for each of them.
 
     Args:
-        weights: `(K, F)`, or the linear layer that has them, wherever that is moved.
-        labels: K, in the rows' order.
+        weights: `(K, F)`, or the linear layer that has them, on any device.
+        labels: K labels, in the rows' order.
 
     Attributes:
-        names: The labels, unique: those that occur twice carry their index, "crane (134)".
+        names: Unique labels: those that occur twice have their index appended, "crane (134)".
     """
 
     def __init__(self, weights: Tensor | nn.Linear, labels: Sequence[str]) -> None:
@@ -106,10 +106,10 @@ class ClassWeights:
         self.names = [f"{label} ({row})" if counts[label] > 1 else label for row, label in enumerate(self.labels)]
 
     def __call__(self, class_names: Sequence[str], teacher: str) -> Tensor:
-        """Rows that belong to the names, `(K', F)`: exactly, else ignoring case and underscores.
+        """Return the rows of the names, `(K', F)`, matched exactly, else ignoring case and underscores.
 
         Raises:
-            ValueError: Unknown or ambiguous names, or a label under two.
+            ValueError: Unknown or ambiguous names, or two names for one label.
         """
         rows_by_label: dict[str, list[int]] = {}
         for row, labels in enumerate(zip(self.labels, self.names, strict=True)):
@@ -124,7 +124,7 @@ class ClassWeights:
             if len(matches) == 1 and matches[0] not in rows:
                 rows.append(matches[0])
             elif len(matches) == 1:
-                problems.append(f"'{name}' (asked for twice)")
+                problems.append(f"'{name}' (given twice)")
             else:
                 choices = " or ".join(f"'{self.names[row]}'" for row in matches)
                 problems.append(f"'{name}' (ambiguous: {choices})" if matches else f"'{name}' (unknown)")
@@ -156,18 +156,18 @@ def parse_template(template: str) -> list[str | None]:
 
 
 def check_strings(strings: Sequence[str], what: str) -> None:
-    """Raise a ValueError for what is no list of strings, for none and for blank ones."""
+    """Raise a ValueError unless `strings` is a list of one or more strings, none of them blank."""
     if isinstance(strings, str) or not strings or not all(isinstance(x, str) and x.strip() for x in strings):
         raise ValueError(f"Expected `{what}` to be one or more strings in a list, none blank, got {strings!r}.")
 
 
 def first_five(items: Sequence[object]) -> str:
-    """Items for an error message, the rest as a number."""
+    """Format the first five items for an error message, and the number of the rest."""
     return ", ".join(map(str, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 def ordinary(tensor: Tensor) -> Tensor:
-    """A float32 copy which, unlike a tensor made in inference mode, autograd may keep for a student's loss."""
+    """Return a float32 copy that autograd may save for a student's loss, unlike an inference tensor."""
     return tensor.clone().float()
 
 

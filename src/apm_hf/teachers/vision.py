@@ -1,12 +1,12 @@
-"""From pixels to an image embedding, patches in its space, and patches of intermediate layers.
+"""Compute an image embedding, patches in its space, and patches of intermediate layers from pixels.
 
-`FamilyVision` runs a model of transformers by its family's description, `ModuleVision` any module through a function
-that its user wrote. Both are frozen when they come here.
+`FamilyVision` runs a transformers model by its family's description, `ModuleVision` any module through a user's
+function. Both expect frozen models.
 
 Shapes: B images, T tokens, N levels, (rows, cols) the grid, C width of the vision tower, F width of the embeddings.
-Maps of early layers of a convolutional network are finer than the last one's: each place of the last grid gets their
-mean over its cell. They are narrower too: their channels are repeated until there are C, which where C is a multiple
-changes neither cosines nor what a layernorm makes of them.
+Maps of early layers of a convolutional network are finer than the last one's: each location of the last grid gets
+their mean over its cell. They are narrower too: their channels are repeated up to C, which, if C is a multiple,
+changes neither cosines nor layernorm outputs.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,20 +20,20 @@ from transformers.utils import ModelOutput
 from .families import DUAL_ENCODERS, VISION_TOWERS, DualEncoder, LinearHead, VisionTower
 
 Grid = tuple[int, int]
-Answers = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 ModuleOutputs = Callable[[nn.Module, Tensor], Any]
 
 
 class FamilyVision:
-    """The vision tower of a model of transformers.
+    """Run the vision tower of a transformers model.
 
     Attributes:
         feature_size, hidden_size: F and C.
-        num_layers: `layers` run from 0, what goes into the first layer, to this.
+        num_layers: `layers` range from 0, the input of the first layer, to this.
         patch_size: Pixels from one patch to the next.
-        image_size: What the config says, if it says anything, in pixels.
+        image_size: The config's image size in pixels, if any.
         head: The linear layer of a classifier that reads image embeddings, else None.
-        head_size: How many values its linear layer reads, whatever they are, or None without one.
+        head_size: Number of inputs of a classifier's linear layer, or None without one.
     """
 
     def __init__(self, model: Any) -> None:
@@ -51,7 +51,7 @@ class FamilyVision:
         self.head_size = None if head is None else head.in_features
         self.head: LinearHead = head if self.head_size == self.feature_size else None
 
-    # Descriptions hold functions that cannot be pickled: they are looked up.
+    # Descriptions hold functions that cannot be pickled, so they are looked up.
     @property
     def family(self) -> VisionTower:
         return VISION_TOWERS[self.tower.config.model_type]
@@ -66,8 +66,9 @@ class FamilyVision:
             return self.model.vision_model
         return VISION_TOWERS[self.model.config.model_type].tower(self.model) if self.is_classifier else self.model
 
-    def encode(self, pixel_values: Tensor, layers: Sequence[int] | None) -> Answers:
-        """`image_embeds` `(B, F)`, `features` `(B, rows, cols, F)` and, with layers, `levels` `(B, N, rows, cols, C)`.
+    def encode(self, pixel_values: Tensor, layers: Sequence[int] | None) -> Outputs:
+        """Return `image_embeds` `(B, F)`, `features` `(B, rows, cols, F)` and, with layers, `levels`
+        `(B, N, rows, cols, C)`.
 
         Raises:
             ValueError: Tokens or maps that do not fit the grid.
@@ -91,16 +92,16 @@ class FamilyVision:
         if self.dual:
             project = self.dual_encoder.project
             image_embeds, features = project(self.model, image_embeds), project(self.model, features)
-        answers = {"image_embeds": image_embeds, "features": features}
+        outputs = {"image_embeds": image_embeds, "features": features}
         if layers is not None:
             if (num_states := len(states.hidden_states)) != self.num_layers + 1:
                 raise ValueError(f"Expected {self.num_layers + 1} hidden states, got {num_states}.")
             levels = [_widened(self._patches(states.hidden_states[n], grid), self.hidden_size) for n in layers]
-            answers["levels"] = torch.stack(levels, dim=1)  # N times (B, rows, cols, C) -> (B, N, rows, cols, C)
-        return answers
+            outputs["levels"] = torch.stack(levels, dim=1)  # N times (B, rows, cols, C) -> (B, N, rows, cols, C)
+        return outputs
 
     def _patches(self, states: Tensor, grid: Grid) -> Tensor:
-        """Tokens or maps -> `(B, rows, cols, C)`."""
+        """Convert tokens or maps to `(B, rows, cols, C)`."""
         rows, cols = grid
         if states.ndim == 4:
             if states.shape[-2] % rows or states.shape[-1] % cols:
@@ -116,7 +117,7 @@ class FamilyVision:
 
 
 class ModuleVision:
-    """Any module, through a function of its user; see [`Teacher.from_module`]. Attributes as [`FamilyVision`]."""
+    """Run any module through a user's function; see [`Teacher.from_module`]. Attributes as in [`FamilyVision`]."""
 
     head: LinearHead = None
     head_size: int | None = None
@@ -126,27 +127,27 @@ class ModuleVision:
         self.patch_size, self.image_size = patch_size, image_size
         self.feature_size = self.hidden_size = self.num_layers = 0
         device, dtype = device_and_dtype(module)
-        with torch.inference_mode():  # sizes are those of the answer to a blank image
-            blank = self._ask(torch.zeros(1, 3, image_size, image_size, device=device, dtype=dtype))
+        with torch.inference_mode():  # sizes are read from the outputs for a blank image
+            blank = self._run(torch.zeros(1, 3, image_size, image_size, device=device, dtype=dtype))
         self.feature_size = self.hidden_size = blank["image_embeds"].shape[1]
         if "levels" in blank:
             self.num_layers, self.hidden_size = blank["levels"].shape[1] - 1, blank["levels"].shape[-1]
 
-    def encode(self, pixel_values: Tensor, layers: Sequence[int] | None) -> Answers:
-        """As [`FamilyVision.encode`]."""
-        answers = self._ask(pixel_values)
-        if answers["image_embeds"].shape[1] != self.feature_size:
+    def encode(self, pixel_values: Tensor, layers: Sequence[int] | None) -> Outputs:
+        """Encode as [`FamilyVision.encode`] does."""
+        outputs = self._run(pixel_values)
+        if outputs["image_embeds"].shape[1] != self.feature_size:
             raise ValueError(
-                f"outputs: expected width {self.feature_size} as ever, got {answers['image_embeds'].shape}"
+                f"outputs: expected width {self.feature_size} as before, got {outputs['image_embeds'].shape}"
             )
-        levels = answers.pop("levels", None)
+        levels = outputs.pop("levels", None)
         if layers is not None:
             if levels is None:
                 raise ValueError("layers: expected None for a teacher whose `outputs` give no levels")
-            answers["levels"] = levels[:, list(layers)]
-        return answers
+            outputs["levels"] = levels[:, list(layers)]
+        return outputs
 
-    def _ask(self, pixel_values: Tensor) -> Answers:
+    def _run(self, pixel_values: Tensor) -> Outputs:
         given = self.outputs(self.model, pixel_values)
         parts = given.to_tuple() if isinstance(given, ModelOutput) else given
         if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
@@ -154,12 +155,12 @@ class ModuleVision:
             raise ValueError(
                 f"outputs: expected (image_embeds, features) or (image_embeds, features, levels), got {what}"
             )
-        answers = dict(zip(("image_embeds", "features", "levels"), parts, strict=False))
-        if isinstance(levels := answers.get("levels"), tuple | list):
+        outputs = dict(zip(("image_embeds", "features", "levels"), parts, strict=False))
+        if isinstance(levels := outputs.get("levels"), tuple | list):
             kinds = [tuple(level.shape) if isinstance(level, Tensor) else type(level).__name__ for level in levels]
             if not levels or not all(isinstance(level, Tensor) and level.shape == levels[0].shape for level in levels):
                 raise ValueError(f"outputs: expected levels of one shape (B, rows, cols, C), got {kinds}")
-            answers["levels"] = torch.stack(list(levels), dim=1)
+            outputs["levels"] = torch.stack(list(levels), dim=1)
         batch_size, patch_size = len(pixel_values), self.patch_size
         rows, cols = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
         shapes: dict[str, tuple[int | str, ...]] = {
@@ -168,12 +169,12 @@ class ModuleVision:
             "levels": (batch_size, "N", rows, cols, "C"),
         }
         sizes: dict[str, int] = {}
-        for name, value in answers.items():
+        for name, value in outputs.items():
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"outputs: expected {name} to be a floating point tensor, got {got}")
             shape, wanted = tuple(value.shape), shapes[name]
-            # A letter is whatever size comes first under it: F of the features must be that of the embeddings.
+            # The first size under a letter fixes it: F of the features must be that of the embeddings.
             fits = len(shape) == len(wanted) and all(
                 got == (sizes.setdefault(want, got) if isinstance(want, str) else want)
                 for got, want in zip(shape, wanted, strict=True)
@@ -185,17 +186,17 @@ class ModuleVision:
                     f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels and patch_size {patch_size}, "
                     f"got {shape}"
                 )
-        return answers
+        return outputs
 
 
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a module's weights are, and in what they are kept; the CPU and float32 for one without weights."""
+    """Return the device and dtype of a module's weights; the CPU and float32 for one without weights."""
     tensors = [tensor for tensor in chain(module.parameters(), module.buffers()) if tensor.is_floating_point()]
     return (tensors[0].device, tensors[0].dtype) if tensors else (torch.device("cpu"), torch.float32)
 
 
 def _widened(patches: Tensor, width: int) -> Tensor:
-    """`(..., c)` -> `(..., width)`: channels are repeated; nothing happens to tokens, which are as wide."""
+    """Repeat channels, `(..., c)` -> `(..., width)`; tokens already have this width and are unchanged."""
     repeats = -(-width // patches.shape[-1])
     return patches if repeats == 1 else patches.repeat(1, 1, 1, repeats)[..., :width]
 

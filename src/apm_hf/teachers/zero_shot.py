@@ -1,4 +1,4 @@
-"""Zero-shot classification: image embeddings and class embeddings in, logits and labels out.
+"""Classify zero-shot: image embeddings and class embeddings in, logits and labels out.
 
 A class is an embedding, of a prompt such as "a photo of a {}." or of a classifier's weights
 ([`Teacher.encode_text`]); an image belongs to the class whose embedding has the most similar direction
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import DEFAULT_LOGIT_SCALE, DEFAULT_TEMPLATES, Teacher, first_five
 
-# Generic prompts of our own in the manner of CLIP's ensembles (arXiv:2103.00020, Sec. 3.1.4): they vary how well and
-# how closely the thing is seen, not what it is.
+# Generic prompts in the style of CLIP's ensembles (arXiv:2103.00020, Sec. 3.1.4): they vary how well and how closely
+# the object is visible, not what it is.
 ENSEMBLE_TEMPLATES = (
     *DEFAULT_TEMPLATES,
     "a blurry picture of a {}.",
@@ -37,14 +37,14 @@ MAX_LABELS_BYTES = 2**21  # of a labels file: ImageNet-21k's names take a fifth
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class name and its probability, in [0, 1]."""
+    """Hold a class name and its probability, in [0, 1]."""
 
     label: str
     score: float
 
 
 def class_embeds(teacher: Teacher, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
-    """`(K, F)` of [`Teacher.encode_text`] for names that may occur twice, as in ImageNet: those are equal."""
+    """Return `(K, F)` of [`Teacher.encode_text`]; names may repeat, as in ImageNet, and then have equal rows."""
     unique = list(dict.fromkeys(class_names))
     return teacher.encode_text(unique, templates)[[unique.index(name) for name in class_names]]
 
@@ -53,9 +53,9 @@ def classify(image_embeds: Tensor, text_embeds: Tensor, *, logit_scale: float = 
     """Score every image against every class by cosine similarity.
 
     Args:
-        image_embeds: `(B, F)`, of any length and floating type; gradients flow.
+        image_embeds: `(B, F)`, of any norm and floating type; gradients flow.
         text_embeds: `(K, F)`, likewise.
-        logit_scale: Factor on the cosines, e.g. [`Teacher.logit_scale`]: it sets how sure the softmax is.
+        logit_scale: Factor on the cosines, e.g. [`Teacher.logit_scale`]: the inverse temperature of the softmax.
 
     Returns:
         `(B, K)` logits in float32, from -logit_scale to logit_scale.
@@ -73,7 +73,7 @@ def classify(image_embeds: Tensor, text_embeds: Tensor, *, logit_scale: float = 
 
 def _unit_rows(embeds: Tensor, what: str) -> Tensor:
     embeds = embeds.float()
-    # Dividing by the largest entry first keeps very small and very large rows from vanishing in the sum of squares.
+    # Dividing by the largest entry first avoids underflow and overflow in the sum of squares.
     largest = embeds.detach().abs().amax(dim=1, keepdim=True)
     for bad, kind in ((~torch.isfinite(largest), "NaN or infinity"), (largest == 0, "only zeros")):
         if rows := bad.flatten().nonzero().flatten().tolist():
@@ -83,18 +83,18 @@ def _unit_rows(embeds: Tensor, what: str) -> Tensor:
 
 
 def topk(logits: Tensor, class_names: Sequence[str], k: int = 5) -> list[list[Prediction]]:
-    """Name the most probable classes.
+    """Return the most probable classes.
 
     Args:
         logits: `(B, K)`.
         class_names: K names, in the order of the logits.
-        k: How many, at least 1; there are never more than K.
+        k: Number of classes, at least 1; capped at K.
 
     Returns:
         For each image its `min(k, K)` best classes with their softmax probabilities over all K, best first.
 
     Raises:
-        ValueError: As many names as logits are missing, k < 1, or logits that are not finite.
+        ValueError: Another number of names than logits, k < 1, or logits that are not finite.
     """
     if logits.ndim != 2 or logits.shape[1] != len(class_names) or not class_names:
         raise ValueError(f"Expected logits (B, {len(class_names)}), one per class name, got {tuple(logits.shape)}.")

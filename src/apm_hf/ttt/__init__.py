@@ -1,4 +1,4 @@
-"""Test-time training: fit an APM to the teacher's embedding of one image, B images at once."""
+"""Train at test time: fit an APM to the teacher's embedding of one image, B images at once."""
 
 from .adaptation import adapt, bytes_per_image
 from .adapted import Adapted, TTTStep

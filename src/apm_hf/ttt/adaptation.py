@@ -1,7 +1,7 @@
-"""Test-time training: fit an APM to the teacher's embedding of one image, B images at once.
+"""Train at test time: fit an APM to the teacher's embedding of one image, B images at once.
 
-Every image has its own weights and its own optimiser state; they are stacked along a first dimension and stepped in
-one batched computation (Adam is elementwise, so the stacked step is each image's own step). The model given is never
+Every image has its own weights and optimiser state; they are stacked along a first dimension and updated in one
+batched computation (Adam is elementwise, so the stacked step equals each image's step). The given model is never
 changed. Source: arXiv:2410.20535, section 4; the published recipes are the presets.
 
 Legend: B images, n locations, D trigger width, F feature width, K classes, S image side.
@@ -25,11 +25,11 @@ from .targets import Loss, Stopper, TTTTargets, as_float
 
 logger = logging.get_logger(__name__)
 
-# Layers that do not learn are computed for so many steps at a time.
+# Number of steps for which frozen layers are computed at a time.
 PREPARED_STEPS = 16
 
 
-@torch.inference_mode(False)  # adapting takes gradients, wherever it is called from
+@torch.inference_mode(False)  # adapting takes gradients even when called in inference mode
 @torch.enable_grad()
 def adapt(
     model: PreTrainedModel,
@@ -45,26 +45,26 @@ def adapt(
     max_memory: int | None = None,
     keep_models: bool = True,
 ) -> Adapted:
-    """Fit one model to each of B images, so that its pooled feature is the teacher's embedding of that image.
+    """Fit one model to each of B images, so that its pooled feature matches the teacher's embedding of that image.
 
     An image's result depends on the image, its target, the configuration and its seed; the other images, their number
-    and order change it by rounding alone (1e-5). The same call gives the same bytes again on the same computer.
+    and order change it by rounding only (1e-5). Repeating a call on the same computer gives the same bytes.
 
     Args:
-        model: an [`APMModel`] or a model that holds one: the architecture and, with `start="model"`, the weights to
-            start from. Not changed.
-        pixel_values: `(B, C, S, S)`: a tensor, an array or lists, as all inputs; None where the trigger column is
+        model: an [`APMModel`] or a model that contains one: the architecture and, with `start="model"`, the initial
+            weights. Not changed.
+        pixel_values: `(B, C, S, S)`: a tensor, an array or lists, like all inputs; None if the trigger column is
             given and no local patch is read.
-        targets: `(B, F)`, the teacher's image embeddings, as the teacher gives them, or [`TTTTargets`].
+        targets: `(B, F)`, the teacher's image embeddings, unchanged, or [`TTTTargets`].
         config: see [`TTTConfig`].
         generator: supplies the seed, instead of `config.seed`.
-        seeds: `(B,)`, a seed for each image, instead of `config.seed`.
+        seeds: `(B,)`, per-image seeds, instead of `config.seed`.
         trigger_column: `(B, D)`, instead of folding; required with `trigger_source="embedding"`.
         text_embeds: `(K, F)`, class embeddings, for `stop="stable"`.
         callback: called at every step of every group of images.
-        max_memory: bytes that the fit may take at a time; images are fitted in as many groups as that needs, one at
-            a time at least. None is half of what is free on the device.
-        keep_models: False keeps embeddings and losses alone, and frees each group's weights.
+        max_memory: bytes that the fit may use; images are fitted in groups that fit into it, at least one at a time.
+            None is half of the device's free memory.
+        keep_models: False returns only embeddings and losses, and frees each group's weights.
 
     Returns:
         [`Adapted`].
@@ -74,7 +74,7 @@ def adapt(
     """
     apm = getattr(model, "apm", model)  # heads hold the model under this name
     if not isinstance(apm, APMModel):
-        raise ValueError(f"model: expected an APMModel or a model that holds one, got {type(model).__name__}")
+        raise ValueError(f"model: expected an APMModel or a model that contains one, got {type(model).__name__}")
     if not isinstance(targets, TTTTargets):
         targets = as_float("targets", targets)
         if targets is None or targets.ndim != 2 or len(targets) == 0:
@@ -89,7 +89,7 @@ def adapt(
     inputs = {name: None if values is None else values.to(device) for name, values in inputs.items()}
     texts = inputs.pop("text_embeds")
 
-    with torch.autocast(device.type, enabled=False):  # `config.dtype` decides on the products
+    with torch.autocast(device.type, enabled=False):  # `config.dtype` sets the dtype of products
         fit = _Fit(apm, config, targets, texts, callback, distinct)
         size = group_size(apm, config, targets, max_memory, distinct=distinct)
         for first in range(0, num_images, size):
@@ -113,7 +113,7 @@ def adapt(
 
 
 class _Fit:
-    """Fits groups of images and holds the results of all: see [`Adapted`] for most of them."""
+    """Fit groups of images and collect the results of all; see [`Adapted`] for most of them."""
 
     def __init__(
         self,
@@ -128,15 +128,15 @@ class _Fit:
         self.text_embeds = None if text_embeds is None else F.normalize(text_embeds, dim=-1)
         self.distinct = distinct and config.start == "random"
         self.learning = learning_layers(model, config, list(targets.tensors()))
-        self.start: Weights | None = None  # where all images start alike
+        self.start: Weights | None = None  # if all images start from the same weights
         num_images, size = len(targets), model.config.grid_size
         self.grid = targets.grid or (size, size)
         empty = {"dtype": torch.float32, "device": model.device}
         self.embeds = torch.empty(num_images, model.config.feature_size, **empty)
-        self.cosines = torch.ones(num_images, **empty)  # to the target, of images that were not stopped
+        self.cosines = torch.ones(num_images, **empty)  # to the target, for images that were not stopped
         self.losses = torch.full((num_images, config.steps), torch.nan, **empty)
         self.taken = torch.full((num_images,), config.steps, device=model.device)
-        self.models: dict[int, tuple[StackedModels, int]] = {}  # each image's, and its place in it
+        self.models: dict[int, tuple[StackedModels, int]] = {}  # the models of each image, and its index in them
 
     def __call__(
         self, group: slice, seeds: Sequence[int], *, pixel_values: Tensor | None, trigger_column: Tensor | None
@@ -158,7 +158,7 @@ class _Fit:
         )
         optimizer: torch.optim.Optimizer = torch.optim.Adam(models.learnt(), lr=config.learning_rate, fused=True)
         stopper = self._stopper(len(seeds))
-        images = torch.arange(group.start, group.stop)  # those still fitted
+        images = torch.arange(group.start, group.stop)  # images that have not stopped
         for step in range(config.steps):
             now = step % PREPARED_STEPS
             if now == 0:
@@ -177,17 +177,17 @@ class _Fit:
                 self.taken[images[done]] = step
                 if done.all():
                     return
-            # Summed over images: each image's weights then get exactly its own gradient.
+            # Summed over images, so that the weights of an image get exactly the gradient of its loss.
             losses.sum().backward()
             optimizer.step()
             optimizer.zero_grad()
             if done is not None and done.any():
-                kept = (~done).nonzero()[:, 0].to(device)
+                remaining = (~done).nonzero()[:, 0].to(device)
                 images, old = images[~done], models
-                models = old.take(kept)
-                optimizer = _hand_over(optimizer, old, models, kept)
-                loss.keep(kept)
-                stopper.keep(kept)
+                models = old.take(remaining)
+                optimizer = _transfer_state(optimizer, old, models, remaining)
+                loss.keep(remaining)
+                stopper.keep(remaining)
         with torch.no_grad():
             pooled = models(now)["pooled"]
         self._finish(models, images, pooled)
@@ -202,7 +202,7 @@ class _Fit:
         if self.start is None:
             given = {name: weight.detach().float() for name, weight in self.model.named_parameters()}
             weights = draw_weights(self.model, seeds[0]) if self.config.start == "random" else given
-            # What was made in inference mode cannot be differentiated through.
+            # Clone, since inference tensors cannot be saved for backward.
             self.start = {name: (x.clone() if x.is_inference() else x)[None] for name, x in weights.items()}
         return self.start
 
@@ -219,14 +219,14 @@ class _Fit:
         self.models |= {image: (models, place) for place, image in enumerate(images.tolist())}
 
 
-def _hand_over(
-    optimizer: torch.optim.Optimizer, old: StackedModels, new: StackedModels, kept: Tensor
+def _transfer_state(
+    optimizer: torch.optim.Optimizer, old: StackedModels, new: StackedModels, remaining: Tensor
 ) -> torch.optim.Optimizer:
-    """Return an optimiser of the models kept that goes on with their state."""
+    """Return an optimiser for the remaining models, with their state."""
     successor = torch.optim.Adam(new.learnt(), lr=optimizer.param_groups[0]["lr"], fused=True)
     for before, after in zip(old.learnt(), new.learnt(), strict=True):
         state = optimizer.state[before]
-        successor.state[after] = {name: value[kept] if value.ndim else value for name, value in state.items()}
+        successor.state[after] = {name: value[remaining] if value.ndim else value for name, value in state.items()}
     return successor
 
 
@@ -235,15 +235,15 @@ def _weights(models: StackedModels, images: Tensor) -> Callable[[int], Weights]:
 
 
 class _Sampler:
-    """Draws a fresh random subset of the grid's cells at every call, from each image's own seed."""
+    """Draw a new random subset of the grid's cells at every call, from per-image seeds."""
 
     def __init__(self, seeds: Sequence[int], num_cells: int, num_sampled: int | None, device: torch.device):
-        # Drawn on the CPU, so that a seed means the same on every device. Images of one seed share one stream.
+        # Drawn on the CPU, so that a seed gives the same values on every device. Images of one seed share one stream.
         self.generators = {seed: torch.Generator().manual_seed(seed) for seed in seeds}
         self.seeds, self.num_cells, self.num_sampled, self.device = seeds, num_cells, num_sampled, device
 
     def __call__(self, images: Tensor) -> Tensor | None:
-        """Return `(n,)` where all images share a seed, else `(B', n)` for these images; None for the full grid."""
+        """Return `(n,)` if all images share a seed, else `(B', n)` for these images; None for the full grid."""
         if self.num_sampled is None or self.num_sampled >= self.num_cells:
             return None
         drawn = {
@@ -261,7 +261,7 @@ class _Sampler:
 def group_size(
     model: APMModel, config: TTTConfig, targets: TTTTargets, max_memory: int | None, *, distinct: bool
 ) -> int:
-    """Return how many images are fitted at a time: as many as fit the memory, one at least."""
+    """Return the number of images fitted at a time: as many as fit into memory, at least one."""
     if max_memory is None:
         on_gpu = model.device.type == "cuda"
         max_memory = (torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available) // 2
@@ -271,7 +271,7 @@ def group_size(
 
 
 def bytes_per_image(model: APMModel, config: TTTConfig, targets: TTTTargets, *, distinct: bool) -> int:
-    """Estimate what fitting one image takes; `distinct` where every image has a seed, so weights, of its own."""
+    """Estimate the bytes that fitting one image takes; `distinct` if seeds, and so weights, are per image."""
     architecture, learning = model.config, learning_layers(model, config, list(targets.tensors()))
     learnt = 0
     for name, parameter in model.named_parameters():
@@ -291,7 +291,7 @@ def bytes_per_image(model: APMModel, config: TTTConfig, targets: TTTTargets, *, 
     return 4 * (elements + num_queried * (4 * sum(widths) + ahead * max(widths)) + images)
 
 
-# --- what may be wrong with the arguments, each with a message of its own ---
+# --- validation of the arguments ---
 
 
 def _seeds(
@@ -301,7 +301,7 @@ def _seeds(
         if generator is not None:
             raise ValueError("seeds, generator: expected one of them, got both")
         if len(seeds) != num_images:
-            raise ValueError(f"seeds: expected {num_images}, one an image, got {len(seeds)}")
+            raise ValueError(f"seeds: expected {num_images}, one per image, got {len(seeds)}")
         return [int(seed) for seed in seeds]
     seed = config.seed
     if generator is not None:

@@ -1,6 +1,6 @@
-"""What a fit returns: models that have adapted, and what a callback is given on the way.
+"""Define the outputs of a fit: adapted models, and the steps that a callback receives.
 
-Legend: B images, B' those still fitted, L locations, F feature width.
+Legend: B images, B' images that have not stopped, L locations, F feature width.
 """
 
 import copy
@@ -17,14 +17,14 @@ from .stacked import StackedModels, Weights
 
 @dataclass(frozen=True)
 class TTTStep:
-    """What a callback is given of a group of images, before the update of a step.
+    """Hold what a callback receives for a group of images, before the update of a step.
 
     Args:
         step: from 0.
-        images: `(B',)`, indices of the images that are still fitted, on the CPU.
+        images: `(B',)`, indices of the images that have not stopped, on the CPU.
         losses: `(B',)`.
         image_embeds: `(B', F)`, pooled over this step's locations.
-        state_dict: the weights of the model of an image that is still fitted, by the image's index.
+        state_dict: image index -> weights of its model, for the images that have not stopped.
     """
 
     step: int
@@ -36,14 +36,14 @@ class TTTStep:
 
 @dataclass(frozen=True)
 class Adapted:
-    """B adapted models.
+    """Hold B adapted models.
 
     Args:
-        image_embeds: `(B, F)`, float32, after the last update, pooled over the locations of the last step; where a
-            rule stopped the fit, as the rule saw it.
-        losses: `(B, steps)`, float32, each before its update; NaN where the fit had stopped.
-        steps: `(B,)`, updates taken.
-        diverged: `(B,)`, true where a loss was not finite; that image's numbers mean nothing, the others' do.
+        image_embeds: `(B, F)`, float32, after the last update, pooled over the locations of the last step; if a rule
+            stopped the fit, the value at which it did.
+        losses: `(B, steps)`, float32, each before its update; NaN after the fit had stopped.
+        steps: `(B,)`, number of updates.
+        diverged: `(B,)`, true if a loss was not finite; only that image's results are invalid.
     """
 
     image_embeds: Tensor
@@ -51,7 +51,7 @@ class Adapted:
     steps: Tensor
     diverged: Tensor
     model: APMModel = field(repr=False)
-    models: list[tuple[StackedModels, int]] | None = field(repr=False)  # of every image, and its place in them
+    models: list[tuple[StackedModels, int]] | None = field(repr=False)  # models of every image, and its index in them
     pixel_values: Tensor | None = field(repr=False)
     trigger_column: Tensor | None = field(repr=False)
 
@@ -63,7 +63,7 @@ class Adapted:
 
     @torch.no_grad()
     def query(self, coordinates: Tensor | None = None, *, chunk_size: int | None = None) -> APMModelOutput:
-        """Query every adapted model about its own image, one after the other; the main head alone has adapted.
+        """Query every adapted model about its image, one at a time; without additional heads, which have not adapted.
 
         Args:
             coordinates: `(L, 2)` or `(B, L, 2)`, (y, x) in [-1, 1]; None is the full grid.
@@ -94,9 +94,9 @@ class Adapted:
         """Return copies of the weights fitted to image `index`, for `APMModel.load_state_dict`.
 
         Raises:
-            ValueError: where `adapt` was told not to keep the models.
+            ValueError: if `adapt` was called with `keep_models=False`.
         """
         if self.models is None:
-            raise ValueError("state_dict, query: expected adapted models that were kept, got keep_models=False")
+            raise ValueError("state_dict, query: expected adapted models with weights, got keep_models=False")
         models, place = self.models[index]
         return models.weights(place)

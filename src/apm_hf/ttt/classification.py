@@ -1,8 +1,8 @@
-"""Classify photos with the teacher and with adapted models, side by side.
+"""Classify photos with the teacher and with adapted models.
 
-Source: arXiv:2410.20535, section 4: the teacher's embedding of an image is taken once, a model is fitted to it, and
-the model's pooled feature is classified zero-shot. A model fitted to the end repeats its teacher, so the teacher's
-own prediction always stands beside it.
+Source: arXiv:2410.20535, section 4: the teacher's embedding of an image is computed once, a model is fitted to it, and
+the model's pooled feature is classified zero-shot. A model fitted to convergence reproduces its teacher, so the
+teacher's prediction is always returned for comparison.
 
 Legend: B images, K classes, F feature width.
 """
@@ -29,13 +29,13 @@ from .stacked import redraw
 
 @dataclass(frozen=True)
 class TTTClassification:
-    """Predictions for B images, on the CPU.
+    """Hold predictions for B images, on the CPU.
 
     Args:
         teacher_logits, logits: `(B, K)`, of the teacher and of the adapted models, for the same class embeddings;
-            NaN where a fit diverged.
+            NaN if a fit diverged.
         target_cosine: `(B,)`, cosine between the adapted models' pooled features and the teacher's embeddings.
-        adapted: the fits; the models can be queried where they were kept.
+        adapted: the fits; models can be queried if they were kept.
     """
 
     teacher_logits: Tensor
@@ -45,19 +45,19 @@ class TTTClassification:
 
     @property
     def agreement(self) -> Tensor:
-        """Tell for each image whether both predict the same class: `(B,)`."""
+        """Return for each image whether both predict the same class: `(B,)`."""
         agrees = self.logits.argmax(dim=-1) == self.teacher_logits.argmax(dim=-1)
         return agrees & self.logits.isfinite().all(dim=-1)
 
 
 class TTTClassifier:
-    """Adapts to every image and classifies it. Texts are encoded, and random weights drawn, once.
+    """Adapt to every image and classify it. Texts are encoded, and random weights drawn, once.
 
     Args:
-        teacher: gives the targets and the class embeddings.
-        class_names: the K classes; of several with one name the first is predicted.
+        teacher: computes the targets and the class embeddings.
+        class_names: the K classes; of equal names the first is predicted.
         model: the APM to adapt; None is a fresh `clip-ttt` as wide as the teacher.
-        image_processor: the model's; by default one that shows it what the teacher is given.
+        image_processor: the model's; by default one that matches the teacher's.
         config: how to adapt.
         templates: prompts, averaged per class.
 
@@ -93,9 +93,9 @@ class TTTClassifier:
     def __call__(
         self, images: Sequence[Any], *, seeds: Sequence[int] | None = None, keep_models: bool = False
     ) -> TTTClassification:
-        """Classify B images, PIL or anything else the image processors take.
+        """Classify B images, PIL or any other format of the image processors.
 
-        The adapted models can be queried only where they are kept: they may take far more memory than the images.
+        With `keep_models` the adapted models can be queried, but may take far more memory than the images.
         """
         targets = self.teacher.encode_images(list(images)).image_embeds
         assert targets is not None

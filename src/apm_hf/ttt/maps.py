@@ -1,6 +1,6 @@
 """Make maps of features at any resolution: an APM is queried at each location, a teacher's grid is interpolated.
 
-Source: arXiv:2410.20535, section 3: an APM can be queried at any coordinate, whatever grid it was trained on.
+Source: arXiv:2410.20535, section 3: an APM can be queried at any coordinate, independent of its training grid.
 
 Legend: B images, L locations, F feature width, N levels, (rows, cols) a map of locations, row-major; coordinates are
 (y, x) in [-1, 1].
@@ -13,7 +13,7 @@ from ..modeling_apm import APMModel, APMModelOutput
 from ..position_encoding import grid_coordinates
 from . import Adapted
 
-# What may be queried: fields of `APMModelOutput` with an entry for every location.
+# Fields of `APMModelOutput` with an entry for every location, which may be queried.
 OUTPUTS = ("last_hidden_state", "rgb", "levels")
 
 
@@ -29,9 +29,9 @@ def feature_map(
     """Query a map of features, at the centres of `rows` x `cols` equal cells.
 
     Args:
-        model: an [`APMModel`], a model that holds one, or models adapted to B images.
+        model: an [`APMModel`], a model that contains one, or models adapted to B images.
         pixel_values: `(B, C, S, S)`; None for adapted models, which hold their images.
-        size: `(rows, cols)`; None is the model's own grid.
+        size: `(rows, cols)`; None is the model's grid.
         trigger_column: `(B, D)`, instead of folding; None for adapted models.
         chunk_size: locations per chunk.
         output: `"last_hidden_state"`, `"rgb"` or `"levels"`.
@@ -41,14 +41,14 @@ def feature_map(
         gradients.
 
     Raises:
-        ValueError: for a size that is not positive, for an output that is unknown or that the model does not give.
+        ValueError: for a size that is not positive, for an output that is unknown or that the model does not have.
     """
     if output not in OUTPUTS:
         raise ValueError(f"output: expected one of {list(OUTPUTS)}, got {output!r}")
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size: expected a positive (rows, cols), got {size}")
     grid = bare_model(model).config.grid_size
-    # The model's own grid needs no coordinates, and is cheaper without.
+    # The model's grid needs no coordinates, and is cheaper without.
     coordinates = None if size in (None, (grid, grid)) else grid_coordinates(*size)
     outputs = query(model, pixel_values, coordinates, trigger_column=trigger_column, chunk_size=chunk_size)
     values = getattr(outputs, output, None)
@@ -71,7 +71,7 @@ def query(
     coordinates = None if coordinates is None else coordinates.to(apm.device)
     if isinstance(model, Adapted):
         if pixel_values is not None or trigger_column is not None:
-            raise ValueError("pixel_values, trigger_column: expected None for adapted models, which hold their own")
+            raise ValueError("pixel_values, trigger_column: expected None for adapted models, which hold theirs")
         return model.query(coordinates, chunk_size=chunk_size)
     with torch.no_grad():
         options = {"trigger_column": trigger_column, "chunk_size": chunk_size, "heads": ()}
@@ -87,7 +87,7 @@ def upsample(features: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         `(..., rows', cols', F)`, of the features' dtype; cells are centred as in `feature_map`
-        (`align_corners=False`), and beyond the outermost centres the outermost values go on.
+        (`align_corners=False`), and the outermost values are repeated beyond the outermost centres.
     """
     maps = features.detach().flatten(0, -4) if features.ndim > 3 else features.detach()[None]
     maps = maps.movedim(-1, 1).to(torch.promote_types(maps.dtype, torch.float32))  # (M, rows, cols, F) -> (M, F, ...)
@@ -99,5 +99,7 @@ def bare_model(model: nn.Module | Adapted) -> APMModel:
     """Return the APM itself: the model, the one under a head, or the one that adapted models share."""
     apm = model.model if isinstance(model, Adapted) else getattr(model, "apm", model)
     if not isinstance(apm, APMModel):
-        raise ValueError(f"model: expected an APMModel, a model that holds one or Adapted, got {type(model).__name__}")
+        raise ValueError(
+            f"model: expected an APMModel, a model that contains one or Adapted, got {type(model).__name__}"
+        )
     return apm

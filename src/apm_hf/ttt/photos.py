@@ -1,9 +1,9 @@
-"""Fit a fresh APM to a teacher's features of one photo, and query it in the photo's own shape.
+"""Fit a fresh APM to a teacher's features of one photo, and query it at the photo's aspect ratio.
 
-Photos of any shape are squeezed whole into the model's square, and maps are queried in the photo's own shape, so that
-nothing is cut off. The teacher reads the photo in its own shape too, at twice its usual side, so that its patches are
-half as large, and moved by half a patch, so that there are features between them; a model that sees the pixels around
-each location learns where between these features things end.
+Photos of any shape are resized without cropping to the model's square, and maps are queried at the photo's aspect
+ratio. The teacher reads the photo at its aspect ratio too, at twice its usual side, so that its patches are half as
+large, and shifted by half a patch, which gives features between them; a model that reads the pixels around each
+location learns where objects end between these features.
 
 Source: grid targets at test time, arXiv:2410.20535, sections 3 and 4.
 
@@ -31,9 +31,9 @@ from . import TTTConfig, TTTStep, adapt
 from .maps import query
 from .targets import TTTTargets
 
-# Of `fit_photo`: features of cosine 0.95 to DeiT-Tiny's in some 10 s on a CPU; longer fits copy the teacher's noise.
+# Steps of `fit_photo`: cosine 0.95 to DeiT-Tiny's features in some 10 s on a CPU; longer fits copy teacher noise.
 FIT_STEPS, FIT_LEARNING_RATE, FIT_LOCATIONS = 300, 1e-3, 196
-_FINER, _BETWEEN = 2, 2  # times the teacher's usual side; features along a side of its patches
+_FINER, _BETWEEN = 2, 2  # factor of the teacher's usual side; features along a side of its patches
 
 
 def photo_model(feature_size: int, *, local_patch: bool = True, seed: int = 0) -> APMModel:
@@ -41,15 +41,15 @@ def photo_model(feature_size: int, *, local_patch: bool = True, seed: int = 0) -
 
     Args:
         feature_size: F.
-        local_patch: whether it sees the pixels around each location; without, all it knows is in the trigger column.
-        seed: of the weights.
+        local_patch: whether it reads the pixels around each location; otherwise it has only the trigger column.
+        seed: random seed of the weights.
     """
     config = APMConfig(
         image_size=224,
         patch_size=8,
         position_size=128,
         hidden_sizes=[512, 512, 256],
-        hidden_act="gelu",  # fits a photo closer than ReLU in as many steps
+        hidden_act="gelu",  # fits a photo closer than ReLU in the same number of steps
         feature_size=feature_size,
         rgb_hidden_sizes=[128, 128],
         local_patch=local_patch,
@@ -59,7 +59,7 @@ def photo_model(feature_size: int, *, local_patch: bool = True, seed: int = 0) -
     assert model.decoder.rgb_head is not None
     last = model.decoder.rgb_head.layers[-1]
     assert isinstance(last, nn.Linear)
-    nn.init.constant_(last.bias, 0.5)  # colours end in a ReLU: from mid-grey no channel starts, and stays, at zero
+    nn.init.constant_(last.bias, 0.5)  # colours end in a ReLU: starting at mid-grey, no channel is stuck at zero
     return model
 
 
@@ -69,14 +69,14 @@ def photo_image_processor(model: APMModel) -> Any:
 
 
 def random_model(config: APMConfig, *, seed: int) -> APMModel:
-    """Make an APM whose weights depend on the seed alone, in evaluation mode."""
+    """Make an APM whose weights depend only on the seed, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return APMModel(config).eval()
 
 
 def map_size(photo: Image.Image, longest: int) -> tuple[int, int]:
-    """(rows, cols) in the photo's shape, the longer one `longest`, the shorter at least 1."""
+    """Return (rows, cols) at the photo's aspect ratio, the longer one `longest`, the shorter at least 1."""
     scale = longest / max(photo.size)
     return max(1, round(photo.height * scale)), max(1, round(photo.width * scale))
 
@@ -86,16 +86,16 @@ def query_map(
 ) -> tuple[Tensor, Tensor | None]:
     """Query features and colours of B images at any resolution, without gradients.
 
-    A model with local patch has only ever seen whole patches: where one would reach over the edge, it is queried at
-    the nearest place where none does, as interpolation goes on with the outermost values too.
+    A model with local patch was only trained on complete patches: where one would cross the edge, the model is queried
+    at the nearest location where none does, just as interpolation repeats the outermost values.
 
     Args:
-        pixel_values: `(B, C, S, S)`, where the model needs them.
+        pixel_values: `(B, C, S, S)`, if the model needs them.
         size: `(rows, cols)`.
         trigger_column: `(B, D)`, instead of folding.
 
     Returns:
-        `(B, rows, cols, F)`, and `(B, rows, cols, 3)` in [0, 1] or None without RGB head.
+        `(B, rows, cols, F)`, and `(B, rows, cols, 3)` in [0, 1] or None without an RGB head.
     """
     coordinates = grid_coordinates(*size)
     if model.config.local_patch:
@@ -108,18 +108,17 @@ def query_map(
 
 
 def whole_photos(image_processor: Any, photos: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-    """`pixel_values` `(B, 3, height, width)` of whole photos, squeezed to `size` and not cropped."""
+    """Return `pixel_values` `(B, 3, height, width)` of photos resized to `size` without cropping."""
     height, width = size
     options = {"size": {"height": height, "width": width}, "do_resize": True, "do_center_crop": False}
     return image_processor(list(photos), return_tensors="pt", **options)["pixel_values"]
 
 
 def teacher_features(teacher: Teacher, photos: Sequence[Image.Image], *, fine: bool) -> Tensor:
-    """A teacher's features of whole photos: `(B, rows, cols, F)`.
+    """Return a teacher's features of complete photos: `(B, rows, cols, F)`.
 
     Args:
-        fine: the photos are squeezed into the first one's shape, as large as described above; else into the teacher's
-            square.
+        fine: resize the photos to the first one's shape, as large as described above; else to the teacher's square.
     """
     side = teacher.image_size // teacher.patch_size
     rows, cols = map_size(photos[0], _FINER * side) if fine else (side, side)
@@ -142,17 +141,17 @@ def fit_photo(
     seed: int = 0,
     on_step: Callable[[int, APMModel], None] | None = None,
 ) -> APMModel:
-    """Fit a copy of the model to the teacher's features of one photo, by test-time training; shows its progress.
+    """Fit a copy of the model to the teacher's features of one photo by test-time training, with a progress bar.
 
     Args:
         pixel_values: `(1, C, S, S)`.
         features: `(1, rows, cols, F)`, the teacher's.
-        rgb: `(1, rows', cols', 3)` in [0, 1], colours to decode; None fits none.
+        rgb: `(1, rows', cols', 3)` in [0, 1], colours to decode; None fits no colours.
         steps: gradient steps.
-        trigger_column: `(1, D)`, where the model takes it from the caller.
-        seed: of the locations that are fitted at each step.
-        on_step: called before the update of every step with its number, from 0, and the model as it then is, which
-            changes after the call.
+        trigger_column: `(1, D)`, for `trigger_source="embedding"`.
+        seed: random seed of the locations that are fitted at each step.
+        on_step: called before the update of every step with its number, from 0, and the current model, which is
+            changed after the call.
     """
     fitted = copy.deepcopy(model)
     config = TTTConfig(
@@ -179,7 +178,7 @@ def fit_photo(
 
 
 def photo_colours(photo: Image.Image, grid: tuple[int, int]) -> Tensor:
-    """`(1, rows, cols, 3)` in [0, 1]: the mean colours of the cells of a grid."""
+    """Return the mean colours of the cells of a grid, `(1, rows, cols, 3)` in [0, 1]."""
     pixels = torch.from_numpy(np.array(photo.convert("RGB"))).movedim(-1, 0)[None]  # (1, 3, H, W)
     colours = rgb_targets(pixels / 255, *grid, mean=torch.zeros(3), std=torch.ones(3))
     return colours.unflatten(1, grid)

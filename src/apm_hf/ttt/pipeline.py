@@ -1,9 +1,9 @@
-"""A transformers pipeline that adapts an APM to every image and classifies it zero-shot (arXiv:2410.20535, section 4).
+"""Adapt an APM to every image and classify it zero-shot, as a transformers pipeline (arXiv:2410.20535, section 4).
 
     pipe = pipeline("apm-zero-shot-image-classification", model="apm", teacher="openai/clip-vit-large-patch14")
     pipe("photo.jpg", candidate_labels=["cat", "dog"])  # [{"score": 0.9, "label": "cat"}, {"score": 0.1, ...}]
 
-Legend: B images, K labels, F feature width. Imports inside methods: registering the class, below, takes none of it.
+Legend: B images, K labels, F feature width. Imports are inside methods, so that registering the class is cheap.
 """
 
 import os
@@ -25,24 +25,24 @@ _MAX_CACHED_TEXTS = 16
 
 
 class TestTimeTrainingPipeline(Pipeline):
-    """Scores labels for images: an APM is fitted to the teacher's embedding of each image, then classified.
+    """Score labels for images: fit an APM to the teacher's embedding of each image, then classify its embedding.
 
-    A batch is adapted to at once; its size changes scores by rounding alone.
+    A batch is adapted at once; its size changes scores by rounding only.
 
     Args:
         model: the APM, bare or with a head; never changed, but moved to `device`. `transformers.pipeline` takes a
             folder or Hub name too, by default the demo's; here None is a fresh `clip-ttt` as wide as the teacher.
-        teacher: gives targets and class embeddings: a [`Teacher`], or a name or folder for [`load_teacher`].
-        preset: recipe, `"fast"` by default; it starts from the weights of the model that is given.
-        ttt_config: a [`TTTConfig`] instead, followed to the letter; `transformers.pipeline` has a `config` of its own.
-        **options: of [`Pipeline`], and defaults for those of a call. `image_processor`, the model's, is by default
-            its folder's, else one that shows what the teacher sees.
+        teacher: computes targets and class embeddings: a [`Teacher`], or a name or folder for [`load_teacher`].
+        preset: recipe, `"fast"` by default; it starts from the weights of the given model.
+        ttt_config: a [`TTTConfig`] instead, used unchanged; `transformers.pipeline` has a different `config`.
+        **options: options of [`Pipeline`], and defaults for those of a call. `image_processor`, the model's, is by
+            default its folder's, else one that matches the teacher's.
 
     Raises:
-        ValueError: no teacher, no APM, widths that differ, or a preset and a configuration.
+        ValueError: for no teacher, no APM, widths that differ, or both a preset and a configuration.
     """
 
-    __test__ = False  # pytest would take the class for a test
+    __test__ = False  # else pytest would collect the class as a test
     _load_processor = _load_feature_extractor = _load_video_processor = _load_tokenizer = False
 
     def __init__(
@@ -70,11 +70,11 @@ class TestTimeTrainingPipeline(Pipeline):
             model = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size))
         if not isinstance(model, APMPreTrainedModel):
             raise ValueError(f"model: expected an APM, got {type(model).__name__}")
-        options.pop("local_files_only", None)  # `transformers.pipeline` has used it
+        options.pop("local_files_only", None)  # already used by `transformers.pipeline`
         super().__init__(model=model, **options)
         self.teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=self.device)
-        if (width := model.config.feature_size) != (wanted := self.teacher.feature_size):
-            raise ValueError(f"model: expected features as wide as the teacher's, {wanted}, got {width}")
+        if (width := model.config.feature_size) != (expected := self.teacher.feature_size):
+            raise ValueError(f"model: expected features as wide as the teacher's, {expected}, got {width}")
         matching = matching_image_processor(self.teacher, model.config.image_size)
         self.image_processor: Any = self.image_processor or matching
         self._text_embeds: dict[Any, Tensor] = {}
@@ -89,15 +89,15 @@ class TestTimeTrainingPipeline(Pipeline):
         Args:
             images: path, URL, PIL image, array, tensor, encoded bytes or `{"bytes", "path"}`.
             candidate_labels: K different names.
-            **options: `hypothesis_template`, a prompt with `{}` for the name, or several, averaged; `return_teacher`,
-                for the teacher's own `"teacher_score"` beside; `timeout` of URLs, in seconds; `batch_size`.
+            **options: `hypothesis_template`, a prompt with `{}` for the name, or several, averaged; `return_teacher`
+                adds the teacher's `"teacher_score"`; `timeout` of URLs, in seconds; `batch_size`.
 
         Returns:
-            For each image K dicts `{"score", "label"}`, highest first, scores in [0, 1] of sum 1. Where the fit
-            diverged, the scores are None and the labels in the order given.
+            For each image K dicts `{"score", "label"}`, highest first, scores in [0, 1] of sum 1. If the fit
+            diverged, the scores are None and the labels in the given order.
 
         Raises:
-            ValueError: labels or templates that [`Teacher.encode_text`] refuses, an unreadable image.
+            ValueError: for labels or templates that [`Teacher.encode_text`] rejects, or an unreadable image.
         """
         if candidate_labels is not None:
             options["candidate_labels"] = candidate_labels
@@ -128,7 +128,7 @@ class TestTimeTrainingPipeline(Pipeline):
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
         from ..data.images import decode_image, eight_bit_rgb
 
-        # Only what is no file goes to transformers, whose reader clips deep pixels and paints transparency black.
+        # Only non-files go to transformers, whose reader clips 16-bit pixels and makes transparency black.
         elsewhere = isinstance(image, str) and not os.path.isfile(image)
         if not isinstance(image, np.ndarray | Tensor):
             image = load_image(image, timeout=timeout) if elsewhere else decode_image(image)
@@ -147,7 +147,7 @@ class TestTimeTrainingPipeline(Pipeline):
             self._text_embeds[key] = self.teacher.encode_text(*key).to(self.device)
         texts, scale = self._text_embeds[key], self.teacher.logit_scale  # (K, F)
         images = inputs["image"] if isinstance(inputs["image"], list) else [inputs["image"]]
-        # One at a time here and below: a product of another batch size rounds otherwise, which would show in scores.
+        # One at a time here and below: rounding depends on the batch size of a product, and would change scores.
         targets = torch.cat([self.teacher.encode_images(image)["image_embeds"] for image in images]).to(self.device)
         adapted = adapt(
             self._start, inputs["pixel_values"], targets, config=self._config, text_embeds=texts,
@@ -163,8 +163,8 @@ class TestTimeTrainingPipeline(Pipeline):
         columns = {"score": outputs["scores"][0].tolist() if known else [None] * len(labels), "label": labels}
         if return_teacher:
             columns["teacher_score"] = outputs["teacher_scores"][0].tolist()
-        answers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return sorted(answers, key=lambda answer: -answer["score"]) if known else answers
+        predictions = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return sorted(predictions, key=lambda prediction: -prediction["score"]) if known else predictions
 
 
 PIPELINE_REGISTRY.register_pipeline(
@@ -174,5 +174,5 @@ PIPELINE_REGISTRY.register_pipeline(
     default={"model": (DEMO_MODEL, "main")},
     type="multimodal",
 )
-# Saved with a model, this entry would make `transformers.pipeline` ask for remote code, which is not there.
+# Saved with a model, this entry would make `transformers.pipeline` look for remote code that does not exist.
 del TestTimeTrainingPipeline._registered_impl

@@ -1,4 +1,4 @@
-"""Settings of a fit, and the published recipes as presets.
+"""Define the settings of a fit, with the published recipes as presets.
 
 Source: arXiv:2410.20535, section 4.
 """
@@ -16,34 +16,34 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class TTTConfig:
-    """Settings of a fit. The presets are in `TTTConfig.preset`.
+    """Configure a fit. The presets are in `TTTConfig.preset`.
 
     Args:
-        steps: gradient steps per image, at most.
-        learning_rate: of Adam (arXiv:1412.6980) with its usual betas.
-        num_locations: grid locations whose features are pooled at each step, a fresh random subset each time; the
-            subset's mean is an unbiased estimate of the grid's. None, or no fewer than the grid has, pools all:
-            the exact limit.
+        steps: maximum number of gradient steps per image.
+        learning_rate: learning rate of Adam (arXiv:1412.6980) with its usual betas.
+        num_locations: number of grid locations whose features are pooled at each step, a new random subset each
+            time; the subset's mean is an unbiased estimate of the grid's. None, or no fewer than the grid has, pools
+            all: the exact limit.
         fit: what learns. `"all"`: every weight (paper). `"last_layers"`: the last hidden layer, the feature head and
             attention's values and output. `"low_rank"`: the same layers, each of which learns a low-rank
             update whose first factor is fixed: it sums the inputs in `rank` blocks, so that the columns of a block
-            move together, which is nearly what Adam does to them anyway. `"heads"`: the feature head and attention's
-            values and output. `"trigger"`: the convolution alone. `"output_bias"`: one vector, a control: it copies
-            its target and adapts nothing.
+            move together, which is close to what Adam does to them. `"heads"`: the feature head and attention's
+            values and output. `"trigger"`: the convolution only. `"output_bias"`: one vector, a control: it copies
+            its target and adapts nothing else.
         rank: see `fit="low_rank"`; reduced to a divisor of the layer's width.
-        alpha: of low-rank updates: a step moves a layer's outputs by `learning_rate` * `alpha` of their size, whatever
-            the architecture.
+        alpha: scale of low-rank updates: a step changes a layer's outputs by `learning_rate` * `alpha` of their size,
+            for any architecture.
         start: `"random"` draws new weights, `"model"` starts from the given model's.
-        seed: of the weights drawn and of the locations sampled. One seed serves all images of a call.
+        seed: random seed of initial weights and of sampled locations. All images of a call share one seed.
         stop: label-free rule by which an image stops before `steps`. `"plateau"`: its loss has not fallen by the
             fraction `stop_threshold` within `stop_patience` steps. `"cosine"`: the cosine to its (mean) target has
             been at least `stop_threshold` for `stop_patience` steps. `"stable"`: its predicted class has been the same
             for `stop_patience` steps (`adapt` then takes `text_embeds`). None: never.
         stop_threshold, stop_patience: see `stop`.
-        dtype: of the products, `"float32"` or `"bfloat16"`; weights, losses, optimiser and pooling stay float32.
+        dtype: dtype of the products, `"float32"` or `"bfloat16"`; weights, losses, optimiser and pooling stay float32.
 
     Raises:
-        ValueError: for a value outside its range; says what was expected.
+        ValueError: for a value outside its range.
     """
 
     steps: int = 20
@@ -81,9 +81,9 @@ class TTTConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "TTTConfig":
-        """Return `"paper"`, the paper's recipe, or `"fast"`, the best one measured for its cost.
+        """Return `"paper"`, the paper's recipe, or `"fast"`, the best recipe measured at low cost.
 
-        An override of `stop` replaces the preset's rule as a whole. docs/test_time_training.md has the measurements.
+        An override of `stop` replaces the preset's rule completely. docs/test_time_training.md has the measurements.
 
         Raises:
             ValueError: for an unknown preset or a value outside its range.

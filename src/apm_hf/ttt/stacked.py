@@ -1,7 +1,7 @@
-"""B models of one architecture at once: layers that learn hold weights for every image, all others are shared.
+"""Run B models of one architecture at once: layers that learn hold weights for every image, all others are shared.
 
-The arithmetic is `modeling_apm`'s own: [`StackedModels`] copies the model's modules, replaces the layers in them, and
-runs the model's forward code.
+The arithmetic is that of `modeling_apm`: [`StackedModels`] copies the model's modules, replaces the layers in them,
+and runs the model's forward code.
 
 Legend: B images, n locations, H a layer's width, F feature width, L locations of the grid, R blocks.
 """
@@ -23,13 +23,13 @@ Weights = dict[str, Tensor]  # by name, as in a state dict
 
 
 def learning_layers(model: APMModel, config: TTTConfig, targets: Sequence[str] = ()) -> dict[str, str]:
-    """Return the layers that learn, by name, and how: `"all"` of it, a `"low_rank"` update or the `"bias"`.
+    """Return the layers that learn, by name, and what learns: `"all"` of it, a `"low_rank"` update or the `"bias"`.
 
     Args:
         targets: names of the fields of [`TTTTargets`] that are given; colours and levels need their heads.
 
     Raises:
-        ValueError: where the model has nothing of that kind.
+        ValueError: if the model has no such layers.
     """
     num_layers = len(model.decoder.layers)
     last = f"decoder.layers.{num_layers - 1}" if num_layers else "decoder.query"
@@ -58,7 +58,7 @@ def learning_layers(model: APMModel, config: TTTConfig, targets: Sequence[str] =
 
 def draw_weights(model: APMModel, seed: int) -> Weights:
     """Draw every weight from a normal distribution, as for a new model, with biases at zero."""
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed gives the same values on every device
     drawn = {}
     for name, weight in model.named_parameters():
         values = torch.zeros(weight.shape, dtype=torch.float32)
@@ -71,7 +71,7 @@ def draw_weights(model: APMModel, seed: int) -> Weights:
 def redraw(model: PreTrainedModel, seed: int) -> APMModel:
     """Return a float32 copy of the bare model with the weights that `TTTConfig(start="random", seed=seed)` draws.
 
-    Drawing takes longer than a fast fit: who fits many times draws once, and fits this model with `start="model"`.
+    Drawing takes longer than a fast fit: to fit many times, draw once and fit this model with `start="model"`.
     """
     apm: Any = copy.deepcopy(getattr(model, "apm", model)).float()
     apm.load_state_dict(draw_weights(apm, seed))
@@ -82,12 +82,12 @@ def redraw(model: PreTrainedModel, seed: int) -> APMModel:
 
 
 class StackedLinear(nn.Module):
-    """A Linear with weights for each of B images, stored transposed, so that their gradients are contiguous.
+    """Apply a Linear with weights for each of B images, stored transposed, so that their gradients are contiguous.
 
     Args:
-        weight, bias: to start from, `(1 or B, out, in)` and `(1 or B, out)` or None.
+        weight, bias: initial values, `(1 or B, out, in)` and `(1 or B, out)` or None.
         num_models: B.
-        dtype: of the product.
+        dtype: dtype of the product.
         learns: `"all"`, `"bias"` or None.
     """
 
@@ -116,7 +116,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedFold(nn.Module):
-    """The folding convolution with weights for each of B images, on patches that were cut out beforehand."""
+    """Apply the folding convolution with weights for each of B images, on patches extracted beforehand."""
 
     def __init__(self, weight: Tensor, bias: Tensor, num_models: int, learns: bool):
         super().__init__()
@@ -134,17 +134,17 @@ class StackedFold(nn.Module):
 
 
 class LowRankLinear(nn.Module):
-    """A Linear that does not learn plus (inputs summed in R blocks) @ delta, which does, for each of B images.
+    """Apply a frozen Linear plus a learnt update, (inputs summed in R blocks) @ delta, for each of B images.
 
-    Adam takes steps of one size in every entry, so that what they do to outputs depends on the inputs. The sums are
-    scaled, once and for all, so that a step moves the outputs by learning rate * alpha * their size. The bias learns
-    a tenth as fast: it serves where no input is left to learn from.
+    Adam takes steps of equal size in every entry, so their effect on outputs depends on the inputs. The sums are
+    scaled once, so that a step changes the outputs by learning rate * alpha * their size. The bias learns a tenth as
+    fast: it is for locations without active inputs.
 
     Args:
-        linear: the layer that does not learn.
+        linear: the frozen layer.
         shape: (B, R, out), of delta.
         alpha: see `TTTConfig`.
-        size: `(B, 1, 1)`, the size of the outputs that are wanted, where it is known.
+        size: `(B, 1, 1)`, the size of the target outputs, if known.
     """
 
     def __init__(self, linear: nn.Module, shape: tuple[int, int, int], alpha: float, size: Tensor | None):
@@ -155,12 +155,12 @@ class LowRankLinear(nn.Module):
         self.has_bias = linear.bias is not None
         zeros = torch.zeros(num_models, self.num_blocks + self.has_bias, width, dtype=torch.float32, device=device)
         self.delta = nn.Parameter(zeros)
-        # Of the sums and of the constant input that stands for the bias, once they are measured.
+        # Scales of the sums and of the constant input of the bias, once they are measured.
         self.scales = nn.Parameter(zeros.new_zeros(num_models, 1, 2), requires_grad=False)
         self.measured = False
 
     def prepare(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what does not change while the models learn: outputs `(1 or B, ..., out)` and `(B, n, R + 1)`."""
+        """Compute what is constant while the models learn: outputs `(1 or B, ..., out)` and sums `(B, n, R + 1)`."""
         outputs = self.linear(inputs)
         blocks = inputs.float().reshape(len(inputs), -1, self.num_blocks, inputs.shape[-1] // self.num_blocks)
         sums = blocks.sum(dim=-1)  # (1 or B, n, R)
@@ -174,13 +174,13 @@ class LowRankLinear(nn.Module):
     def _measure(self, outputs: Tensor, sums: Tensor) -> None:
         size = outputs.square().mean(dim=1)[:, None, None]
         size = (size if self.size is None else size + self.size.square()).sqrt()
-        step = sums.abs().sum(dim=2, keepdim=True).mean(dim=1, keepdim=True)  # of outputs, where delta moves by 1
+        step = sums.abs().sum(dim=2, keepdim=True).mean(dim=1, keepdim=True)  # change of outputs if delta changes by 1
         scales = [size / step.clamp_min(torch.finfo(step.dtype).tiny), 0.1 * size]
         self.scales.copy_(self.alpha * torch.cat(torch.broadcast_tensors(*scales), dim=-1))
         self.measured, self.size = True, None
 
     def finish(self, outputs: Tensor, sums: Tensor) -> Tensor:
-        """Return the layer's outputs `(B, ..., out)` for what was prepared."""
+        """Return the layer's outputs `(B, ..., out)` for the results of `prepare`."""
         update = torch.bmm(sums.to(outputs.dtype), self.delta.to(outputs.dtype))  # (B, n, out)
         return outputs + update.reshape(len(update), *outputs.shape[1:])
 
@@ -189,7 +189,7 @@ class LowRankLinear(nn.Module):
         return self.finish(*self.prepare(inputs))
 
     def weights(self, index: int) -> Weights:
-        """Return what one image's model adds to the weights that do not learn."""
+        """Return one image's update of the frozen weights."""
         delta, (scale, constant) = self.delta[index].mT, self.scales[index, 0]  # (out, R + 1)
         weight: Any = self.linear.weight
         in_features = weight.shape[-1 if isinstance(self.linear, nn.Linear) else 1]
@@ -198,10 +198,10 @@ class LowRankLinear(nn.Module):
 
 
 class FrozenLayers(nn.Module):
-    """The first layers of a decoder, which do not learn, in the place of its query layer.
+    """Compute the frozen first layers of a decoder, in place of its query layer.
 
-    They are computed for the locations of many steps at once: products of few rows take as long as it takes to read
-    the weights. The frozen half of a low-rank layer behind them is computed with them.
+    They are computed for the locations of many steps at once: products of few rows are bound by reading weights.
+    The frozen part of a low-rank layer after them is computed with them.
     """
 
     def __init__(self, query: nn.Module, layers: Sequence[nn.Module], activation: nn.Module):
@@ -234,18 +234,18 @@ def _parameter(start: Tensor, num_models: int, learns: bool) -> nn.Parameter:
 
 
 class StackedModels(nn.Module):
-    """B models of one architecture, one for each of B images.
+    """Run B models of one architecture, one for each of B images.
 
     Args:
         model: the architecture; not changed.
         start: every weight by name, float32, `(1 or B, ...)`.
         learning: see `learning_layers`.
-        config: of the fit.
-        pixel_values: `(B, C, S, S)`, where the model reads them.
+        config: settings of the fit.
+        pixel_values: `(B, C, S, S)`, if the model reads them.
         trigger_column: `(B, D)`, instead of folding.
         grid: (rows, cols) of the locations, of the model's grid or any other.
-        outputs: of the decoder: `"features"` and, where they have targets, `"rgb"` and `"levels"`.
-        target_size: `(B, 1, 1)`, of the features that are wanted, for low-rank layers.
+        outputs: outputs of the decoder: `"features"` and, if they have targets, `"rgb"` and `"levels"`.
+        target_size: `(B, 1, 1)`, size of the target features, for low-rank layers.
     """
 
     def __init__(
@@ -264,14 +264,14 @@ class StackedModels(nn.Module):
         self.target_size = target_size
         self.start, self.outputs, self.dtype = start, outputs, DTYPES[config.dtype]
         self.num_models = len(next(x for x in (trigger_column, pixel_values) if x is not None))
-        # Parameters, about to be replaced, are not copied.
+        # Parameters are not copied, since they are replaced.
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
         self.model.feature_space.float()
         decoder = self.model.decoder
         decoder.teacher_heads = nn.ModuleDict()
         decoder.rgb_head = decoder.rgb_head if "rgb" in outputs else None
         decoder.level_head = decoder.level_head if "levels" in outputs else None
-        self.learning: dict[str, Any] = {}  # layers that learn, by the model's own names
+        self.learning: dict[str, Any] = {}  # layers that learn, by their names in the model
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, nn.Linear | nn.Conv2d | APMAttentionPooling):
                 self._replace(name, layer, learning.get(name), config)
@@ -283,8 +283,8 @@ class StackedModels(nn.Module):
         if trigger_column is None and pixel_values is not None:
             self.cells = grid_patches(pixel_values, model.config.patch_size).mT.contiguous()  # (B, Q, L)
         if model.config.local_patch and pixel_values is not None:
-            own = grid == (model.config.grid_size, model.config.grid_size)
-            where = None if own else grid_coordinates(*grid, device=model.device)[None]
+            is_model_grid = grid == (model.config.grid_size, model.config.grid_size)
+            where = None if is_model_grid else grid_coordinates(*grid, device=model.device)[None]
             patches = local_patches(pixel_values, model.config.patch_size, model.config.local_patch_scales, where)
             self.patches = patches.to(self.dtype)  # (B, rows * cols, Q)
         self.trigger_column = trigger_column
@@ -294,8 +294,8 @@ class StackedModels(nn.Module):
         self.places: list[Tensor | None] = []
 
     def _replace(self, name: str, layer: nn.Module, how: str | None, config: TTTConfig) -> None:
-        """Put the stacked, or the frozen, counterpart of a layer into its place."""
-        # The fold and the pooling are small, and pooling is where rounding would hurt.
+        """Replace a layer by its stacked or frozen counterpart."""
+        # The fold and the pooling are small, and pooling is sensitive to rounding.
         dtype = torch.float32 if name.startswith(("trigger", "pooler")) else self.dtype
         if isinstance(layer, APMAttentionPooling):
             query = self.start[f"{name}.query"][:, 0]  # (1 or B, 1, F)
@@ -339,10 +339,10 @@ class StackedModels(nn.Module):
         decoder.layers = nn.ModuleList(layers[count:])
 
     def prepare(self, places: list[Tensor | None]) -> None:
-        """Compute the first layers, where they are frozen, for the next steps' locations.
+        """Compute the first layers, if they are frozen, for the next steps' locations.
 
         Args:
-            places: of each step: cells `(n,)` or `(B, n)`, or None for the whole grid.
+            places: for each step, cells `(n,)` or `(B, n)`, or None for the complete grid.
         """
         self.places, decoder = places, self.model.decoder
         if isinstance(decoder.query, FrozenLayers):
@@ -353,10 +353,10 @@ class StackedModels(nn.Module):
             decoder.query.prepare(self._trigger(), *codes, patches)
 
     def forward(self, step: int) -> dict[str, Tensor]:
-        """Return `"pooled"`, `(B, F)`, and what was asked of the decoder, `(B, n, ...)`, at the prepared locations.
+        """Return `"pooled"`, `(B, F)`, and the decoder's outputs, `(B, n, ...)`, at the prepared locations.
 
         Args:
-            step: among those of `prepare`.
+            step: index into the `places` of `prepare`.
         """
         where, decoder = self.places[step], self.model.decoder
         if where is not None and isinstance(decoder.query, FrozenLayers):
@@ -373,7 +373,7 @@ class StackedModels(nn.Module):
         return column.to(self.dtype)
 
     def _locations(self, where: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return what the decoder takes: cell indices of rows and columns, and patches."""
+        """Return the decoder's inputs: cell indices of rows and columns, and patches."""
         if where is None:
             return self.axes[0][None, :, None], self.axes[1][None, None], self.patches
         cells = where if where.ndim == 2 else where[None]
@@ -406,7 +406,7 @@ class StackedModels(nn.Module):
         return taken
 
     def release(self) -> None:
-        """Free what only learning needs."""
+        """Free tensors that only learning needs."""
         self.zero_grad()
         self.cells = self.patches = self.trigger_column = None
         self.places = []
@@ -426,12 +426,12 @@ class StackedModels(nn.Module):
 
 
 def _cell_indices(count: int, size: int, device: torch.device) -> Tensor:
-    """Return where the centres of `count` cells lie on an axis of `size` cells: `(count,)`, 0 is the first centre."""
+    """Return the positions of `count` cell centres on an axis of `size` cells: `(count,)`, 0 is the first centre."""
     return (2 * torch.arange(count, dtype=torch.float32, device=device) + 1) * size / (2 * count) - 0.5
 
 
 def at(values: Tensor, where: Tensor | None) -> Tensor:
-    """Return `(B, n, ...)` of `(B, L, ...)`."""
+    """Select locations: `(B, L, ...)` -> `(B, n, ...)`."""
     if where is None or where.ndim == 1:
         return values if where is None else values[:, where]
     return values[torch.arange(len(values), device=values.device)[:, None], where]

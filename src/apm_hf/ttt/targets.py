@@ -1,8 +1,8 @@
-"""What a fit is given, brought to one form; its loss, and when that is enough.
+"""Normalise the targets of a fit, compute its loss, and decide when to stop.
 
 Source: arXiv:2410.20535, section 4 (the pooled embedding); sections 3.2 and 3.3 for features and colours.
 
-Legend: B images, T targets an image (views, teachers), L locations, N levels, C a level's width, F feature width,
+Legend: B images, T targets per image (views, teachers), L locations, N levels, C a level's width, F feature width,
 (rows, cols) a target's grid.
 """
 
@@ -20,7 +20,7 @@ from .stacked import at
 
 
 def as_float(name: str, values: Any) -> Tensor | None:
-    """Return a float32 tensor of a tensor, an array, or lists of either or of numbers, without gradient.
+    """Convert a tensor, an array, or lists of either or of numbers to a float32 tensor without gradient.
 
     Raises:
         ValueError: for anything else, such as lists of different lengths.
@@ -34,27 +34,27 @@ def as_float(name: str, values: Any) -> Tensor | None:
         values = values.detach().to(torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: expected a tensor, an array or lists of numbers: {error}") from error
-    # What was made in inference mode cannot be differentiated through.
+    # Clone, since inference tensors cannot be saved for backward.
     return values.clone() if values.is_inference() else values
 
 
 @dataclass(frozen=True, kw_only=True)
 class TTTTargets:
-    """A weighted mixture of targets for B images; every loss is a mean squared error in float32.
+    """Hold a weighted mixture of targets for B images; every loss is a mean squared error in float32.
 
-    Embeddings and features are the teacher's own; where the model has their statistics, they are compared in the
+    Embeddings and features are the teacher's, unchanged; if the model has their statistics, they are compared in the
     standardised space. All may be tensors, arrays or lists.
 
     Args:
-        image_embeds: for the pooled feature: `(B, F)`, or `(B, T, F)` for several views or teachers of one width.
-        embed_weights: `(T,)`, of these; equal ones by default, which sum to 1.
-        features: for the features of locations: `(B, rows, cols, F)`; the model is queried at the centres of these
-            cells, wherever its own grid lies, so that no target is interpolated.
-        rgb: for their colours: `(B, rows, cols, 3)`, in [0, 1]. The RGB head is then fitted too. Interpolated
-            bilinearly where `features` have another grid.
-        levels: for the levels of locations: `(B, N, rows, cols, C)`, normalised by [`normalise_levels`]; the head of
-            levels is then fitted too. Interpolated bilinearly where `features` have another grid.
-        cls_weight, grid_weight, rgb_weight, level_weight: of the four.
+        image_embeds: targets of the pooled feature: `(B, F)`, or `(B, T, F)` for several views or teachers.
+        embed_weights: `(T,)`, weights of these; equal ones by default, which sum to 1.
+        features: targets of the locations' features: `(B, rows, cols, F)`; the model is queried at the centres of
+            these cells, independent of its grid, so that no target is interpolated.
+        rgb: targets of their colours: `(B, rows, cols, 3)`, in [0, 1]. The RGB head is then fitted too. Interpolated
+            bilinearly if `features` have another grid.
+        levels: targets of the locations' levels: `(B, N, rows, cols, C)`, normalised by [`normalise_levels`]; the
+            levels' head is then fitted too. Interpolated bilinearly if `features` have another grid.
+        cls_weight, grid_weight, rgb_weight, level_weight: weights of the four losses.
 
     Raises:
         ValueError: for shapes that do not fit each other, or no target at all.
@@ -83,7 +83,7 @@ class TTTTargets:
             raise ValueError(f"rgb: expected shape (B, rows, cols, 3), got {tuple(given['rgb'].shape)}")
         counts = {name: len(values) for name, values in given.items()}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"targets: expected as many images everywhere, got {counts}")
+            raise ValueError(f"targets: expected the same number of images everywhere, got {counts}")
         if self.embed_weights is not None:
             several = self.image_embeds is not None and self.image_embeds.ndim == 3
             expected = (given["image_embeds"].shape[1] if several else 1,)
@@ -103,7 +103,7 @@ class TTTTargets:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """(rows, cols) of the locations' targets; None without any."""
+        """Return (rows, cols) of the locations' targets; None without any."""
         for values in (self.features, self.rgb, self.levels):
             if values is not None:
                 return values.shape[-3], values.shape[-2]
@@ -111,12 +111,12 @@ class TTTTargets:
 
 
 class Loss:
-    """The loss of a group of images.
+    """Compute the loss of a group of images.
 
     Args:
-        targets: of all images.
-        images: of the group.
-        model: whose feature statistics standardise features.
+        targets: targets of all images.
+        images: slice of the group.
+        model: model whose feature statistics standardise features.
     """
 
     def __init__(self, targets: TTTTargets, images: slice, model: APMModel):
@@ -134,7 +134,7 @@ class Loss:
             num_targets = self.embeds.shape[1]
             equal = torch.full((num_targets,), 1 / num_targets, dtype=torch.float32)
             self.embed_weights = (equal if targets.embed_weights is None else targets.embed_weights).to(device)
-        self.wanted: dict[str, Tensor] = {}  # (B, L, ...)
+        self.expected: dict[str, Tensor] = {}  # (B, L, ...)
         for name in self.weights:
             if (values := getattr(targets, name)) is not None:
                 values = values[images].to(device)
@@ -143,7 +143,7 @@ class Loss:
                 if columns.shape[-2:] != targets.grid:
                     columns = F.interpolate(columns, targets.grid, mode="bilinear", align_corners=False)
                 columns = columns.flatten(2).mT.contiguous()  # (B, L, N * C)
-                self.wanted[name] = columns.unflatten(-1, (values.shape[1], -1)) if name == "levels" else columns
+                self.expected[name] = columns.unflatten(-1, (values.shape[1], -1)) if name == "levels" else columns
 
     def __call__(self, outputs: dict[str, Tensor], where: Tensor | None) -> Tensor:
         """Return `(B,)` for the outputs of [`StackedModels`] at these locations."""
@@ -151,22 +151,22 @@ class Loss:
         if self.embeds is not None and self.embed_weights is not None:
             errors = self._scaled(outputs["pooled"][:, None] - self.embeds).square().mean(dim=2)  # (B, T)
             terms.append(self.cls_weight * (errors * self.embed_weights).sum(dim=1))
-        for name, wanted in self.wanted.items():
-            error = outputs[name] - at(wanted, where)
+        for name, expected in self.expected.items():
+            error = outputs[name] - at(expected, where)
             error = self._scaled(error) if name == "features" else error
             terms.append(self.weights[name] * error.square().flatten(1).mean(dim=1))
         return torch.stack(terms).sum(dim=0)
 
     def target_size(self) -> Tensor | None:
         """Return the root mean square of the (standardised) target features, `(B, 1, 1)`, if there are any."""
-        wanted = self.embeds if self.embeds is not None else self.wanted.get("features")
-        if wanted is None:
+        expected = self.embeds if self.embeds is not None else self.expected.get("features")
+        if expected is None:
             return None
-        wanted = self._scaled(wanted if self.mean is None else wanted - self.mean)
-        return wanted.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        expected = self._scaled(expected if self.mean is None else expected - self.mean)
+        return expected.square().mean(dim=(1, 2), keepdim=True).sqrt()
 
     def cosine(self, pooled: Tensor) -> Tensor | None:
-        """Return the cosines `(B,)` of pooled features `(B, F)` to the (mean) target; None where it has none."""
+        """Return the cosines `(B,)` of pooled features `(B, F)` to the (mean) target; None if there is none."""
         if self.embeds is None or self.embed_weights is None:
             return None
         return F.cosine_similarity(pooled, (self.embeds * self.embed_weights[:, None]).sum(dim=1))
@@ -175,13 +175,13 @@ class Loss:
         return errors if self.std is None else errors / self.std
 
     def keep(self, images: Tensor) -> None:
-        """Go on with these images alone, `(B',)` indices."""
+        """Continue with these images only, `(B',)` indices."""
         self.embeds = None if self.embeds is None else self.embeds[images]
-        self.wanted = {name: values[images] for name, values in self.wanted.items()}
+        self.expected = {name: values[images] for name, values in self.expected.items()}
 
 
 class Stopper:
-    """Decides which images of a group are done, without labels, by `TTTConfig.stop`.
+    """Decide which images of a group are done, without labels, by `TTTConfig.stop`.
 
     Args:
         classify: embeddings `(B, F)` -> classes `(B,)`, for `"stable"`.
@@ -211,6 +211,6 @@ class Stopper:
         return self.waited >= self.patience
 
     def keep(self, images: Tensor) -> None:
-        """Go on with these images alone, `(B',)` indices."""
+        """Continue with these images only, `(B',)` indices."""
         images = images.cpu()
         self.best, self.waited, self.predicted = self.best[images], self.waited[images], self.predicted[images]

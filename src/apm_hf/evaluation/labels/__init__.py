@@ -1,1 +1,1 @@
-"""Evaluation on labelled images; import from the modules inside."""
+"""Evaluate on labelled images; import from the modules inside."""

@@ -1,9 +1,9 @@
-"""Labelled images to evaluate on: the benchmarks of the paper by name, any other data set by its place.
+"""Load labelled images to evaluate on: the paper's benchmarks by name, any other data set by its path.
 
-Hub ids, splits, columns and codings were looked up in public cards and code; an entry that could not be says
-`confirmed=False` and warns. The test splits are those of the Hub's data sets. Papers after CoOp (arXiv:2109.01134) use
-splits of its authors for the fine-grained sets, which differ where `note` says so. The -C sets are the clean ones, to
-be corrupted by whoever uses them. A user's own copy is `load_benchmark("imagenet_a", data="/path")`.
+Hub ids, splits, columns and codings were looked up in public cards and code; entries that could not be confirmed have
+`confirmed=False` and warn. The test splits are those of the Hub's data sets. Papers after CoOp (arXiv:2109.01134) use
+its authors' splits for the fine-grained sets, which differ if `note` says so. The -C sets are the clean ones, to be
+corrupted by the caller. A local copy is `load_benchmark("imagenet_a", data="/path")`.
 
 Legend: N images, K classes.
 """
@@ -35,24 +35,24 @@ Constants = Literal["imagenet", "cifar"]
 NAME_FILES = ("classnames.txt", "README.txt", "LOC_synset_mapping.txt")  # CLIP benchmark, ImageNet-A and -R, Kaggle
 TEXT = ("string", "large_string")
 NUM_SCENES = 1_000
-SMALL_SIDE = 48  # images below it get CIFAR's constants unless told otherwise
+SMALL_SIDE = 48  # images below it get CIFAR's constants by default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Where labelled images are found and how they are used.
+    """Describe where a benchmark's images are found and how they are used.
 
     Args:
-        name, title: in result files and in tables.
-        hub_id, config, split, revision: of `datasets.load_dataset`; no id where the Hub has nothing loadable.
-        image_column, label_column: on the Hub; None is found out. Of a user's copy they are found out, too.
+        name, title: name in result files and title in tables.
+        hub_id, config, split, revision: arguments of `datasets.load_dataset`; no id if the Hub has no loadable copy.
+        image_column, label_column: columns on the Hub; None is detected. In a user's copy they are detected, too.
         templates, ensemble_templates: prompts, one and many.
         label_map: how names become words, and where they are if not with the labels.
-        constants: of corruptions.
-        corruptions: those that belong to the benchmark.
+        constants: constants of the corruptions.
+        corruptions: corruptions that belong to the benchmark.
         num_classes, num_images: as published; None is not checked.
         confirmed: whether id, split and columns were found in public documentation or code.
-        licence, note: what a user should know.
+        licence, note: licence, and remarks for users.
     """
 
     name: str
@@ -77,17 +77,17 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """N images with labels.
+    """Hold N images with labels.
 
     Attributes:
-        name, title: of the benchmark.
+        name, title: name and title of the benchmark.
         class_names: K names; several may be equal.
         labels: `(N,)` int64 in 0..K-1.
         templates, ensemble_templates: prompts, one and many.
-        constants: of corruptions.
+        constants: constants of the corruptions.
         source: where the images come from, for a result file.
-        rows: N mappings, decoded when asked for.
-        image_column: where in a row the image is.
+        rows: N mappings, decoded on access.
+        image_column: key of the image in a row.
     """
 
     name: str
@@ -105,10 +105,10 @@ class LabelledImages:
         return len(self.labels)
 
     def image(self, index: int) -> PIL.Image.Image:
-        """Upright, 8-bit RGB.
+        """Return one image, upright, 8-bit RGB.
 
         Raises:
-            ValueError: a damaged image; the message names the row.
+            ValueError: for a damaged image; the message names the row.
         """
         try:
             return eight_bit_rgb(decode_image(self.rows[index][self.image_column]))
@@ -119,7 +119,7 @@ class LabelledImages:
         return int(self.labels[index])
 
     def digest(self) -> str:
-        """SHA-256 of the images' and the labels' contents; of drawn scenes, of what they are drawn from."""
+        """Return the SHA-256 of the images' and labels' contents; for drawn scenes, of their parameters."""
         drawn = isinstance(self.rows, SceneDataset)
         images = json.dumps(self.source) if drawn else images_digest(self.rows, self.image_column)
         return hashlib.sha256(images.encode() + np.asarray(self.labels, dtype=np.int64).tobytes()).hexdigest()
@@ -139,12 +139,12 @@ def load_benchmark(
     ensemble_templates: Sequence[str] | None = None,
     constants: Constants | None = None,
 ) -> LabelledImages:
-    """Load a benchmark.
+    """Load a benchmark's images and labels, and check that they fit its classes.
 
     Args:
         name_or_path: one of `BENCHMARKS`, or `"scenes"`, or what [`load_images`] takes: a folder, a parquet file or a
             Hub name.
-        data: a user's copy of the registered benchmark: a folder or a parquet file.
+        data: a local copy of the registered benchmark: a folder or a parquet file.
         split: by default the benchmark's, or else the only one or the first of test, validation, val, ...
         image_column, label_column: by default the benchmark's, or as [`load_images`] finds them. Labels are integers,
             or text: then their values are the classes.
@@ -152,11 +152,11 @@ def load_benchmark(
             ids, ids -> names, or a file for [`read_class_names`]. By default `classnames.txt`, `README.txt` or
             `LOC_synset_mapping.txt` in the folder of the data or the one above.
         max_images: a random subset of this size, drawn with `seed`.
-        templates, ensemble_templates, constants: instead of the benchmark's.
+        templates, ensemble_templates, constants: replace the benchmark's.
 
     Raises:
-        ValueError: labels that do not fit the classes, other classes than published, missing columns or names.
-        FileNotFoundError: a path where there is nothing. ImportError: `datasets` is not installed.
+        ValueError: for labels that do not fit the classes, other classes than published, missing columns or names.
+        FileNotFoundError: for a path that does not exist. ImportError: `datasets` is not installed.
     """
     if max_images is not None and max_images < 1:
         raise ValueError(f"expected at least one image, got max_images={max_images}.")
@@ -171,7 +171,7 @@ def load_benchmark(
         benchmark = Benchmark(name=title, title=title, hub_id=name, split=None, constants=None)
         data = name if os.path.exists(name) else None
     place = _hub_place(benchmark) if data is None else os.path.expanduser(os.fspath(data))
-    if data is not None and not os.path.exists(place):  # or a mistyped folder would be asked for on the Hub
+    if data is not None and not os.path.exists(place):  # or a mistyped folder would be requested from the Hub
         raise FileNotFoundError(f"there is no file or folder {place!r}.")
     if isinstance(class_names, str | os.PathLike):
         class_names = read_class_names(class_names)
@@ -200,7 +200,7 @@ def load_benchmark(
         sources_are_labels=bool(values) and isinstance(values[0], str),
         options=benchmark.label_map,
     )
-    labels, rows = label_map(values), found.dataset  # of all images: a subset may lack classes
+    labels, rows = label_map(values), found.dataset  # from all images: a subset may lack classes
     _warn_of_differences(benchmark, labels, len(label_map.class_names))
     if max_images is not None:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(labels))[:max_images])
@@ -229,9 +229,9 @@ def load_benchmark(
 
 
 def scenes_benchmark(num_images: int, *, seed: int = 0) -> LabelledImages:
-    """The package's procedural scenes, for work without a network; 96 pixels, hence CIFAR's constants.
+    """Return the package's procedural scenes, for use without a network; 96 pixels, hence CIFAR's constants.
 
-    Seed s is stream s + 1 of [`SceneDataset`]: stream 0 taught the embedded teacher and student.
+    Seed s is stream s + 1 of [`SceneDataset`]: the embedded teacher and student were trained on stream 0.
     """
     scenes = SceneDataset(num_images, seed=seed + 1)
     return LabelledImages(
@@ -252,7 +252,7 @@ def _hub_place(benchmark: Benchmark) -> str:
     if benchmark.hub_id is None:
         raise ValueError(f"{benchmark.title} has no place on the Hub; give your copy with `data`. {benchmark.note}")
     if not benchmark.confirmed:
-        logger.warning(f"{benchmark.title}: could not confirm how it lies on the Hub. {benchmark.note}")
+        logger.warning(f"{benchmark.title}: could not confirm its format on the Hub. {benchmark.note}")
     return f"{benchmark.hub_id}:{benchmark.config}" if benchmark.config else benchmark.hub_id
 
 
@@ -260,14 +260,14 @@ def _choose_split(place: str, benchmark: Benchmark) -> str:
     names = Source.parse(place, benchmark.revision).split_names
     if benchmark.split in names or len(names) == 1:
         return benchmark.split if benchmark.split in names else names[0]
-    for split in ("test", *VALIDATION_SPLITS):  # never "train" where there is another
+    for split in ("test", *VALIDATION_SPLITS):  # never "train" if there is another
         if split in names:
             return split
     raise ValueError(f"{place} has several splits; choose one of {names} with `split`.")
 
 
 def _load_rows(place: str, label_column: str | None, *, label_column_may_differ: bool, **options: Any) -> ImageData:
-    """[`load_images`], which knows only labels that are integers, and text as well."""
+    """Load rows as [`load_images`] does, but accept text labels as well as integers."""
     try:
         return load_images(place, label_column=label_column, **options)
     except ValueError:
@@ -282,7 +282,7 @@ def _load_rows(place: str, label_column: str | None, *, label_column_may_differ:
 
 
 def _load_arrays(folder: Path) -> ImageData:
-    """CIFAR-10.1's release: `*_data.npy` `(N, H, W, 3)` uint8 and `*_labels.npy` `(N,)`."""
+    """Load CIFAR-10.1's release: `*_data.npy` `(N, H, W, 3)` uint8 and `*_labels.npy` `(N,)`."""
     import datasets
 
     arrays = [sorted(folder.glob(f"*_{kind}.npy")) for kind in ("data", "labels")]
@@ -299,7 +299,7 @@ def _load_arrays(folder: Path) -> ImageData:
 
 
 def _labels_and_sources(data: ImageData, label_column: str) -> tuple[list[Any], list[str] | None]:
-    """What the label column says of every row, and how the data set calls its classes, if it does."""
+    """Return every row's entry in the label column, and the data set's class names, if it has them."""
     feature = data.dataset.features[label_column]
     values = data.dataset.select_columns([label_column])[label_column][:]
     if hasattr(feature, "names"):
@@ -308,7 +308,7 @@ def _labels_and_sources(data: ImageData, label_column: str) -> tuple[list[Any], 
 
 
 def _names_beside(data: ImageData, label_column: str) -> dict[str, str] | None:
-    """WordNet id -> name, where a column beside that of the ids has one name for each."""
+    """Return WordNet id -> name, if a column next to that of the ids has one name for each."""
     for column in CLASS_NAME_COLUMNS:
         if getattr(data.dataset.features.get(column), "dtype", None) in TEXT:
             rows = data.dataset.select_columns([label_column, column])
@@ -321,7 +321,7 @@ def _names_beside(data: ImageData, label_column: str) -> dict[str, str] | None:
 
 
 def _names_file(place: str, benchmark: Benchmark, is_copy: bool) -> list[str] | dict[str, str] | None:
-    """Names from a file beside the data."""
+    """Read class names from a file next to the data."""
     file = benchmark.label_map.names_file
     if not is_copy:
         if file is None:
@@ -349,7 +349,7 @@ def _warn_of_differences(benchmark: Benchmark, labels: Labels, num_classes: int)
 
 
 def _a_type_of(kind: str) -> dict[str, Any]:
-    """Prompts that say what kind of thing a fine class is, as CLIP's do (arXiv:2103.00020, Sec. 3.1.4)."""
+    """Return prompts that name the kind of a fine-grained class, as CLIP's do (arXiv:2103.00020, Sec. 3.1.4)."""
     single, many = (
         tuple(f"{template.removesuffix('.')}, a type of {kind}." for template in templates)
         for templates in (DEFAULT_TEMPLATES, ENSEMBLE_TEMPLATES)
@@ -363,7 +363,7 @@ def _entry(name: str, title: str, hub_id: str | None, num_classes: int, num_imag
 
 
 def _of_clip_benchmark(image_column: str | None, **options: Any) -> dict[str, Any]:
-    """How a set of https://huggingface.co/clip-benchmark lies: labels in `cls`, their names in a file."""
+    """Return options for sets of https://huggingface.co/clip-benchmark: labels in `cls`, names in a file."""
     names = NameOptions(names_file="classnames.txt")
     return {"image_column": image_column, "label_column": "cls", "label_map": names, **options}
 
@@ -386,7 +386,7 @@ _CIFAR100 = _entry(
     config="cifar100",
     image_column="img",
     label_column="fine_label",
-    label_map=NameOptions(renames={"cra": "crab"}),  # as the Hub has it
+    label_map=NameOptions(renames={"cra": "crab"}),  # as spelled on the Hub
     constants="cifar",
 )
 _CIFAR10_1 = _entry(

@@ -1,11 +1,11 @@
-"""From what a data set writes as a label to a class index, and from predictions back to whether that was right.
+"""Map a data set's labels to class indices, and check the map against predictions.
 
-A wrong map costs accuracy without a word: folders 0..999 sort as 0, 1, 10, 100; ImageNet-A and -R have 200 of the
+A wrong map lowers accuracy silently: folders 0..999 sort as 0, 1, 10, 100; ImageNet-A and -R have 200 of the
 1,000 classes, named by WordNet id; a missing folder shifts all later ones. No list of classes is shipped: the map is
-made from what the data set itself says, and anything that does not fit exactly is a ValueError.
+made from the data set's metadata, and anything that does not fit exactly is a ValueError.
 
-[`build_label_map`] reads names; [`check_label_map`] looks at a teacher's zero-shot predictions afterwards. The check
-cannot see one or two wrong classes among many: a teacher may honestly take all maillots for bikinis.
+[`build_label_map`] reads names; [`check_label_map`] tests them on a teacher's zero-shot predictions. The check cannot
+detect one or two wrong classes among many: a teacher may genuinely confuse all maillots with bikinis.
 
 Legend: N images, K classes.
 """
@@ -27,21 +27,21 @@ WORDNET_ID = re.compile(r"n\d{8}")
 _WORDNET_LINE = re.compile(r"(n\d{8})[\s,:_-]+(\S.*)")
 Labels = NDArray[np.int64]
 
-# What counts as beyond doubt. Chosen on CIFAR-10 with a teacher of 10 to 44 %, clean and corrupted, and on simulated
-# teachers of 5 to 70 % with 10 to 1,000 classes: from 15 % on, honest ones stay well inside these limits.
-_DOUBT = 1e-6  # of a sign test between the map and a permutation of it
-_LEFT_OVER = 0.15  # permuted altogether: the map explains at most this part of what the permutation does
-_MOVED_EXPLAINED = 0.5  # permuted in part: the permutation explains this part of the images of classes it moves ...
-_MOVED_SHARE = 0.05  # ... and they are this part of all
-_CHANCE_MARGIN = 0.1  # a teacher this much better than chance would have been told from chance
+# Thresholds of the check. Chosen on CIFAR-10 with a teacher of 10 to 44 %, clean and corrupted, and on simulated
+# teachers of 5 to 70 % with 10 to 1,000 classes: from 15 % on, correct maps stay well inside these limits.
+_DOUBT = 1e-6  # p-value of a sign test between the map and a permutation of it
+_LEFT_OVER = 0.15  # all classes permuted: the map explains at most this share of what the permutation explains
+_MOVED_EXPLAINED = 0.5  # some classes permuted: the permutation explains this share of the images of moved classes ...
+_MOVED_SHARE = 0.05  # ... and they are this share of all images
+_CHANCE_MARGIN = 0.1  # a teacher this much better than chance would have been distinguished from chance
 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """What stands in the label column -> class index.
+    """Map entries of the label column to class indices.
 
     Attributes:
-        class_names: K names, readable; two classes may share one.
+        class_names: K readable names; two classes may share one.
         index_of: an integer or a string for each class, all different -> 0..K-1, each once.
     """
 
@@ -53,10 +53,10 @@ class LabelMap:
             raise ValueError(f"expected one label for each of {len(self.class_names)} classes, got {self.index_of}.")
 
     def __call__(self, labels: Sequence[int] | Sequence[str]) -> Labels:
-        """`(N,)` class indices.
+        """Return class indices `(N,)`.
 
         Raises:
-            ValueError: labels that are no class; test sets without labels often write -1.
+            ValueError: for labels that are no class; test sets without labels often contain -1.
         """
         if unknown := sorted(set(labels) - set(self.index_of), key=str):
             known = list(self.index_of)
@@ -68,11 +68,11 @@ class LabelMap:
 
 @dataclass(frozen=True, kw_only=True)
 class NameOptions:
-    """How a data set's names become words for a prompt; underscores and WordNet ids always go.
+    """Configure how class names become words for a prompt; underscores and WordNet ids are always removed.
 
     Args:
         class_names: names in order, for a data set that has none.
-        names_file: beside the data on the Hub, for [`read_class_names`].
+        names_file: file next to the data on the Hub, for [`read_class_names`].
         renames: readable names to replace.
         first_synonym: shorten "tench, Tinca tinca" to "tench", unless two classes would become the same.
         split_words: "ApplyLipstick" is written "Apply Lipstick".
@@ -104,19 +104,19 @@ def build_label_map(
     sources_are_labels: bool = False,
     options: NameOptions | None = None,
 ) -> LabelMap:
-    """Make the map from the names that a data set gives its classes.
+    """Build the map from the names that a data set gives its classes.
 
     Args:
-        sources: what the data set calls its classes, in its own order: names ("great_white_shark"), names behind
-            WordNet ids, bare ids, or numbers. None if it only has integers.
+        sources: the data set's class names, in its order: names ("great_white_shark"), names after WordNet ids, bare
+            ids, or numbers. None if it only has integers.
         class_names: K names in the order of the numbers or of the sorted ids, or ids -> names. Needed unless the
             sources are names; if they are, then both must be the same names, and `class_names` sets the order.
-        num_classes: K, where it is known.
+        num_classes: K, if known.
         sources_are_labels: the label column holds the sources themselves instead of positions in them.
-        options: for the names; by default only underscores and ids go.
+        options: for the names; by default only underscores and ids are removed.
 
     Raises:
-        ValueError: sources that repeat, mix codings or leave gaps; names that are missing, too many or different.
+        ValueError: for sources that repeat, mix codings or leave gaps; names that are missing, too many or different.
     """
     if sources is None:
         if class_names is None or isinstance(class_names, Mapping):
@@ -139,7 +139,7 @@ def build_label_map(
 
 
 def _ordered(sources: list[str], class_names: Sequence[str] | Mapping[str, str] | None) -> tuple[list[str], list[int]]:
-    """The names in the order of the classes, and the class of each source."""
+    """Return the names in the order of the classes, and the class of each source."""
     is_number = [source.isdecimal() for source in sources]
     has_id = [WORDNET_ID.match(source) is not None for source in sources]
     if any(has_id) and not all(has_id):
@@ -167,22 +167,20 @@ def _ordered(sources: list[str], class_names: Sequence[str] | Mapping[str, str] 
 
 def _given(sources: list[str], class_names: Sequence[str] | Mapping[str, str] | None, what: str) -> list[str]:
     if class_names is None or isinstance(class_names, Mapping):
-        raise ValueError(
-            f"the classes are {what} ({first_five(sources)}); expected `class_names` that tell their names."
-        )
+        raise ValueError(f"the classes are {what} ({first_five(sources)}); expected `class_names` with their names.")
     if len(class_names) != len(sources):
         raise ValueError(f"expected {len(sources)} class names, as many as there are {what}, got {len(class_names)}.")
     return list(class_names)
 
 
 def _matched(sources: Sequence[str], class_names: Sequence[str]) -> list[int]:
-    """For each source the place of its name; of equal names, the first goes with the first."""
+    """Return the position of each source's name; equal names are matched in order."""
     order: dict[int, int] = {}
     left = list(range(len(class_names)))
     for form in (
         _without_id,
         _plain,
-    ):  # "Cardigan" is a dog, "cardigan" is worn: what is equal as it stands goes first
+    ):  # "Cardigan" is a dog, "cardigan" a garment: exact matches go first
         places = defaultdict(list)
         for place in left:
             places[form(class_names[place])].append(place)
@@ -201,7 +199,7 @@ def _matched(sources: Sequence[str], class_names: Sequence[str]) -> list[int]:
 
 
 def lacks_names(sources: Sequence[str] | None) -> bool:
-    """Whether these are only numbers or WordNet ids, which need [`read_class_names`] or the like."""
+    """Return whether the sources are only numbers or WordNet ids, which need e.g. [`read_class_names`]."""
     return sources is None or all(source.isdecimal() or WORDNET_ID.fullmatch(source) for source in sources)
 
 
@@ -245,25 +243,23 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str] | dict[str, str]
 def check_label_map(
     labels: ArrayLike, predictions: ArrayLike, class_names: Sequence[str], *, allow_chance: bool = False
 ) -> None:
-    """Refuse labels that a teacher's zero-shot predictions show to be wrong beyond doubt.
+    """Reject labels that a teacher's zero-shot predictions show to be wrong beyond doubt.
 
-    Meant for clean images. With a few images a class, a permutation is fitted to one half of the images and must
-    explain the other half; with one, only known accidents (numbers sorted as text, a shift by one, alphabetical order)
-    and chance can be told. An honest teacher may be bad: it passes unless its accuracy is no better than chance.
+    Meant for clean images. With a few images per class, a permutation is fitted to one half of the images and must
+    explain the other half; with one, only known mistakes (numbers sorted as text, a shift by one, alphabetical order)
+    and chance are detected. A weak teacher passes unless its accuracy is no better than chance.
 
     Args:
         labels: `(N,)` in 0..K-1.
-        predictions: `(N,)` in 0..K-1; of classes with the same name, any.
+        predictions: `(N,)` in 0..K-1; any of the classes with the same name.
         class_names: K names.
-        allow_chance: let an accuracy pass that is not above chance.
+        allow_chance: accept an accuracy that is not above chance.
 
     Raises:
-        ValueError: with examples of what images are labelled and taken for.
+        ValueError: if they are wrong; the message has examples of labels and predictions.
     """
     num_classes = len(class_names)
-    first_of = np.array(
-        [class_names.index(name) for name in class_names]
-    )  # nobody can tell ImageNet's two cranes apart
+    first_of = np.array([class_names.index(name) for name in class_names])  # ImageNet has two classes named "crane"
     true, guess = (first_of[np.asarray(values, dtype=np.int64)] for values in (labels, predictions))
     if true.shape != guess.shape or true.ndim != 1:
         raise ValueError(f"expected labels and predictions (N,), got {true.shape} and {guess.shape}.")
@@ -278,8 +274,8 @@ def check_label_map(
     if not allow_chance and _is_chance(int(np.sum(true == guess)), len(true), chance):
         raise ValueError(
             f"the teacher's accuracy, {np.mean(true == guess):.1%} of {len(true)} images, is no better than chance, "
-            f"{chance:.1%}: wrong labels, wrong class names, or a teacher that cannot tell these {num_classes} "
-            "classes apart. If it is the last, say so with allow_chance."
+            f"{chance:.1%}: wrong labels, wrong class names, or a teacher that cannot distinguish these {num_classes} "
+            "classes. In the last case, pass allow_chance."
         )
 
 
@@ -288,7 +284,7 @@ def _shares(classes: Labels, num_classes: int) -> NDArray[np.float64]:
 
 
 def _permutations(true: Labels, guess: Labels, class_names: Sequence[str]) -> list[tuple[str, Labels]]:
-    """Known accidents and the best fit: a cause, and `(N,)` the classes that it says were meant."""
+    """Return known mistakes and the best fit: a cause, and the classes `(N,)` that it implies."""
     num_classes = len(class_names)
     as_text = np.array(sorted(range(num_classes), key=str))
     by_name = np.array(sorted(range(num_classes), key=lambda index: class_names[index].casefold()))
@@ -300,7 +296,7 @@ def _permutations(true: Labels, guess: Labels, class_names: Sequence[str]) -> li
 
 
 def _cross_fitted(true: Labels, guess: Labels, num_classes: int) -> Labels:
-    """Each half of every class, mapped by the permutation that best explains the other halves."""
+    """Map each half of every class by the permutation that best explains the other halves."""
     from scipy.optimize import linear_sum_assignment
 
     order = np.argsort(true, kind="stable")
@@ -308,7 +304,7 @@ def _cross_fitted(true: Labels, guess: Labels, num_classes: int) -> Labels:
     half[order] = (np.arange(len(true)) - np.searchsorted(true[order], true[order])) % 2
     intended = np.empty_like(true)
     for part in (0, 1):
-        counts = np.diag(np.full(num_classes, 0.5))  # without evidence a class stays where it is
+        counts = np.diag(np.full(num_classes, 0.5))  # without evidence a class is not moved
         np.add.at(counts, (true[half != part], guess[half != part]), 1)
         intended[half == part] = linear_sum_assignment(counts, maximize=True)[1][true[half == part]]
     return intended
@@ -332,7 +328,7 @@ def _is_permuted(true: Labels, guess: Labels, intended: Labels, chance: float) -
 
 
 def _is_chance(num_hits: int, num_images: int, chance: float) -> bool:
-    """Whether hits are no more than chance gives, and too few for a teacher that is somewhat better."""
+    """Return whether hits are no more than chance gives, and too few for a somewhat better teacher."""
     from scipy.stats import binom
 
     better = min(1.0, chance + _CHANCE_MARGIN)

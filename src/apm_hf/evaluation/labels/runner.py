@@ -1,9 +1,9 @@
-"""Runs an evaluation: sharded over processes, resumable, and with the same bytes however it was cut.
+"""Run an evaluation: sharded over processes, resumable, with the same results for any number of processes.
 
-The images of every cell are taken in batches that depend on nothing but the plan; processes share the batches out.
-A finished batch is a part of the [`apm_hf.runs.run.Run`], so what is killed loses the batches in work and no more, and
-what is damaged is computed again. At the end the parts are joined in the plan's order into `results.jsonl`; times and
-memory, which no two runs share, go into `costs.jsonl`.
+The images of every cell are taken in batches that depend only on the plan; batches are divided among the processes.
+A finished batch is a part of the [`apm_hf.runs.run.Run`]: an interrupted run loses only the batches in work, and
+damaged parts are computed again. At the end the parts are joined in the plan's order into `results.jsonl`; times and
+memory, which differ between runs, go into `costs.jsonl`.
 
 Legend: B images of a batch, K classes, F width of the teacher's embeddings.
 """
@@ -41,23 +41,23 @@ from .label_maps import check_label_map
 logger = logging.get_logger(__name__)
 
 RESULTS, COSTS, STREAM = "results.jsonl", "costs.jsonl", "stream"
-CHECKED_BY = "zero_shot"  # whose predictions say whether the labels fit the classes
+CHECKED_BY = "zero_shot"  # method whose predictions are used to check that labels fit the classes
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How a plan is run.
+    """Configure how a plan is run.
 
     Args:
-        output_dir: of the results; a run that was interrupted goes on there.
+        output_dir: folder of the results; an interrupted run is resumed there.
         data: name in the plan -> folder, file or Hub name to read that benchmark from.
-        batch_size: images at a time; methods that use the batch's statistics depend on it.
-        num_views: of methods that look at several views.
-        max_bad_images: so many different images that cannot be read are left out, for every method, and listed in
+        batch_size: images per batch; methods that use the batch's statistics depend on it.
+        num_views: views per image, for methods that use several.
+        max_bad_images: maximum number of distinct unreadable images; they are skipped for every method and listed in
             `skipped_images.jsonl`.
         model: folder or name of a distilled APM, for the methods that start from one.
-        command: what the report says made it.
-        allow_chance: do not refuse labels that the teacher's predictions have nothing to do with.
+        command: command line shown in the report.
+        allow_chance: accept labels that the teacher predicts no better than chance.
     """
 
     output_dir: str
@@ -78,14 +78,14 @@ class EvaluationConfig:
 
 
 def run_evaluation(sweeps: Sequence[Sweep], config: EvaluationConfig) -> Path:
-    """Run every cell of the sweeps that is not there yet, on all processes, and join the results.
+    """Run every cell of the sweeps that is not finished yet, on all processes, and join the results.
 
     Returns:
         The folder with `results.jsonl`, `costs.jsonl` and `run.json`, complete once every process has returned.
 
     Raises:
-        ValueError: for a folder that holds another run or that one is writing, unknown names, methods that the
-            teacher cannot serve, labels that do not belong to the classes, or more images that cannot be read than
+        ValueError: for a folder that holds another run or is being written by one, unknown names, methods that the
+            teacher does not support, labels that do not fit the classes, or more unreadable images than
             `config.max_bad_images`.
     """
     state = process_state()
@@ -106,12 +106,12 @@ class _Evaluation:
         self.sweeps = sweeps
         self.teacher: Teacher | None = None
         self.tasks: dict[str, ZeroShotTask] = {}
-        for cell in self.cells:  # what is missing is found before anything is computed
+        for cell in self.cells:  # missing data are found before anything is computed
             self._images(cell.benchmark)
 
     def __call__(self) -> Path:
         self._claim_folder()
-        # Clean images come first: their predictions say whether labels and classes belong together.
+        # Clean images come first: their predictions show whether labels and classes belong together.
         for clean in (True, False):
             cells = [cell for cell in self.cells if cell.clean == clean]
             self._predict(cells)
@@ -143,10 +143,10 @@ class _Evaluation:
         return self.benchmarks[name]
 
     def _claim_folder(self) -> None:
-        """Claim the folder for all that decides about the results: models, teachers and images by their contents.
+        """Claim the folder for everything that determines the results: contents of models, teachers and images.
 
         Raises:
-            ValueError: another run's folder; says what differs.
+            ValueError: for another run's folder; the message names what differs.
         """
         methods = self.methods[self.cells[0].seed]
         identity = describe(self.sweeps, methods, batch_size=self.config.batch_size)
@@ -176,7 +176,7 @@ class _Evaluation:
     def _task(self, cell: Cell) -> ZeroShotTask:
         teacher = self._load_teacher(cell.teacher)
         if cell.benchmark not in self.tasks:
-            self._make_methods(cell.seed, teacher)  # says what this teacher cannot serve
+            self._make_methods(cell.seed, teacher)  # raises for methods that this teacher does not support
             images = self._images(cell.benchmark)
             self.tasks[cell.benchmark] = ZeroShotTask.build(
                 teacher,
@@ -205,14 +205,14 @@ class _Evaluation:
         return [methods[name] for name in cell.methods if methods[name].sequential]
 
     def _predict(self, cells: list[Cell]) -> None:
-        """Every batch that is not there yet and is this process's share, methods that need an order aside."""
-        everything = [(cell, number, batch) for cell in cells for number, batch in enumerate(self._batches(cell))]
-        todo = [entry for entry in everything if self._missing(entry[0], entry[1])]
-        self.state.wait_for_everyone()  # so that all share out the same list
+        """Predict this process's share of the missing batches, except for sequential methods."""
+        batches = [(cell, number, batch) for cell in cells for number, batch in enumerate(self._batches(cell))]
+        todo = [entry for entry in batches if self._missing(entry[0], entry[1])]
+        self.state.wait_for_everyone()  # so that all processes divide the same list
         mine = todo[self.state.process_index :: self.state.num_processes]
         if cells and self.state.is_main_process:
-            there, shared = len(everything) - len(todo), f"{self.state.num_processes} processes"
-            logger.info(f"{there} of {len(everything)} batches are there, the others are for {shared}.")
+            done, shared = len(batches) - len(todo), f"{self.state.num_processes} processes"
+            logger.info(f"{done} of {len(batches)} batches are done, the others are divided among {shared}.")
         total, quiet = sum(len(batch) for *_, batch in mine), not self.state.is_main_process
         with tqdm(total=total, desc="evaluate", unit="image", disable=quiet) as progress:
             for cell, number, indices in mine:
@@ -238,9 +238,9 @@ class _Evaluation:
         seeds = [cell.image_seed(index) for index in indices]
         batch = ImageBatch(images, indices, seeds, view_encoder(task.teacher))
         labels = [data.label(index) for index in indices]
-        own = self.methods[cell.seed]
-        methods = [own[name] for name in cell.methods if not own[name].sequential]
-        lines, costs = self._answers(cell, task, batch, labels, methods)
+        by_name = self.methods[cell.seed]
+        methods = [by_name[name] for name in cell.methods if not by_name[name].sequential]
+        lines, costs = self._result_lines(cell, task, batch, labels, methods)
         tensors = None
         if self._in_order(cell):
             embeds, seconds = torch.empty(0, task.teacher.feature_size), 0.0
@@ -262,10 +262,10 @@ class _Evaluation:
             )
 
     def _readable(self, cell: Cell, indices: list[int]) -> tuple[list[Image], list[int], list[dict[str, Any]]]:
-        """The images of a batch that can be read, which they are, and the others.
+        """Return a batch's readable images, their indices, and records of the unreadable ones.
 
         Raises:
-            ValueError: for an unreadable image where none is allowed.
+            ValueError: for an unreadable image if none is allowed.
         """
         data, images, good, unreadable = self._images(cell.benchmark), [], [], []
         for index in indices:
@@ -281,7 +281,7 @@ class _Evaluation:
         return images, good, unreadable
 
     def _skipped(self) -> list[dict[str, Any]]:
-        """What all processes have left out so far, an image once, in order."""
+        """Return what all processes have skipped so far, each image once, in order."""
         parts = [
             self.run.load(self._part(cell, number)) or {"unreadable": []}
             for cell in self.cells
@@ -291,7 +291,7 @@ class _Evaluation:
         return [found[key] for key in sorted(found)]
 
     def _predict_in_order(self, cells: list[Cell]) -> None:
-        """Methods that need the images before: every cell by one process, from the embeddings kept."""
+        """Run sequential methods: every cell by one process, from the cached embeddings."""
         todo = [cell for cell in cells if self._in_order(cell) and self._missing(cell, STREAM)]
         self.state.wait_for_everyone()
         for cell in todo[self.state.process_index :: self.state.num_processes]:
@@ -299,23 +299,23 @@ class _Evaluation:
             earlier = torch.empty(0, task.teacher.feature_size, device=task.teacher.device)
             all_lines, all_costs = [], []
             for number in range(len(self._batches(cell))):
-                kept = load_file(self.run.tensors(self._part(cell, number)))
-                indices = kept["images"].tolist()
-                embeds, seconds = kept["image_embeds"].to(task.teacher.device), [kept["seconds"].item()]
+                cached = load_file(self.run.tensors(self._part(cell, number)))
+                indices = cached["images"].tolist()
+                embeds, seconds = cached["image_embeds"].to(task.teacher.device), [cached["seconds"].item()]
                 seeds = [cell.image_seed(index) for index in indices]
                 batch = ImageBatch([], indices, seeds, _no_other_view, earlier, seconds, _views=[embeds])
                 labels = [data.label(index) for index in indices]
-                lines, costs = self._answers(cell, task, batch, labels, self._in_order(cell))
+                lines, costs = self._result_lines(cell, task, batch, labels, self._in_order(cell))
                 all_lines.append(lines)
                 all_costs.append(costs)
                 earlier = torch.cat([earlier, embeds])
             self.run.save(self._part(cell, STREAM), {"lines": "".join(all_lines), "costs": "".join(all_costs)})
 
     @staticmethod
-    def _answers(
+    def _result_lines(
         cell: Cell, task: ZeroShotTask, batch: ImageBatch, labels: list[int], methods: list[Method]
     ) -> tuple[str, str]:
-        """Lines of results and of costs."""
+        """Return the lines of results and of costs."""
         lines, costs = [], []
         for method in methods if batch.indices else ():
             with PeakMemory(task.teacher.device) as memory:
@@ -364,8 +364,8 @@ class _Evaluation:
 
 
 def _check_unique(cells: list[Cell]) -> None:
-    asked = Counter((*cell.labels().values(), name) for cell in cells for name in cell.methods)
-    if repeated := [key for key, count in asked.items() if count > 1]:
+    requested = Counter((*cell.labels().values(), name) for cell in cells for name in cell.methods)
+    if repeated := [key for key, count in requested.items() if count > 1]:
         raise ValueError(f"sweeps: expected a method once under the same conditions, got twice {repeated[0]}")
 
 
@@ -392,11 +392,11 @@ def _check_output(method: Method, output: MethodOutput, num_images: int, num_cla
 
 
 def _no_other_view(batch: ImageBatch, view: int) -> Tensor:
-    raise ValueError(f"expected a sequential method to look at the image itself alone, got view {view}")
+    raise ValueError(f"expected a sequential method to use only the image itself, got view {view}")
 
 
 class PeakMemory:
-    """Bytes that a block of code took above its start: of the GPU's allocator, else of this process, sampled."""
+    """Measure a block's peak bytes above its start: of the GPU's allocator, else of this process, sampled."""
 
     def __init__(self, device: torch.device, *, interval: float = 0.005):
         self.device, self.interval, self.peak_bytes = device, interval, 0
@@ -414,9 +414,9 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self.stop.wait(self.interval):
-            self._look()
+            self._update()
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.process.memory_info().rss - self.start)
 
     def __exit__(self, *error: Any) -> None:
@@ -425,4 +425,4 @@ class PeakMemory:
             return
         self.stop.set()
         self.thread.join()
-        self._look()
+        self._update()

@@ -1,7 +1,7 @@
-"""Ready-made evaluations for `apm evaluate --suite NAME`.
+"""Define ready-made evaluations for `apm evaluate --suite NAME`.
 
-`smoke` needs nothing but this package; `photos` takes a folder of labelled photos; `ood` and `fine_grained` are the
-paper's tables (arXiv:2410.20535), on data sets of the Hub.
+`smoke` needs only this package; `photos` takes a folder of labelled photos; `ood` and `fine_grained` are the paper's
+tables (arXiv:2410.20535), on data sets from the Hub.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +19,9 @@ from .runner import EvaluationConfig, run_evaluation
 TEACHER_METHODS = ("zero_shot", "ensemble", "mean_views", "recentred_batch", "recentred_stream")
 VIEW_METHODS = ("zero", "mta")
 APM_METHODS = ("apm_fast", "apm_fast_stable", "apm_fast_views", "apm_fast_filtered_views", "apm_fast_recentred")
-CONTROLS = ("apm_output_bias", "apm_random")  # the second asks for the whole grid: as slow as TPT
+CONTROLS = ("apm_output_bias", "apm_random")  # the second queries the complete grid: as slow as TPT
 DISTILLED_METHODS = ("apm_distilled", "apm_distilled_fast")
-# Seconds an image on a CPU with a thousand classes and a grid of a thousand locations.
+# Seconds per image on a CPU with a thousand classes and a grid of a thousand locations.
 SLOW_METHODS = ("tpt", "apm_paper")
 
 NATURAL_SHIFTS = ("imagenet", "imagenet_a", "imagenet_v2", "imagenet_r", "imagenet_sketch")
@@ -40,7 +40,7 @@ FINE_GRAINED = (
 
 
 def smoke(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[Sweep]:
-    """Every method on a few drawn scenes: a minute, no network."""
+    """Return sweeps of every method over a few drawn scenes: a minute, no network."""
     methods = (*TEACHER_METHODS, *VIEW_METHODS, "tpt", "apm_fast", *CONTROLS, *(DISTILLED_METHODS * distilled))
     common: dict[str, Any] = {"benchmarks": (benchmark,), "teachers": teachers}
     return [
@@ -56,7 +56,7 @@ def smoke(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[Sw
 
 
 def photos(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[Sweep]:
-    """1,000 photos clean, 64 of them under every corruption, 24 for what is slow: half an hour on two cores."""
+    """Return sweeps over 1,000 clean photos, 64 under every corruption, 24 for slow methods: 30 min on two cores."""
     methods = (*TEACHER_METHODS, *VIEW_METHODS, *APM_METHODS, CONTROLS[0], *(DISTILLED_METHODS * distilled))
     common: dict[str, Any] = {"benchmarks": (benchmark,), "teachers": teachers}
     return [
@@ -73,7 +73,7 @@ def photos(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[S
 
 
 def ood(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[Sweep]:
-    """The paper's natural shifts and ImageNet-C: a GPU's work."""
+    """Return sweeps over the paper's natural shifts and ImageNet-C; needs a GPU."""
     methods = (*TEACHER_METHODS, *VIEW_METHODS, "tpt", "apm_paper", *APM_METHODS, *(DISTILLED_METHODS * distilled))
     return [
         Sweep(benchmarks=NATURAL_SHIFTS, teachers=teachers, methods=methods),
@@ -88,7 +88,7 @@ def ood(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[Swee
 
 
 def fine_grained(benchmark: str, teachers: tuple[str, ...], distilled: bool) -> list[Sweep]:
-    """The paper's data sets of one kind of thing each."""
+    """Return sweeps over the paper's fine-grained data sets."""
     methods = (*TEACHER_METHODS, *VIEW_METHODS, "tpt", "apm_paper", *APM_METHODS, *(DISTILLED_METHODS * distilled))
     return [Sweep(benchmarks=FINE_GRAINED, teachers=teachers, methods=methods)]
 
@@ -100,7 +100,7 @@ SUITES: dict[str, Callable[[str, tuple[str, ...], bool], list[Sweep]]] = {
     "fine_grained": fine_grained,
 }
 CUSTOM = "custom"
-FOR_CARDS = ("apm_distilled_fast", "apm_distilled", "apm_fast")  # the first of these that ran
+FOR_CARDS = ("apm_distilled_fast", "apm_distilled", "apm_fast")  # the first one that ran goes into the card
 
 
 def evaluate(
@@ -121,25 +121,25 @@ def evaluate(
     allow_chance: bool = False,
     command: str = "",
 ) -> Path:
-    """Run a suite, or with `suite="custom"` the sweep that the other arguments spell out, and report.
+    """Run a suite, or with `suite="custom"` the sweep that the other arguments describe, and write the report.
 
     Args:
         suite: one of `SUITES`, or `"custom"`.
-        output_dir: of results and report; a run that was interrupted goes on there.
-        data: benchmarks: registered names, folders, files, Hub names, or `NAME=FOLDER` for a registered benchmark
-            that lies on this disk. Suites of the Hub's data sets only take the last form.
+        output_dir: folder of results and report; an interrupted run is resumed there.
+        data: benchmarks: registered names, folders, files, Hub names, or `NAME=FOLDER` for a local copy of a
+            registered benchmark. Suites over Hub data sets accept only the last form.
         teachers: names or folders.
         model: a distilled APM.
-        methods: of a custom sweep; of a suite, those of its methods to run.
-        corruptions, severities: of what is corrupted, instead of the suite's own.
-        seeds, max_images: of every sweep, instead of the suite's own.
+        methods: methods of a custom sweep; for a suite, the subset of its methods to run.
+        corruptions, severities: replace the suite's, in its corrupted sweeps.
+        seeds, max_images: replace the suite's, in every sweep.
         max_bad_images, batch_size, num_views, allow_chance, command: see [`EvaluationConfig`].
 
     Returns:
-        The folder with `report.md` and, where an APM was evaluated, `model_index.json` for a model card.
+        The folder with `report.md` and, if an APM was evaluated, `model_index.json` for a model card.
 
     Raises:
-        ValueError: an unknown suite, or one that lacks its data or its teacher; see also [`run_evaluation`].
+        ValueError: for an unknown suite, or one that lacks its data or its teacher; see also [`run_evaluation`].
     """
     places = dict(entry.split("=", 1) for entry in data if "=" in entry)
     benchmarks = [entry for entry in data if "=" not in entry] + ([*places] if suite in ("photos", CUSTOM) else [])
@@ -203,7 +203,7 @@ def _changed(
 
 
 def _narrow(sweeps: Sequence[Sweep], methods: Sequence[str]) -> list[Sweep]:
-    """The sweeps with these of their methods alone; all of them where none is named."""
+    """Return the sweeps with only the named methods; with all of them if none is named."""
     known = list(dict.fromkeys(name for sweep in sweeps for name in sweep.methods))
     if unknown := [name for name in methods if name not in known]:
         raise ValueError(f"methods: expected some of {', '.join(known)}, got {', '.join(unknown)}")

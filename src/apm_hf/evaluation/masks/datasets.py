@@ -1,7 +1,7 @@
-"""Data sets with masks: images whose segments people, or the program that drew them, have told.
+"""Load data sets with masks: images whose segments were annotated by people or by the program that drew them.
 
-A mask says to which segment each pixel belongs, at one of two levels: `whole` (objects, coarse segments) and `part`
-(their parts, fine segments). A data set has one of them or both.
+A mask assigns each pixel to a segment, at one of two levels: `whole` (objects, coarse segments) and `part` (their
+parts, fine segments). A data set has one of them or both.
 
 Legend: (H, W) an image's pixels.
 """
@@ -30,29 +30,29 @@ from ...runs.identity import images_digest
 logger = logging.get_logger(__name__)
 
 LEVELS = ("whole", "part")
-VOID = -1  # label of pixels that do not count, whatever the data set calls them
+VOID = -1  # label of ignored pixels, whatever their label in the data set
 SCENES, NUM_SCENES, SCENE_SIZE = "scenes", 40, 96
 IMAGE_COLUMNS = ("image", "img", "photo", "pixel_values")
 MASK_COLUMNS = {
     "whole": ("whole_mask", "object_mask", "coarse_mask"),
     "part": ("part_mask", "fine_mask", "mask", "annotation", "segmentation_mask", "semantic_mask", "label_map"),
 }
-NAMES_FILE = "part_names.json"  # a list of the part labels' names, beside the data
+NAMES_FILE = "part_names.json"  # a list of the part labels' names, next to the data
 
 
 @dataclass(frozen=True)
 class MaskedImages:
-    """Images and their masks, decoded when asked for.
+    """Hold images and their masks, decoded on access.
 
     Args:
-        name: in file names and results.
+        name: name in file names and results.
         rows: N mappings.
-        image_column: where in a row the image is.
-        mask_columns: level -> where its mask is.
-        class_names: of the part labels 0, 1, ..., where they are the same in all images; else None.
-        ignore_labels: labels, of either mask, of pixels that do not count.
-        map_size: side of the maps that methods are asked for, unless another is.
-        source: what else tells this data set from others.
+        image_column: key of the image in a row.
+        mask_columns: level -> key of its mask.
+        class_names: names of the part labels 0, 1, ..., if they are the same in all images; else None.
+        ignore_labels: labels, in either mask, of ignored pixels.
+        map_size: default side of the methods' maps.
+        source: additional facts that identify this data set.
     """
 
     name: str
@@ -69,11 +69,11 @@ class MaskedImages:
 
     @property
     def levels(self) -> list[str]:
-        """Those that there are masks of."""
+        """Return the levels that have masks."""
         return [level for level in LEVELS if level in self.mask_columns]
 
     def image(self, index: int) -> PIL.Image.Image:
-        """Upright, 8-bit RGB.
+        """Return one image, upright, 8-bit RGB.
 
         Raises:
             ValueError: a damaged image; the message names the row.
@@ -84,10 +84,10 @@ class MaskedImages:
             raise ValueError(f"{self.name}, row {index}: {error}") from error
 
     def mask(self, index: int, level: str) -> NDArray[np.int32]:
-        """`(H, W)`, labels from 0, `VOID` where they do not count.
+        """Return a mask `(H, W)`: labels from 0, `VOID` for ignored pixels.
 
         Raises:
-            ValueError: what is no mask, or labels without a class name; the message names the row.
+            ValueError: for an entry that is no mask, or labels without a class name; the message names the row.
         """
         column = self.mask_columns[level]
         where = f"{self.name}, row {index}, column {column!r}"
@@ -104,7 +104,7 @@ class MaskedImages:
         return labels
 
     def unreadable(self) -> dict[int, str]:
-        """Rows whose image or masks cannot be read, and why."""
+        """Return the rows whose image or masks cannot be read, and the reasons."""
         found = {}
         for index in range(len(self)):
             try:
@@ -114,18 +114,18 @@ class MaskedImages:
         return found
 
     def without(self, rows: Collection[int]) -> "MaskedImages":
-        """All but these rows."""
-        kept = [index for index in range(len(self)) if index not in rows]
+        """Return the data set without these rows."""
+        remaining = [index for index in range(len(self)) if index not in rows]
         select = getattr(self.rows, "select", None)
-        left = [self.rows[index] for index in kept] if select is None else select(kept)
+        left = [self.rows[index] for index in remaining] if select is None else select(remaining)
         return replace(self, rows=left, source={**self.source, "without": sorted(rows)})
 
     @cached_property
     def num_segments(self) -> dict[str, list[int]]:
-        """Level -> the number of segments in every image's mask.
+        """Count segments: level -> number of segments in every image's mask.
 
         Raises:
-            ValueError: a mask that is not as large as its image; the message names the row.
+            ValueError: for a mask that is not as large as its image; the message names the row.
         """
         rows = [self._count_segments(index) for index in range(len(self))]
         return {level: [row[level] for row in rows] for level in self.levels}
@@ -143,17 +143,17 @@ class MaskedImages:
         return counts
 
     def digest(self) -> str:
-        """SHA-256 of the images' and masks' contents; of drawn scenes, of what they are drawn from."""
+        """Return the SHA-256 of the images' and masks' contents; for drawn scenes, of their parameters."""
         if isinstance(self.rows, SceneDataset):
             return hashlib.sha256(json.dumps(dict(self.source)).encode()).hexdigest()
         columns = (self.image_column, *self.mask_columns.values())
         return hashlib.sha256("".join(images_digest(self.rows, column) for column in columns).encode()).hexdigest()
 
     def check(self) -> None:
-        """Look at all masks, before anything is computed.
+        """Check all masks before anything is computed.
 
         Raises:
-            ValueError: too few images for the controls, a mask that cannot be read, or nothing to tell apart.
+            ValueError: for too few images for the controls, an unreadable mask, or masks of one segment only.
         """
         if len(self) < 4:
             raise ValueError(f"{self.name}: expected 4 images or more, since controls exchange them, got {len(self)}")
@@ -161,7 +161,7 @@ class MaskedImages:
             if max(counts) < 2:
                 raise ValueError(
                     f"{self.name}: expected {level} masks of two segments or more, got none in column "
-                    f"{self.mask_columns[level]!r} once the labels {list(self.ignore_labels)} are left out "
+                    f"{self.mask_columns[level]!r} once the labels {list(self.ignore_labels)} are ignored "
                     "(--ignore_labels)"
                 )
 
@@ -176,21 +176,21 @@ def load_masked_images(
     max_images: int | None = None,
     seed: int = 0,
 ) -> list[MaskedImages]:
-    """Load one data set with masks, or all that lie in a folder.
+    """Load one data set with masks, or all of a folder.
 
     Args:
-        name_or_path: `"scenes"`, drawn from stream `seed + 1`, since stream 0 taught the embedded teacher and model;
-            a folder, a parquet file or a Hub name; or a folder that holds several such folders.
+        name_or_path: `"scenes"`, drawn from stream `seed + 1`, since the embedded models were trained on stream 0; a
+            folder, a parquet file or a Hub name; or a folder that holds several such folders.
         split: by default the only one, or else the first of test, validation, ...
-        image_column: by default the first of `IMAGE_COLUMNS` that is there.
-        mask_columns: level -> column; by default those of `MASK_COLUMNS` that are there.
-        ignore_labels: of pixels that do not count.
+        image_column: by default the first of `IMAGE_COLUMNS` that exists.
+        mask_columns: level -> column; by default those of `MASK_COLUMNS` that exist.
+        ignore_labels: labels of ignored pixels.
         max_images: a random subset of this size, drawn with `seed`; of scenes, the first (`NUM_SCENES` by default).
-        seed: see above.
+        seed: random seed of scenes and of the subset.
 
     Raises:
-        ValueError: missing columns or splits, or no masks; the message names the flag that settles it.
-        FileNotFoundError: a path where there is nothing.
+        ValueError: for missing columns or splits, or no masks; the message names the flag to set.
+        FileNotFoundError: for a path that does not exist.
         ImportError: `datasets` is not installed.
     """
     if max_images is not None and max_images < 1:
@@ -203,14 +203,14 @@ def load_masked_images(
     ]
 
 
-def without_bad(sets: Sequence[MaskedImages], limit: int) -> tuple[list[MaskedImages], list[dict[str, Any]]]:
-    """What can be read, and lines about the rest.
+def without_unreadable(sets: Sequence[MaskedImages], limit: int) -> tuple[list[MaskedImages], list[dict[str, Any]]]:
+    """Return the data sets without unreadable rows, and records of those rows.
 
     Raises:
-        ValueError: for more of them than the limit.
+        ValueError: for more unreadable rows than the limit.
     """
     if not limit:
-        return list(sets), []  # the first one stops the run
+        return list(sets), []  # the first unreadable row stops the run
     good, skipped = [], []
     for found in sets:
         bad = found.unreadable()
@@ -287,7 +287,7 @@ def _load(
 
 
 def _places(name_or_path: str | os.PathLike[str]) -> list[str]:
-    """A folder whose folders are data sets stands for these; anything else for itself."""
+    """Expand a folder of data sets to its subfolders; return anything else as the only entry."""
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
     if not path.is_dir() or any(entry.suffix in (".parquet", ".json", ".jsonl", ".csv") for entry in path.iterdir()):
@@ -315,7 +315,7 @@ def _class_names(place: str) -> list[str] | None:
         return None
     names = json.loads(file.read_text())
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{file}: expected a list of names, one a label from 0")
+        raise ValueError(f"{file}: expected a list of names, one per label from 0")
     return names
 
 
@@ -323,9 +323,9 @@ def _read_mask(value: Any) -> NDArray[np.int32]:
     if isinstance(value, list | np.ndarray):
         labels = np.asarray(value)
     else:
-        labels = np.asarray(decode_image(value))  # of a palette's colours, the numbers
+        labels = np.asarray(decode_image(value))  # a palette image gives indices, not colours
     if labels.ndim != 2 or labels.dtype.kind not in "iub":
-        raise ValueError(f"expected a mask, one integer a pixel, got {labels.dtype} of shape {labels.shape}")
+        raise ValueError(f"expected a mask, one integer per pixel, got {labels.dtype} of shape {labels.shape}")
     if labels.dtype.kind == "i" and labels.min() < 0:
         raise ValueError(f"expected labels from 0, got {labels.min()}")
     return labels.astype(np.int32)

@@ -1,9 +1,9 @@
-"""Who answers: a teacher's grid, colours, superpixels, and the APM in its several states and its controls.
+"""Define the compared methods: the teacher's grid, colours, superpixels, and the APM, adapted or not, with controls.
 
-A method is shown whole images, squeezed into a square, and gives a map of features, which everybody's segments and
-probes are then made of in the same way; superpixels and random segments have no features and give segments at once.
+A method gets complete images, resized to a square, and returns a map of features, from which segments and probes are
+computed in the same way for all; superpixels and random segments have no features and return segments directly.
 
-Legend: B images, F width of the features, (rows, cols) a map of locations, row-major, over the whole image.
+Legend: B images, F width of the features, (rows, cols) a map of locations, row-major, over the complete image.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from ...ttt.targets import TTTTargets
 
 Images = Sequence[PIL.Image.Image]
 Size = tuple[int, int]
-MOVED_FACTOR = 2  # of the rival that is shown moved images: four of them
+MOVED_FACTOR = 2  # refinement of the rival that gets shifted images: four of them
 
 # In the order of the tables. With levels, `teacher_level_1`, `apm_level_1` and so on come after `teacher` and `apm`.
 TITLES = {
@@ -47,21 +47,21 @@ TITLES = {
     "random": "random segments",
 }
 OF_DISTILLED = ("apm", "apm_ttt", "image_shuffled", "position_only", "shuffled_masks")
-# Rows made of the distilled APM's own maps: which image is shown, or what is made of its answers, differs.
+# Rows computed from the distilled APM's maps; they differ in the input image or in what the maps are used for.
 OF_SAME_MAPS = ("apm", "image_shuffled", "position_only", "shuffled_masks")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One method and the rows of the tables that its maps make.
+    """Describe one method and the rows of the tables that its maps produce.
 
     Args:
-        name: in file names.
-        rows: in `TITLES` or levels' names.
+        name: name in file names.
+        rows: keys of `TITLES` or names of levels.
         maps: `(images, size)` -> `(B, rows, cols, F)`; or None.
-        segments: `(image, num_segments, size=..., generator=...)` -> `(rows, cols)`, where there are no maps.
-        subject: (whose, which level), where agreement is measured.
-        depends_on: what else decides about its results.
+        segments: `(image, num_segments, size=..., generator=...)` -> `(rows, cols)`, if there are no maps.
+        subject: (model, level), if agreement is measured.
+        depends_on: additional values that determine its results.
     """
 
     name: str
@@ -74,14 +74,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Models:
-    """The teacher, the student and how it is adapted.
+    """Hold the teacher, the student and how it is adapted.
 
     Args:
-        apm: the pair; a student that was never fitted lends its architecture alone.
+        apm: the pair; of an untrained student only the architecture is used.
         level_layers: the teacher's layers that the student's levels are compared with, low to high.
         ttt: how the student is adapted to the teacher's features of an image.
-        ttt_factor: how many times as fine as the teacher's own the grid of these is.
-        seed: random seed of the weights of controls.
+        ttt_factor: refinement of the teacher's grid for these features.
+        seed: random seed of the controls' weights.
     """
 
     apm: APM
@@ -105,17 +105,17 @@ class Models:
         return side, side
 
     def encode(self, images: Images, *, factor: int = 1, layers: Sequence[int] | None = None) -> Any:
-        """The teacher's answers on a grid `factor` times as fine as its own."""
+        """Return the teacher's outputs on a grid `factor` times as fine as its default."""
         side = self.teacher.image_size
         pixels = whole_photos(self.teacher.image_processor, images, (side, side))
         return encode_densely(self.teacher, pixels, factor, layers=layers)
 
     def inputs(self, images: Images) -> tuple[Tensor, Tensor | None]:
-        """What an APM is given: pixels `(B, 3, S, S)`, and a trigger column `(B, D)` where it makes none itself."""
+        """Return an APM's inputs: pixels `(B, 3, S, S)`, and a trigger column `(B, D)` if it does not compute one."""
         pixels = self.apm.pixel_values(list(images))
         if self.model.config.trigger_source == "conv":
             return pixels, None
-        return pixels, self.encode(images).image_embeds.to(pixels.device)  # of the whole image, as the student's
+        return pixels, self.encode(images).image_embeds.to(pixels.device)  # of the complete image, as for the student
 
     def teacher_maps(self, images: Images, size: Size, *, factor: int = 1) -> Tensor:
         return upsample(self.encode(images, factor=factor).features, size)
@@ -130,10 +130,10 @@ class Models:
         return feature_map(model, pixels, size, trigger_column=trigger_column, output="levels")[:, level]
 
     def adapted_maps(self, images: Images, size: Size, *, start: str) -> Tensor:
-        """Query models that were first fitted to the teacher's grid of the very image.
+        """Fit models to the teacher's grid of each image, then query them.
 
         Raises:
-            ValueError: where a fit diverged.
+            ValueError: if a fit diverged.
         """
         pixels, trigger_column = self.inputs(images)
         features = self.encode(images, factor=self.ttt_factor).features
@@ -153,10 +153,10 @@ class Models:
 
 
 def colour_maps(images: Images, size: Size) -> Tensor:
-    """Mean colours `(B, rows, cols, 4)`, in [-0.5, 0.5], beside a constant.
+    """Return mean colours in [-0.5, 0.5] with a constant appended, `(B, rows, cols, 4)`.
 
-    Everybody is clustered by direction; beside a constant that is large against them, colours' directions differ as
-    the colours themselves do, so that dark and bright stay apart.
+    Maps are clustered by direction; with a large constant appended, directions differ as the colours themselves do, so
+    that dark and bright remain distinct.
     """
     height, width = size
     small = [image.resize((width, height), PIL.Image.Resampling.BILINEAR) for image in images]
@@ -167,10 +167,10 @@ def colour_maps(images: Images, size: Size) -> Tensor:
 def slic_segments(
     image: PIL.Image.Image, num_segments: int, *, size: Size, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Superpixels (Achanta et al. 2012, 10.1109/TPAMI.2012.120): the fewest that are at least so many.
+    """Compute SLIC superpixels (Achanta et al. 2012, 10.1109/TPAMI.2012.120), the fewest that are at least as many.
 
-    SLIC lays a square grid of seeds, and of two segments asked for it makes one; the number asked for is raised until
-    enough are found, to four times as many at most.
+    SLIC starts from a square grid of seeds, and makes one segment of two requested; the requested number is raised
+    until enough are found, up to four times as many.
     """
     try:
         from skimage.segmentation import slic
@@ -179,8 +179,8 @@ def slic_segments(
     height, width = size
     small = np.asarray(image.resize((width, height), PIL.Image.Resampling.BILINEAR))
     labels = np.zeros(size, dtype=np.int64)
-    for asked in range(num_segments, 4 * num_segments + 1):
-        labels = slic(small, n_segments=asked, start_label=0).astype(np.int64)
+    for requested in range(num_segments, 4 * num_segments + 1):
+        labels = slic(small, n_segments=requested, start_label=0).astype(np.int64)
         if len(np.unique(labels)) >= num_segments:
             break
     return labels
@@ -189,7 +189,7 @@ def slic_segments(
 def random_segments(
     image: PIL.Image.Image, num_segments: int, *, size: Size, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Which of so many random places each location is nearest to: whoever knows nothing but that segments cohere."""
+    """Assign each location to the nearest of `num_segments` random points: a prior of coherent segments only."""
     places = generator.random((num_segments, 2))
     rows, cols = ((np.arange(count) + 0.5) / count for count in size)
     distances = (rows[:, None, None] - places[:, 0]) ** 2 + (cols[None, :, None] - places[:, 1]) ** 2
@@ -197,7 +197,7 @@ def random_segments(
 
 
 def titles(models: Models) -> dict[str, str]:
-    """Name -> title of every row that there can be, in order."""
+    """Return name -> title of every possible row, in order."""
     found = {}
     for name, title in TITLES.items():
         if name in OF_DISTILLED and not models.apm.is_fitted:
@@ -211,7 +211,7 @@ def titles(models: Models) -> dict[str, str]:
 
 
 def make_jobs(models: Models, rows: Sequence[str]) -> list[Job]:
-    """The jobs that make these rows; agreement of the levels of random weights comes with both."""
+    """Make the jobs that produce these rows; agreement of random weights' levels is measured with both."""
     model = models.model
     same_maps = tuple(name for name in OF_SAME_MAPS if name in rows)
     adapting = {"ttt": repr(models.ttt), "ttt_factor": models.ttt_factor}
@@ -237,9 +237,9 @@ def make_jobs(models: Models, rows: Sequence[str]) -> list[Job]:
             maps = partial(models.apm_maps, model=drawn, level=level)
             if level is None:
                 jobs.append(Job("apm_random", ("apm_random",), maps, subject=("APM random", "features")))
-            else:  # agreement alone
+            else:  # agreement only
                 name = f"apm_random_level_{level + 1}"
                 jobs.append(Job(name, (), maps, subject=("APM random", f"level {level + 1}")))
     jobs.append(Job("random", ("random",), segments=random_segments))
-    levels_asked = any(name.startswith("apm_level_") for name in rows)
-    return [job for job in jobs if set(job.rows) & set(rows) or (not job.rows and levels_asked)]
+    needs_levels = any(name.startswith("apm_level_") for name in rows)
+    return [job for job in jobs if set(job.rows) & set(rows) or (not job.rows and needs_levels)]

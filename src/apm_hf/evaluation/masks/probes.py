@@ -1,8 +1,8 @@
-"""Frozen features -> class per location: linear and nearest-neighbour probes, of teachers' grids and APMs alike.
+"""Fit linear and nearest-neighbour probes from frozen features to classes per location, for teachers and APMs.
 
-A linear probe is the field's measure of what dense features hold (arXiv:2304.07193, Sec. 7.4). The k-NN probe votes as
+A linear probe is the usual measure of dense features (arXiv:2304.07193, Sec. 7.4). The k-NN probe votes as
 DINO's evaluation does (arXiv:2104.14294, App. E), on locations instead of images (arXiv:2306.01667). Both are fitted
-to few sampled locations of many images and answer for every location.
+to few sampled locations of many images and predict for every location.
 
 Legend: N sampled locations, F feature width, K classes, (rows, cols) a map of locations, row-major.
 """
@@ -23,18 +23,18 @@ from ...modeling_apm import IGNORE_INDEX, APMForSemanticSegmentation, APMModel
 
 logger = logging.get_logger(__name__)
 
-# Logit of a class that training never showed: as good as minus infinity, and finite in float16 too.
+# Logit of a class that is absent in training: in effect minus infinity, but finite in float16 too.
 ABSENT_BIAS = -1e4
 CHUNK_ELEMENTS = 2**24  # similarities that the k-NN probe holds at a time
 
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """A linear classifier of features.
+    """Classify features with a linear map.
 
     Args:
-        weight: `(K, F)`, float32, for features as they come: the standardisation is folded in.
-        bias: `(K,)`, float32; `ABSENT_BIAS`, beside a weight of zeros, where training showed no location of the class.
+        weight: `(K, F)`, float32, for features that are not standardised: the standardisation is folded in.
+        bias: `(K,)`, float32; `ABSENT_BIAS`, with a weight of zeros, for classes absent in training.
     """
 
     weight: Tensor
@@ -51,19 +51,19 @@ class LinearProbe:
         seed: int = 0,
         max_iter: int = 1000,
     ) -> "LinearProbe":
-        """Multinomial logistic regression of scikit-learn on standardised features.
+        """Fit scikit-learn's multinomial logistic regression to standardised features.
 
         Args:
             features: `(N, F)`, on any device.
             labels: `(N,)`, integers in [0, K).
             num_classes: K.
-            regularisation: times half the squared weights, added to the mean cross-entropy; > 0.
-            seed: scikit-learn's `random_state`. Its solver starts from zeros and draws nothing, so today the result
-                is the same for every seed.
-            max_iter: of L-BFGS; a fit that did not converge is logged.
+            regularisation: factor of half the squared weights, added to the mean cross-entropy; > 0.
+            seed: scikit-learn's `random_state`. Its solver starts from zeros and draws nothing, so today the result is
+                the same for every seed.
+            max_iter: iterations of L-BFGS; a fit that did not converge is logged.
 
         Raises:
-            ValueError: shapes that do not fit, labels outside [0, K), features that are not finite.
+            ValueError: for shapes that do not fit, labels outside [0, K), features that are not finite.
             ImportError: scikit-learn is not installed.
         """
         try:
@@ -77,14 +77,14 @@ class LinearProbe:
             )
         features, labels = _checked(features, labels, num_classes)
         mean, scale = features.mean(dim=0), features.std(dim=0, correction=0)
-        scale = torch.where(scale > 1e-6 * features.abs().amax(), scale, torch.inf)  # constant features say nothing
+        scale = torch.where(scale > 1e-6 * features.abs().amax(), scale, torch.inf)  # constant features
         present = labels.unique()
         weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
         bias = torch.full((num_classes,), ABSENT_BIAS, dtype=torch.float64)
         if len(present) == 1:
             bias[present] = 0.0
             return cls(weight.float(), bias.float())
-        # scikit-learn's C weighs the sum of the losses against half the squared weights
+        # scikit-learn's C is the weight of the sum of the losses against half the squared weights
         solver = LogisticRegression(C=1 / (regularisation * len(labels)), max_iter=max_iter, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -92,31 +92,31 @@ class LinearProbe:
         if solver.n_iter_.max() >= max_iter:
             logger.warning(f"the linear probe did not converge in {max_iter} iterations; raise max_iter.")
         coefficients, intercept = torch.from_numpy(solver.coef_), torch.from_numpy(solver.intercept_)
-        if len(present) == 2:  # one row then, the logit of the second class against the first
+        if len(present) == 2:  # then there is one row, the logit of the second class against the first
             coefficients, intercept = (torch.cat([-half, half]) for half in (coefficients / 2, intercept / 2))
         weight[present] = coefficients.double() / scale
         bias[present] = intercept.double() - weight[present] @ mean
         return cls(weight.float(), bias.float())
 
     def logits(self, features: Tensor) -> Tensor:
-        """`(..., K)`, float32, for features `(..., F)`, on their device."""
+        """Return logits `(..., K)`, float32, for features `(..., F)`, on their device."""
         return F.linear(features.float(), self.weight.to(features.device), self.bias.to(features.device))
 
     def predict(self, features: Tensor) -> Tensor:
-        """`(...)`, class indices for features `(..., F)`."""
+        """Return class indices `(...)` for features `(..., F)`."""
         return self.logits(features).argmax(dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
 class KNNProbe:
-    """Nearest neighbours among the training locations, weighted by exp(cosine / temperature).
+    """Classify features by their nearest training locations, weighted by exp(cosine / temperature).
 
     Args:
         features: `(N, F)`, of norm 1, float32, on the device where neighbours are searched.
         labels: `(N,)`, class indices.
         num_classes: K.
-        k: neighbours that vote; all where there are fewer.
-        temperature: of their weights; arXiv:2104.14294 has 0.07, arXiv:2306.01667, on locations, 0.02.
+        k: number of neighbours that vote; all if there are fewer.
+        temperature: of their weights; arXiv:2104.14294 uses 0.07, arXiv:2306.01667, on locations, 0.02.
     """
 
     features: Tensor
@@ -135,16 +135,16 @@ class KNNProbe:
         k: int = 20,
         temperature: float = 0.07,
     ) -> "KNNProbe":
-        """Keep the training locations.
+        """Store the normalised training locations.
 
         Args:
             features: `(N, F)`.
             labels: `(N,)`, integers in [0, K).
-            num_classes: K; by default the largest label and one.
+            num_classes: K; by default the largest label plus one.
             k, temperature: as above.
 
         Raises:
-            ValueError: shapes that do not fit, labels outside [0, K), k < 1 or temperature <= 0.
+            ValueError: for shapes that do not fit, labels outside [0, K), k < 1 or temperature <= 0.
         """
         if k < 1 or not temperature > 0:
             raise ValueError(f"expected k >= 1 and temperature > 0, got k={k} and temperature={temperature}")
@@ -155,11 +155,11 @@ class KNNProbe:
         return cls(normalised, numbers.to(features.device), num_classes, k, temperature)
 
     def votes(self, features: Tensor, *, chunk_size: int | None = None) -> Tensor:
-        """Shares of the votes, `(..., K)` float32, for features `(..., F)`.
+        """Return shares of the votes, `(..., K)` float32, for features `(..., F)`.
 
         Args:
             features: on the probe's device.
-            chunk_size: queries compared with all N locations at a time; None keeps `CHUNK_ELEMENTS` similarities.
+            chunk_size: queries compared with all N locations at a time; None bounds similarities by `CHUNK_ELEMENTS`.
         """
         if chunk_size is None:
             chunk_size = max(1, CHUNK_ELEMENTS // len(self.features))
@@ -173,7 +173,7 @@ class KNNProbe:
         return shares.unflatten(0, features.shape[:-1])
 
     def predict(self, features: Tensor, *, chunk_size: int | None = None) -> Tensor:
-        """`(...)`, class indices for features `(..., F)`."""
+        """Return class indices `(...)` for features `(..., F)`."""
         return self.votes(features, chunk_size=chunk_size).argmax(dim=-1)
 
 
@@ -185,15 +185,14 @@ def sample_locations(
     ignore: int | None = IGNORE_INDEX,
     balanced: bool = False,
 ) -> Tensor:
-    """Pick locations to train a probe on, each at most once.
+    """Sample locations to train a probe on, each at most once.
 
     Args:
         label_map: `(rows, cols)`, integers.
-        num_locations: how many; fewer come back where fewer have a label.
+        num_locations: number of locations; fewer are returned if fewer have a label.
         generator: on the CPU.
-        ignore: label of pixels that are never picked.
-        balanced: every class of the map is as likely to be drawn as any other, until it is used up; otherwise every
-            pixel is.
+        ignore: label of pixels that are never sampled.
+        balanced: draw all classes of the map with equal probability, until one is used up; otherwise all pixels.
 
     Returns:
         `(<= num_locations,)`, row-major indices in ascending order, int64.
@@ -204,18 +203,18 @@ def sample_locations(
     if balanced:
         _, classes, counts = labels[candidates].unique(return_inverse=True, return_counts=True)
         weights = 1 / counts.double()[classes]
-    # The n largest of log(uniform) / weight are a weighted draw without replacement (Efraimidis & Spirakis 2006).
+    # The n largest of log(uniform) / weight are a weighted sample without replacement (Efraimidis & Spirakis 2006).
     keys = torch.rand(len(candidates), generator=generator, dtype=torch.float64).log() / weights
     picked = keys.topk(min(num_locations, len(candidates))).indices
     return candidates[picked].sort().values
 
 
 class MeanIoU:
-    """Intersection over union per class, accumulated over images: counts are summed first, as the field does.
+    """Accumulate intersection over union per class over images: counts are summed first, as is usual.
 
     Args:
         num_classes: K.
-        ignore_index: label of the truth's pixels that do not count.
+        ignore_index: label of ignored pixels in the ground truth.
     """
 
     def __init__(self, num_classes: int, *, ignore_index: int = IGNORE_INDEX) -> None:
@@ -225,10 +224,10 @@ class MeanIoU:
         self.confusion = np.zeros((num_classes, num_classes + 1), dtype=np.int64)  # truth, predicted; last: no class
 
     def update(self, predicted: ArrayLike, truth: ArrayLike) -> None:
-        """Count an image or a batch, `(...)` integers both. A pixel predicted as `ignore_index` is a miss.
+        """Count an image or a batch, both `(...)` integers. A pixel predicted as `ignore_index` is a miss.
 
         Raises:
-            ValueError: different shapes, or labels that are neither in [0, K) nor `ignore_index`.
+            ValueError: for different shapes, or labels that are neither in [0, K) nor `ignore_index`.
         """
         predicted, truth = np.asarray(predicted), np.asarray(truth)
         if predicted.shape != truth.shape:
@@ -248,20 +247,20 @@ class MeanIoU:
 
     @property
     def per_class(self) -> np.ndarray:
-        """`(K,)`, in [0, 1]; NaN for classes that are not in the truth."""
+        """Return the IoU per class, `(K,)`, in [0, 1]; NaN for classes that are not in the ground truth."""
         hits, in_truth = np.diagonal(self.confusion), self.confusion.sum(axis=1)
         union = in_truth + self.confusion[:, : self.num_classes].sum(axis=0) - hits
         return np.where(in_truth > 0, hits / np.maximum(union, 1), np.nan)
 
     @property
     def mean_iou(self) -> float:
-        """Mean over the classes in the truth, in [0, 1]; NaN before any pixel was counted."""
+        """Return the mean over the classes in the ground truth, in [0, 1]; NaN before any pixel was counted."""
         per_class = self.per_class[self.confusion.sum(axis=1) > 0]
         return float(per_class.mean()) if len(per_class) else float("nan")
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of the pixels that are right, in [0, 1]; NaN before any was counted."""
+        """Return the share of correct pixels, in [0, 1]; NaN before any was counted."""
         total = self.confusion.sum()
         return float(np.diagonal(self.confusion).sum() / total) if total else float("nan")
 
@@ -269,15 +268,15 @@ class MeanIoU:
 def segmentation_model(apm: APMModel, probe: LinearProbe, id2label: Mapping[int, str]) -> APMForSemanticSegmentation:
     """Join an APM and the probe fitted to its features, for `save_pretrained` and `pipeline("image-segmentation")`.
 
-    Weights are copied, except those that a segmentation does not need: of pooling and of other heads.
+    Weights are copied, except those that segmentation does not need: of pooling and of other heads.
 
     Args:
-        apm: its `feature_size` is the probe's F.
-        probe: of K classes.
-        id2label: the name of every class, 0 to K - 1.
+        apm: model whose `feature_size` is the probe's F.
+        probe: probe for K classes.
+        id2label: name of every class, 0 to K - 1.
 
     Raises:
-        ValueError: a probe of another width, or other classes than the names'.
+        ValueError: for a probe of another width, or names of other classes.
     """
     num_classes, width = probe.weight.shape
     if width != apm.config.feature_size:
@@ -296,7 +295,7 @@ def segmentation_model(apm: APMModel, probe: LinearProbe, id2label: Mapping[int,
 
 
 def _checked(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Training data on the CPU: float64 `(N, F)` and int64 `(N,)`."""
+    """Check training data and return it on the CPU: float64 `(N, F)` and int64 `(N,)`."""
     if features.ndim != 2 or not features.numel() or labels.shape != features.shape[:1]:
         raise ValueError(f"expected features (N, F) and labels (N,), got {(*features.shape,)} and {(*labels.shape,)}")
     if not features.isfinite().all():

@@ -1,8 +1,8 @@
-"""Linear and nearest-neighbour probes of maps that come one image after the other.
+"""Fit and score linear and nearest-neighbour probes on maps that arrive one image at a time.
 
-Every method's probes are fitted to the same pixels and asked about the same pixels. A pixel's feature is that of the
-map's cell in which it lies. The linear probe answers everywhere: its logits are interpolated bilinearly to the mask's
-resolution; the k-NN probe, which costs more, at a sample of the mask's pixels.
+Every method's probes are fitted to the same pixels and scored on the same pixels. A pixel's feature is that of the
+map's cell in which it lies. The linear probe predicts every pixel: its logits are interpolated bilinearly to the
+mask's resolution; the k-NN probe, which costs more, predicts a sample of the mask's pixels.
 
 Legend: F width of the features, K classes, (rows, cols) a map of locations, (H, W) a mask's pixels.
 """
@@ -22,13 +22,13 @@ PROBES = {"linear": "linear probe", "knn": "k-NN probe"}
 
 
 class StreamedProbes:
-    """Both probes, fitted when the first image to be scored comes.
+    """Hold both probes and fit them when the first image to be scored arrives.
 
     Args:
         num_classes: K.
-        num_train_pixels: of each image that is trained on.
-        num_query_pixels: of each image that the k-NN probe is scored on.
-        seed: of the pixels.
+        num_train_pixels: pixels per training image.
+        num_query_pixels: pixels per test image that the k-NN probe is scored on.
+        seed: random seed of the pixels.
     """
 
     def __init__(self, num_classes: int, *, num_train_pixels: int, num_query_pixels: int, seed: int):
@@ -40,20 +40,20 @@ class StreamedProbes:
         self.counts: dict[str, list[dict[str, Any]]] = {probe: [] for probe in PROBES}
 
     def train(self, index: int, features: Tensor, mask: NDArray[np.int32]) -> None:
-        """Take pixels of image `index`: features `(rows, cols, F)`, mask `(H, W)`."""
+        """Add training pixels of image `index`: features `(rows, cols, F)`, mask `(H, W)`."""
         pixels = self._pixels(index, mask, self.num_train_pixels)
         self.features.append(_at(features, mask.shape, pixels))
         self.labels.append(torch.from_numpy(mask.ravel()[pixels].astype(np.int64)))
 
     def test(self, index: int, features: Tensor, mask: NDArray[np.int32]) -> None:
-        """Count what is right on image `index`."""
+        """Fit the probes if needed and count their predictions on image `index`."""
         if self.fitted is None:
             features_seen, labels = torch.cat(self.features), torch.cat(self.labels)
             self.fitted = (
                 LinearProbe.fit(features_seen, labels, num_classes=self.num_classes),
                 KNNProbe.fit(features_seen, labels, num_classes=self.num_classes),
             )
-            self.features, self.labels = [], []  # the k-NN probe holds its own
+            self.features, self.labels = [], []  # the k-NN probe has a copy
         linear, nearest = self.fitted
         logits = linear.logits(features).movedim(-1, 0)  # (rows, cols, K) -> (K, rows, cols)
         logits = F.interpolate(logits[None], size=mask.shape, mode="bilinear", align_corners=False)[0]
@@ -83,7 +83,7 @@ class StreamedProbes:
 
 
 def _at(features: Tensor, mask_size: tuple[int, ...], pixels: NDArray[np.int64]) -> Tensor:
-    """`(n, F)`, features of the cells of `(rows, cols, F)` in which the centres of pixels of a mask lie."""
+    """Return `(n, F)`, features of the cells of `(rows, cols, F)` that contain the centres of the mask's pixels."""
     places = np.unravel_index(pixels, mask_size)
     cells = [
         (2 * place + 1) * cells // (2 * pixels)

@@ -1,4 +1,4 @@
-"""Summaries -> `report.md`, `results.json` and a picture per data set; the same input gives the same bytes."""
+"""Write `report.md`, `results.json` and a figure per data set from summaries; equal inputs give equal bytes."""
 
 import json
 from collections.abc import Mapping
@@ -14,30 +14,30 @@ from .probing import PROBES
 from .summary import CONTROLS, MEASURES
 
 REPORT, RESULTS = "report.md", "results.json"
-_PALE = ("apm_random", "image_shuffled", "position_only", "shuffled_masks", "random")  # controls, in the picture
+_PALE = ("apm_random", "image_shuffled", "position_only", "shuffled_masks", "random")  # controls, drawn pale
 _PROTOCOL = """\
-Every method gives a map of features (superpixels and random segments: of labels) over the whole image, squeezed into
-a square; the teacher sees the same square, and its grid is interpolated bilinearly. K-means on directions cuts the map
-into {segments}, the same number for every method; SLIC gives the fewest superpixels that are at least as many.
-Segments are resized to the mask's own resolution and compared there. Void pixels do not count, nor do images whose
-mask is a single segment. Figures are means over images, with 95 % intervals from the bootstrap over images.
+Every method gives a map of features (superpixels and random segments: of labels) over the complete image, resized to
+a square; the teacher gets the same square, and its grid is interpolated bilinearly. K-means on directions divides the
+map into {segments}, the same number for every method; SLIC gives the fewest superpixels that are at least as many.
+Segments are resized to the mask's resolution and compared there. Void pixels are ignored, and so are images whose
+mask is a single segment. Scores are means over images, with 95 % intervals from the bootstrap over images.
 
-Controls: *image shuffled* is what the APM says about another image (mean of {shuffles} orders); *position only*, the
-mean of its answers about all other images, place by place, which only position tells apart (no upper bound: image
-shuffled may score higher); *masks shuffled*, its segments against another image's mask (image shuffled but for the
-number of segments, which is that of the image shown); *random segments*, cells around random places (mean of
-{shuffles} draws).
+Controls: *image shuffled*, the APM's output for another image (mean of {shuffles} orders); *position only*, the mean
+of its outputs for all other images at each location, which varies with position only (no upper bound: image shuffled
+may score higher); *masks shuffled*, its segments against another image's mask (as image shuffled, except that the
+number of segments is that of the input image); *random segments*, Voronoi cells of random points (mean of {shuffles}
+draws).
 """
 
 
 def write_report(folder: Path, results: Mapping[str, Any]) -> str:
-    """Write all files into a folder.
+    """Write all files of the report into a folder.
 
     Args:
         results: facts about the run, its settings, and `data`: name -> what `summarise` returned.
 
     Returns:
-        The tables, for the log.
+        The tables, for logging.
 
     Raises:
         ImportError: without matplotlib.
@@ -45,7 +45,7 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> str:
     settings = results["settings"]
     segments = settings["num_segments"]
     protocol = _PROTOCOL.format(
-        segments="as many segments as the image's own mask has" if segments is None else f"{segments} segments",
+        segments="as many segments as the image's mask has" if segments is None else f"{segments} segments",
         shuffles=settings["num_shuffles"],
     )
     text, logged = f"# Islands of agreement\n\n{_facts(results)}\n{protocol}", ""
@@ -61,7 +61,7 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> str:
 
 
 def draw_bars(title: str, summary: Mapping[str, Any]) -> bytes:
-    """ARI of every row at every level, with intervals, as PNG bytes; controls are pale."""
+    """Draw the ARI of every row at every level, with intervals, as PNG bytes; controls are pale."""
     matplotlib, figure_module = load_matplotlib()
     rows, levels = summary["rows"], [level for level in LEVELS if level in summary["levels"]]
     with matplotlib.style.context("default", after_reset=True):
@@ -82,7 +82,7 @@ def draw_bars(title: str, summary: Mapping[str, Any]) -> bytes:
             axes.grid(axis="x", alpha=0.25, linewidth=0.6)
             axes.set_axisbelow(True)
         panels[0].set_yticks(range(len(rows)), [row["title"] for row in rows.values()], fontsize=8)
-        panels[0].invert_yaxis()  # all panels': they share it
+        panels[0].invert_yaxis()  # for all panels: they share the axis
         figure.suptitle(title, fontsize=10)
         return png_bytes(figure)
 
@@ -95,7 +95,7 @@ def _facts(results: Mapping[str, Any]) -> str:
         f"{name}={value}" for name, value in ttt.items()
     )
     facts["seed"] = results["settings"]["seed"]
-    facts["left out, as they could not be read"] = results["skipped_images"] or None
+    facts["skipped, unreadable"] = results["skipped_images"] or None
     return "".join(f"* {name}: `{value}`\n" for name, value in facts.items() if value not in (None, ""))
 
 
@@ -119,15 +119,15 @@ def _section(name: str, summary: Mapping[str, Any], settings: Mapping[str, Any])
         )
     if summary["comparisons"]:
         text += (
-            "\nDifference to the teacher's upsampled grid, image by image, and how many times a control's ARI it is, "
-            f"where the control is above chance:\n\n{_comparisons(summary)}"
+            "\nDifference to the teacher's upsampled grid, paired by image, and the ratio to a control's ARI, if the "
+            f"control is above chance:\n\n{_comparisons(summary)}"
         )
     if summary["agreement"]:
         text += (
-            "\nAgreement: mean cosine of features less their mean over all images, of neighbours one patch of the "
-            "teacher apart, of places at least a quarter of the side apart, and of neighbours on the fine map (where "
-            "the teacher is interpolated). Collapse: effective rank, of how many at most, and mean cosine of all "
-            f"pairs of features as they are:\n\n{_agreement(summary)}"
+            "\nAgreement: mean cosine of features minus their mean over all images, of neighbours one patch of the "
+            "teacher apart, of locations at least a quarter of the side apart, and of neighbours on the fine map ("
+            "teacher interpolated). Collapse: effective rank and its maximum, and mean cosine of all "
+            f"pairs of unchanged features:\n\n{_agreement(summary)}"
         )
     return text
 

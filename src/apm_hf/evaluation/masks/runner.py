@@ -1,8 +1,8 @@
-"""`apm evaluate --task islands`: every method on every data set, resumable, and the report.
+"""Run every method on every data set, resumable, and write the report (`apm evaluate --task islands`).
 
-A finished job, one method on one data set, is a part of the [`apm_hf.runs.run.Run`], whose name holds a digest of all
-that decides about it: images, weights, settings. What is killed loses the job in work; what is called again with other
-settings computes what these change, and what is damaged is computed again.
+A finished job, one method on one data set, is a part of the [`apm_hf.runs.run.Run`], whose name contains a digest of
+all that determines it: images, weights, settings. An interrupted run loses only the job in work; a run with other
+settings computes only what they change, and damaged parts are computed again.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from ...runs.run import Run
 from ...runs.unreadable_images import SKIPPED
 from ...ttt import TTTConfig
 from ..plan import short_name
-from .datasets import LEVELS, SCENES, MaskedImages, load_masked_images, without_bad
+from .datasets import LEVELS, SCENES, MaskedImages, load_masked_images, without_unreadable
 from .methods import Job, Models, make_jobs, titles
 from .report import write_report
 from .scoring import JobRun, ScoringConfig
@@ -38,7 +38,7 @@ from .summary import summarise
 logger = logging.get_logger(__name__)
 
 SCORES = "scores.jsonl"
-# Fits the teacher's grid, not its pooled embedding, and as the settings that `apm islands` uses for a photo.
+# Fits the teacher's grid, not its pooled embedding, with the settings that `apm islands` uses for a photo.
 GRID_TTT = TTTConfig(fit="all", steps=100, learning_rate=1e-3, num_locations=64)
 
 
@@ -64,35 +64,35 @@ def evaluate_islands(
     seed: int = 0,
     command: str = "",
 ) -> Path:
-    """Score islands and dense tasks of an APM, its teacher, its rivals and its controls, and write the report.
+    """Score islands and dense tasks of an APM, its teacher, rivals and controls, and write the report.
 
     Args:
-        output_dir: of the results; what is there already, from the same settings, is not computed again.
-        data: one or more of what [`load_masked_images`] takes.
+        output_dir: folder of the results; finished jobs with the same settings are not computed again.
+        data: one or more data sets as [`load_masked_images`] takes them.
         teacher: name or folder; by default the embedded one.
         model: a distilled APM, as wide as the teacher. With a teacher alone, a fresh student's architecture is used
-            and the rows of a distilled one are left out; with neither, it is the embedded one.
+            and the rows of a distilled one are omitted; with neither, the embedded one is used.
         methods: rows of the tables to compute, by default all.
         max_images, split, image_column, ignore_labels: see [`load_masked_images`].
-        max_bad_images: so many rows whose image or masks cannot be read are left out and listed in
+        max_bad_images: maximum number of rows with unreadable image or masks; they are skipped and listed in
             `skipped_images.jsonl`.
-        masks: `"whole=COLUMN"`, `"part=COLUMN"`, where they are not found by name.
-        map_size: side of everybody's maps; by default 96 for scenes, else 112.
-        segments: how many for every image, instead of as many as its mask has.
-        level_layers: the teacher's layers that the model's levels were distilled from; by default the demo's for its
-            own model, for others spread evenly over the teacher's depth.
-        ttt: of the rows that adapt; `start` is set by the row.
-        ttt_factor: how many times as fine as the teacher's grid their targets are: `factor**2` passes of the teacher.
-        batch_size: images at a time.
-        seed: of scenes, subsets, clusters, probes' pixels, shuffles and random weights.
-        command: what the report says made it.
+        masks: `"whole=COLUMN"`, `"part=COLUMN"`, if the columns are not found by name.
+        map_size: side of all methods' maps; by default 96 for scenes, else 112.
+        segments: number of segments for every image, instead of the number in its mask.
+        level_layers: the teacher's layers that the model's levels were distilled from; by default the demo's for the
+            demo model, for others spread evenly over the teacher's depth.
+        ttt: settings of the rows that adapt; `start` is set by the row.
+        ttt_factor: refinement of the teacher's grid for their targets: `factor**2` passes of the teacher.
+        batch_size: images per batch.
+        seed: random seed of scenes, subsets, clusters, probes' pixels, shuffles and random weights.
+        command: command line shown in the report.
 
     Returns:
-        The folder with `report.md`, a picture per data set, `results.json` and `scores.jsonl`.
+        The folder with `report.md`, a figure per data set, `results.json` and `scores.jsonl`.
 
     Raises:
-        ValueError: unknown methods, data that cannot be scored, more rows that cannot be read than `max_bad_images`,
-            a folder that another run is writing, or a model that does not fit the teacher.
+        ValueError: for unknown methods, data that cannot be scored, more unreadable rows than `max_bad_images`, a
+            folder that another run is writing, or a model that does not fit the teacher.
     """
     config = ScoringConfig(map_size=map_size, num_segments=segments, batch_size=batch_size, seed=seed)
     models = _load_models(teacher, model, level_layers, ttt, ttt_factor, seed)
@@ -116,8 +116,8 @@ def evaluate_islands(
     names = [found.name for found in sets]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"data: expected one or more data sets of different names, got {names}")
-    sets, skipped = without_bad(sets, max_bad_images)
-    for found in sets:  # what is missing is found before anything is computed
+    sets, skipped = without_unreadable(sets, max_bad_images)
+    for found in sets:  # problems are found before anything is computed
         found.check()
     folder, jobs = Path(output_dir), make_jobs(models, rows)
     results: dict[str, Any] = {
@@ -137,8 +137,8 @@ def evaluate_islands(
     with Run(folder, process_state()).locked() as run:
         identity = {"teacher": weights_digest(models.teacher.model), "model": models.apm.identity()}
         for found in sets:
-            own = identity | {"images": found.digest()}
-            done = _run_jobs(jobs, found, models, config, run, own)
+            job_identity = identity | {"images": found.digest()}
+            done = _run_jobs(jobs, found, models, config, run, job_identity)
             results["data"][found.name] = summarise(found, {name: known[name] for name in rows}, done, seed=seed)
             lines += [json.dumps({"data": found.name} | row) + "\n" for part in done for row in part["scores"]]
         write_atomically(folder / SCORES, lines)
@@ -157,9 +157,9 @@ def _run_jobs(
     run: Run,
     identity: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """What every job found; what the run has already is read."""
+    """Return the results of every job; those of finished jobs are read from the run."""
     size = {} if config.map_size else {"map_size": data.map_size}
-    common = asdict(replace(config, batch_size=1)) | size | dict(identity)  # batches change nothing
+    common = asdict(replace(config, batch_size=1)) | size | dict(identity)  # results do not depend on the batch size
     common |= {"version": version("apm_hf"), "data": data.name, "num_images": len(data), "source": data.source}
     common |= {"masks": data.mask_columns, "image": data.image_column, "ignore": data.ignore_labels}
     done = []
@@ -174,7 +174,7 @@ def _run_jobs(
             else:
                 found = {**JobRun(job, data, config, models.teacher_grid, progress.update)(), "subject": job.subject}
                 run.save(name, found)
-            done.append(json.loads(json.dumps(found)))  # as it is read
+            done.append(json.loads(json.dumps(found)))  # as a finished job is read
     return done
 
 
@@ -189,10 +189,10 @@ def _load_models(
     if teacher is None and model is not None:
         raise ValueError(f"teacher: expected the one that model {model!r} was distilled from, got none")
     if teacher is None:
-        logger.info("no teacher and no model: the embedded ones, which know drawn scenes only")
+        logger.info("no teacher and no model: using the embedded ones, which were trained on drawn scenes only")
     apm = APM.load(model, teacher=teacher)
     if apm.model is None:
-        logger.info("no model: rows of a distilled one are left out, and a fresh student is adapted")
+        logger.info("no model: rows of a distilled one are omitted, and a fresh student is adapted")
         apm = apm.fresh(seed=seed)
     models = Models(apm, tuple(level_layers), ttt, ttt_factor, seed)
     num_levels, num_layers = models.model.config.num_levels, models.teacher.num_layers

@@ -1,10 +1,10 @@
-"""One method on one data set: segments against masks, probes for the parts' names, agreement and collapse.
+"""Score one method on one data set: segments against masks, probes for part names, agreement and collapse.
 
-Maps are made a batch at a time and forgotten. What needs all images is gathered in a first pass: the mean that
+Maps are made a batch at a time and not stored. Statistics over all images are gathered in a first pass: the mean that
 agreement is measured around, a sample for collapse, and the sum of all maps for the position-only control.
 
-Probes are fitted to the first half of the images and scored on the second; controls exchange images within the
-halves, so that the order of the images is enough for a single second pass.
+Probes are fitted to the first half of the images and scored on the second; controls exchange images within the halves,
+so that one second pass in the order of the images suffices.
 
 Legend: B images at a time, F width of the features, (rows, cols) a map of locations, (H, W) a mask's pixels.
 """
@@ -25,23 +25,23 @@ from .datasets import VOID, MaskedImages
 from .methods import Job, Size
 from .probing import StreamedProbes
 
-CLUSTER_LOCATIONS = 1500  # that k-means is fitted to; all are assigned
-COLLAPSE_LOCATIONS = 2**15  # of all images together
-UNPROBED = ("shuffled_masks",)  # for a probe the same as `image_shuffled`
+CLUSTER_LOCATIONS = 1500  # locations that k-means is fitted to; all are assigned
+COLLAPSE_LOCATIONS = 2**15  # locations of all images together
+UNPROBED = ("shuffled_masks",)  # identical to `image_shuffled` for a probe
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """How everybody is scored.
+    """Configure how every method is scored.
 
     Args:
-        map_size: side of the maps; None is the data set's own.
-        num_segments: for every image and level; None is as many as its own mask has.
-        batch_size: images at a time.
-        num_shuffles: orders that the shuffled controls, and draws that random segments, are the mean of.
-        num_train_pixels: that a probe is fitted to, over all images of the first half.
-        num_query_pixels: of each image of the second half, that the k-NN probe is asked about.
-        seed: of everything that is drawn.
+        map_size: side of the maps; None is the data set's default.
+        num_segments: for every image and level; None is the number of segments in its mask.
+        batch_size: images per batch.
+        num_shuffles: number of orders (shuffled controls) or draws (random segments) that are averaged.
+        num_train_pixels: pixels that a probe is fitted to, over all images of the first half.
+        num_query_pixels: pixels per image of the second half that the k-NN probe is queried at.
+        seed: random seed of everything that is drawn.
 
     Raises:
         ValueError: for a number that is not positive.
@@ -63,7 +63,7 @@ class ScoringConfig:
 
 
 class JobRun:
-    """Does a [`Job`] on a data set.
+    """Run a [`Job`] on a data set.
 
     Args:
         grid: (rows, cols) at which agreement is measured: the teacher's.
@@ -79,11 +79,11 @@ class JobRun:
         self.scores: list[dict[str, Any]] = []
         self.probes: dict[tuple[str, int], StreamedProbes] = {}
         self.agreement = None if job.subject is None else _Agreement(len(data), grid, config.seed)
-        self.total: Tensor | None = None  # of all maps, (rows, cols, F) float64
+        self.total: Tensor | None = None  # sum of all maps, (rows, cols, F) float64
 
     def __call__(self) -> dict[str, Any]:
-        """`scores`: one per row, image, level and repetition. `probes`: row -> probe -> counts of every repetition.
-        `agreement`: its measures, or None."""
+        """Return `scores`, one per row, image, level and repetition; `probes`, row -> probe -> counts per repetition;
+        and `agreement`, its measures or None."""
         if self.job.maps is None:
             for shown in range(len(self.data)):
                 self._score_segments(shown)
@@ -119,17 +119,17 @@ class JobRun:
             return
         for _, images in self._batches():
             if self.agreement is not None:
-                self.agreement.see(self._maps(images, self.grid))
+                self.agreement.add(self._maps(images, self.grid))
             if needs_total:
                 added = self._maps(images, self.size).sum(dim=0, dtype=torch.float64)
                 self.total = added if self.total is None else self.total + added
 
     def _score_map(self, shown: int, features: Tensor) -> None:
-        """Every row that is made of the map `(rows, cols, F)` of one image."""
-        own = _Segments(features, self.config.seed)
+        """Score every row that is made of the map `(rows, cols, F)` of one image."""
+        clusters = _Segments(features, self.config.seed)
         for row in self.job.rows:
-            segments = own
-            if row == "position_only":  # the mean of the others' answers
+            segments = clusters
+            if row == "position_only":  # the mean of the other images' maps
                 assert self.total is not None
                 segments = _Segments(((self.total - features) / (len(self.data) - 1)).float(), self.config.seed)
             for scored, repeat in self._pairs(row, shown):
@@ -138,7 +138,7 @@ class JobRun:
                     self._probe(row, scored, repeat, segments.features)
 
     def _score_segments(self, shown: int) -> None:
-        """A method without maps; one that draws does so several times."""
+        """Score a method without maps; random segments are drawn several times."""
         (row,), image, method = self.job.rows, self.data.image(shown), self.job.segments
         assert method is not None
         for repeat in range(self.config.num_shuffles if row == "random" else 1):
@@ -147,8 +147,8 @@ class JobRun:
             self._score(row, shown, shown, repeat, segments)
 
     def _pairs(self, row: str, shown: int) -> list[tuple[int, int]]:
-        """(Whose mask, repetition) that the segments of an image are scored against."""
-        if row == "image_shuffled":  # image i is shown `order[i]`
+        """Return (index of the mask, repetition) pairs that the segments of an image are scored against."""
+        if row == "image_shuffled":  # image i is replaced by `order[i]`
             return [(int(np.flatnonzero(order == shown)[0]), number) for number, order in enumerate(self.orders)]
         if row == "shuffled_masks":
             return [(int(order[shown]), number) for number, order in enumerate(self.orders)]
@@ -158,11 +158,11 @@ class JobRun:
         self, row: str, shown: int, scored: int, repeat: int, segments: Callable[[int], NDArray[np.int64]]
     ) -> None:
         for level, counts in self.data.num_segments.items():
-            # Segments are as many as the mask asks for: of masks that are shuffled, the image's own.
-            asker = shown if row == "shuffled_masks" else scored
-            if min(counts[asker], counts[scored]) < 2:  # nothing to tell apart
+            # The number of segments is that of the scored mask; for shuffled masks, that of the input image's mask.
+            source = shown if row == "shuffled_masks" else scored
+            if min(counts[source], counts[scored]) < 2:  # a single segment
                 continue
-            num_segments = self.config.num_segments or counts[asker]
+            num_segments = self.config.num_segments or counts[source]
             mask = self.data.mask(scored, level)
             found = resize_labels(segments(num_segments), mask.shape)
             self.scores.append(
@@ -188,40 +188,40 @@ class JobRun:
 
 
 class _Segments:
-    """Clusters of a map `(rows, cols, F)`, each number of them made once."""
+    """Cluster a map `(rows, cols, F)`, once for each number of clusters."""
 
     def __init__(self, features: Tensor, seed: int):
         self.features, self.seed = features, seed
-        self.made: dict[int, NDArray[np.int64]] = {}
+        self.by_number: dict[int, NDArray[np.int64]] = {}
 
     def __call__(self, num_segments: int) -> NDArray[np.int64]:
-        if num_segments not in self.made:
-            self.made[num_segments] = cluster(
+        if num_segments not in self.by_number:
+            self.by_number[num_segments] = cluster(
                 self.features, num_segments, seed=self.seed, max_locations=max(CLUSTER_LOCATIONS, num_segments)
             )
-        return self.made[num_segments]
+        return self.by_number[num_segments]
 
 
 class _Agreement:
-    """Agreement between neighbours and between distant locations, image by image, and collapse over all images."""
+    """Measure agreement between neighbours and between distant locations per image, and collapse over all images."""
 
     def __init__(self, num_images: int, grid: Size, seed: int):
         num_cells = grid[0] * grid[1]
         order = torch.randperm(num_cells, generator=torch.Generator().manual_seed(seed))
-        self.kept = order[: max(2, COLLAPSE_LOCATIONS // num_images)]
+        self.sampled = order[: max(2, COLLAPSE_LOCATIONS // num_images)]
         self.num_cells, self.num_images, self.seed = num_cells, num_images, seed
         self.total: Tensor | float = 0.0
         self.samples: list[Tensor] = []
         self.measures: dict[str, list[float]] = {"neighbours": [], "neighbours_fine": [], "distant": []}
 
-    def see(self, grids: Tensor) -> None:
-        """First: `(B, rows, cols, F)` at the teacher's grid."""
+    def add(self, grids: Tensor) -> None:
+        """First pass: add maps `(B, rows, cols, F)` at the teacher's grid to the mean and the sample."""
         grids = grids.flatten(1, 2)
         self.total = self.total + grids.sum(dim=(0, 1), dtype=torch.float64)
-        self.samples.append(grids[:, self.kept])
+        self.samples.append(grids[:, self.sampled])
 
     def measure(self, grids: Tensor, maps: Tensor) -> None:
-        """Then: the same again, and the maps `(B, rows, cols, F)`; features are taken from their mean over all."""
+        """Second pass: measure the same maps, and fine maps `(B, rows, cols, F)`, around the mean over all images."""
         assert isinstance(self.total, Tensor)
         mean = (self.total / (self.num_images * self.num_cells)).float()
         self.measures["neighbours"] += neighbour_agreement(grids, mean).tolist()
@@ -233,7 +233,7 @@ class _Agreement:
 
 
 def exchanged(num_images: int, *, seed: int | tuple[int, ...]) -> NDArray[np.int64]:
-    """`(n,)`, for each image another one, of the same half: each half is passed round in one random circle."""
+    """Return `(n,)`, for each image another one of the same half: each half is permuted by one random cycle."""
     generator, order, middle = np.random.default_rng(seed), np.empty(num_images, dtype=np.int64), num_images // 2
     for half in (np.arange(middle), np.arange(middle, num_images)):
         circle = generator.permutation(half)

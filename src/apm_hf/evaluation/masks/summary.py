@@ -1,4 +1,4 @@
-"""What jobs found on one data set -> means, intervals and comparisons, ready for JSON.
+"""Summarise the results of jobs on one data set as means, intervals and comparisons, ready for JSON.
 
 Every interval is 95 %, from the percentile bootstrap over images; repetitions of an image are averaged first. A
 probe's IoU per class sums over images before it divides, so its resamples draw images and sum again.
@@ -18,24 +18,24 @@ from .datasets import MaskedImages
 from .probing import PROBES
 
 MEASURES = {"ari": "ARI", "nmi": "NMI", "miou": "matched mIoU", "boundary_f": "boundary F"}
-REFERENCE = "teacher"  # whom others are compared with
-CONTROLS = ("image_shuffled", "position_only")  # whose ARI the APM's is divided by
-COMPARED = ("teacher_moved", "apm", "apm_ttt", "apm_ttt_alone")  # and the levels
+REFERENCE = "teacher"  # row that others are compared with
+CONTROLS = ("image_shuffled", "position_only")  # rows whose ARI the APM's is divided by
+COMPARED = ("teacher_moved", "apm", "apm_ttt", "apm_ttt_alone")  # compared rows, besides the levels
 NUM_RESAMPLES = 1000
 
 
 def summarise(
     data: MaskedImages, titles: Mapping[str, str], done: Sequence[Mapping[str, Any]], *, seed: int
 ) -> dict[str, Any]:
-    """The summary of one data set.
+    """Summarise one data set.
 
     Args:
         titles: row -> title, in order.
-        done: what every job found.
-        seed: of the resamples.
+        done: results of every job.
+        seed: random seed of the resamples.
 
     Returns:
-        `images`, `map_size`, `levels` (what their masks are like), `num_classes`, `rows` (scores and probes by row),
+        `images`, `map_size`, `levels` (facts about their masks), `num_classes`, `rows` (scores and probes by row),
         `comparisons` (paired differences to the teacher, ratios to controls) and `agreement`.
     """
     scores = _by_image([row for found in done for row in found["scores"]])
@@ -74,7 +74,7 @@ Scores = Mapping[tuple[str, str, str], Mapping[int, float]]
 
 
 def _by_image(rows: Sequence[Mapping[str, Any]]) -> Scores:
-    """(Row, level, measure) -> image -> score, the mean of its repetitions."""
+    """Average repetitions: (row, level, measure) -> image -> score."""
     found: defaultdict[tuple[str, str, str], defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         for measure in (*MEASURES, "num_found"):
@@ -83,7 +83,7 @@ def _by_image(rows: Sequence[Mapping[str, Any]]) -> Scores:
 
 
 def _mean(by_image: Mapping[int, float], seed: int) -> Interval:
-    # One stratum: without it, scores that happen to be all 0 or 1 would be taken for right and wrong answers.
+    # One stratum: without it, scores that happen to be all 0 or 1 would be taken for 0/1 predictions.
     return mean_interval([*by_image.values()], strata=np.zeros(len(by_image)), seed=seed)
 
 
@@ -104,7 +104,7 @@ def _comparisons(
                     entry["differences"][f"{level} {measure}"] = asdict(difference)
             for control in CONTROLS:
                 ours, theirs = scores.get((name, level, "ari")), scores.get((control, level, "ari"))
-                # Of what is no better than chance, no multiple means anything.
+                # A ratio to a score no better than chance is meaningless.
                 if ours and theirs and (least := np.mean([*theirs.values()])) > 0.01:
                     entry["ratios"][f"{level} ari to {control}"] = float(np.mean([*ours.values()]) / least)
         for kind in PROBES:
@@ -117,7 +117,7 @@ def _comparisons(
 
 
 def _mean_iou(repeats: Sequence[Sequence[Mapping[str, Any]]], seed: int) -> tuple[float, np.ndarray]:
-    """Mean IoU over the classes in the truth, mean of the repetitions, and its R resamples `(R,)`.
+    """Return the mean IoU over the classes in the ground truth, averaged over repetitions, and R resamples `(R,)`.
 
     Equal seeds draw equal images, so that the resamples of two methods are pairs.
     """
@@ -132,7 +132,7 @@ def _mean_iou(repeats: Sequence[Sequence[Mapping[str, Any]]], seed: int) -> tupl
 
 
 def _iou(table: np.ndarray) -> np.ndarray:
-    """`(R,)` of hits, pixels in the truth and pixels predicted, `(R, 3, K)`."""
+    """Return the mean IoU `(R,)` from hits, pixels in the truth and predicted pixels, `(R, 3, K)`."""
     hits, truth, predicted = table[:, 0], table[:, 1], table[:, 2]
     present = truth > 0
     per_class = np.where(present, hits / np.maximum(truth + predicted - hits, 1), 0)
@@ -140,7 +140,7 @@ def _iou(table: np.ndarray) -> np.ndarray:
 
 
 def _accuracy(repeats: Sequence[Sequence[Mapping[str, Any]]]) -> float:
-    """Share of the pixels that are right."""
+    """Return the share of correct pixels."""
     shares = [
         sum(sum(image["hits"]) for image in counts) / sum(sum(image["truth"]) for image in counts)
         for counts in repeats
@@ -149,15 +149,15 @@ def _accuracy(repeats: Sequence[Sequence[Mapping[str, Any]]]) -> float:
 
 
 def _interval(estimate: float, draws: np.ndarray) -> Interval:
-    # Resamples lack some of the rare, hard classes, which makes all of them better: centred, they tell the spread.
+    # Resamples lack some of the rare, hard classes, which raises all of them: only their spread is used.
     low, high = np.quantile(draws - draws.mean() + estimate, (0.025, 0.975))
     return Interval(estimate, float(low), float(high))
 
 
 def _agreement(found: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    whose, level = found["subject"]
+    model, level = found["subject"]
     values = {
         name: asdict(_mean(dict(enumerate(value)), seed)) if isinstance(value, list) else value
         for name, value in found["agreement"].items()
     }
-    return {"whose": whose, "level": level} | values
+    return {"whose": model, "level": level} | values

@@ -1,1 +1,1 @@
-"""The methods that an evaluation compares; import from the modules inside."""
+"""Implement the methods that an evaluation compares; import from the modules inside."""

@@ -1,8 +1,8 @@
-"""Methods with an APM: adapted to each image (arXiv:2410.20535, Sec. 4), or distilled beforehand and only asked.
+"""Predict with an APM: adapted to each image (arXiv:2410.20535, Sec. 4), or distilled beforehand and only queried.
 
-The teacher's embeddings are those that the other methods get too; a student sees the image itself. A student fitted to
-the end repeats its target, so what differs from the baseline is due to the target, to an early end or to what a
-distilled student knew before.
+The teacher's embeddings are those that the other methods get too; a student receives the image itself. A student
+fitted to convergence reproduces its target, so differences from the baseline come from the target, from early stopping
+or from what a distilled student learnt before.
 
 Legend: B images, V views, K classes, F width of the teacher's embeddings, S the student's image side.
 """
@@ -25,34 +25,34 @@ from ...ttt.photos import random_model
 from .task import ImageBatch, MethodOutput, ZeroShotTask
 from .votes import check_views, mean_direction, recentred
 
-STEPS = (1, 2, 3, 5, 8, 10, 15, 20, 30)  # after which predictions are recorded, beside the last
+STEPS = (1, 2, 3, 5, 8, 10, 15, 20, 30)  # steps after which predictions are recorded, besides the last
 TARGETS = ("views", "recentred")
 CONSENSUS = (None, "probabilities", "embeddings")
 STARTS = ("random", "model")
 
-# A student serves every method that needs the same one, as long as its teacher is there.
+# A student is shared by all methods that need the same one, as long as its teacher is alive.
 _STUDENTS: WeakKeyDictionary[Teacher, dict[Any, APM]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
 class APMAdapted:
-    """A student is fitted to the teacher's embedding of each image and then classified.
+    """Fit a student to the teacher's embedding of each image, then classify the student's embedding.
 
-    All images start from the same weights, so an image's answer does not depend on its batch, but for the target
-    `"recentred"`. A target made of several embeddings is as long as the teacher's embedding of the image itself, which
-    is what learning rates are meant for.
+    All images start from the same weights, so a prediction does not depend on the batch, except for the target
+    `"recentred"`. A target made of several embeddings is scaled to the norm of the teacher's embedding of the image,
+    for which the learning rates were chosen.
 
     Args:
-        num_views: of which the target is made.
+        num_views: number of views that the target is made of.
         preset, overrides: the recipe, see [`TTTConfig.preset`]; its `start` is given here.
         start: `"random"` for a fresh `clip-ttt` as wide as the teacher, `"model"` for `model`.
         model: folder or Hub name of the student to start from, with its image processor.
-        target: `"views"`: the mean direction of the views, for one view the teacher's embedding as it is;
-            `"recentred"`: that, less the batch's mean.
+        target: `"views"`: the mean direction of the views, for one view the unchanged embedding of the teacher;
+            `"recentred"`: that, minus the batch's mean.
         keep: share of the views in the target, the most confident ones by entropy.
-        consensus: `"probabilities"` or `"embeddings"`: answer with the mean of the student's and of the target's, for
+        consensus: `"probabilities"` or `"embeddings"`: predict with the mean of the student's and the target's, for
             embeddings of their directions. None: the student alone.
-        record_steps: also say what would have been predicted after fewer steps.
+        record_steps: also record the predictions after fewer steps.
 
     Raises:
         ValueError: for an option outside its range.
@@ -75,7 +75,7 @@ class APMAdapted:
     def __post_init__(self) -> None:
         check_views(self.num_views, self.keep)
         _check_choice(self, target=TARGETS, consensus=CONSENSUS, start=STARTS)
-        _ = self.config  # raises where an override is out of range
+        _ = self.config  # raises if an override is out of range
 
     @property
     def config(self) -> TTTConfig:
@@ -84,10 +84,10 @@ class APMAdapted:
     def __call__(self, task: ZeroShotTask, batch: ImageBatch) -> MethodOutput:
         """
         Raises:
-            ValueError: for a student that does not fit the teacher; where a fit diverged, naming the images.
+            ValueError: for a student that does not fit the teacher, or if a fit diverged, naming the images.
         """
         config = self.config
-        # Random weights are drawn once, for all batches.
+        # Random weights are drawn once for all batches.
         student = load_student(task.teacher, self.start, self.model, seed=config.seed)
         model, image_processor = student.bare_model, student.image_processor
         views = batch.embeds(self.num_views)  # (B, V, F)
@@ -95,13 +95,13 @@ class APMAdapted:
         pixel_values = image_processor(list(batch.images), return_tensors="pt")["pixel_values"]  # (B, 3, S, S)
         recorded: dict[int, Tensor] = {}
 
-        def record(step: TTTStep) -> None:  # before the update of a step: after as many as its number
+        def record(step: TTTStep) -> None:  # called before the update of a step, i.e. after `step.step` updates
             if step.step in STEPS:
                 classes = recorded.setdefault(step.step, torch.full((len(targets),), -1))
                 sound = step.image_embeds.isfinite().all(dim=1).cpu()
                 images = step.images[sound]
                 embeds = step.image_embeds[sound.to(step.image_embeds.device)]
-                classes[images] = self.answer(task, embeds, targets[images.to(targets.device)]).argmax(dim=1)
+                classes[images] = self.predict(task, embeds, targets[images.to(targets.device)]).argmax(dim=1)
 
         adapted = adapt(
             model,
@@ -118,17 +118,17 @@ class APMAdapted:
             raise ValueError(
                 f"{self.name}: expected fits that converge, got divergence for the images {first_five(images)}"
             )
-        logits, steps = self.answer(task, adapted.image_embeds, targets), adapted.steps.cpu()
+        logits, steps = self.predict(task, adapted.image_embeds, targets), adapted.steps.cpu()
         if not self.record_steps:
             return MethodOutput(logits=logits, steps=steps)
         last = logits.argmax(dim=1)
-        by_step = {  # an image that stopped keeps its answer
+        by_step = {  # an image that stopped keeps its prediction
             step: torch.where(steps > step, recorded.get(step, last), last) for step in STEPS if step < config.steps
         }
         return MethodOutput(logits=logits, steps=steps, by_step=by_step | {config.steps: last})
 
     def targets(self, task: ZeroShotTask, views: Tensor) -> Tensor:
-        """`(B, F)` for the teacher's embeddings `(B, V, F)` of the views."""
+        """Return targets `(B, F)` for the teacher's embeddings `(B, V, F)` of the views."""
         image = views[:, 0]
         if self.num_views == 1 and self.target == "views":
             return image
@@ -136,19 +136,19 @@ class APMAdapted:
         direction = recentred(direction) if self.target == "recentred" else direction
         return F.normalize(direction, dim=1) * image.norm(dim=1, keepdim=True)
 
-    def answer(self, task: ZeroShotTask, embeds: Tensor, targets: Tensor) -> Tensor:
-        """Logits `(B, K)` on the CPU for the students' embeddings `(B, F)` and what they were fitted to."""
+    def predict(self, task: ZeroShotTask, embeds: Tensor, targets: Tensor) -> Tensor:
+        """Return logits `(B, K)` on the CPU for the students' embeddings `(B, F)` and their targets `(B, F)`."""
         return _consensus(task, embeds, targets, self.consensus)
 
 
 @dataclass(frozen=True, kw_only=True)
 class APMForward:
-    """A student answers as it is, without adapting: one that was distilled, or as a control one of random weights.
+    """Predict with a student without adaptation: a distilled one or, as a control, one with random weights.
 
     Args:
         start: `"model"` for `model`, `"random"` for a fresh `clip-ttt` as wide as the teacher.
         model: folder or Hub name of a student with its image processor.
-        seed: of random weights.
+        seed: random seed of the weights.
         consensus: as in [`APMAdapted`], with the teacher's embedding of the image.
     """
 
@@ -165,18 +165,18 @@ class APMForward:
     def __post_init__(self) -> None:
         _check_choice(self, consensus=CONSENSUS, start=STARTS)
         if self.num_views != 1:
-            raise ValueError(f"num_views: expected 1, since the student sees the image itself, got {self.num_views}")
+            raise ValueError(f"num_views: expected 1, since the student gets the image itself, got {self.num_views}")
 
     @torch.no_grad()
     def __call__(self, task: ZeroShotTask, batch: ImageBatch) -> MethodOutput:
         student = load_student(task.teacher, self.start, self.model, seed=self.seed)
         model, image_processor = student.bare_model, student.image_processor
         routed = model.config.trigger_source == "embedding"
-        # Not asked for where it is not needed: a distilled student can do without its teacher.
+        # Only computed if needed: a distilled student can do without its teacher.
         targets = batch.embeds()[:, 0] if routed or self.consensus else None
         pixel_values = image_processor(list(batch.images), return_tensors="pt")["pixel_values"].to(model.device)
         triggers = targets if routed else None
-        # One at a time: an image has a thousand locations, each as wide as the model.
+        # One image at a time: it has a thousand locations, each as wide as the model.
         embeds = [
             model.pooled_features(
                 pixel_values[row : row + 1], trigger_column=None if triggers is None else triggers[row : row + 1]
@@ -190,13 +190,13 @@ def load_student(teacher: Teacher, start: str, model: str | None, *, seed: int) 
     """Load a student that fits the teacher, on its device; the same object for the same arguments.
 
     Args:
-        start: `"model"` for the given one, `"random"` for a fresh `clip-ttt` as wide as the teacher, which is shown
-            what the teacher sees.
+        start: `"model"` for the given one, `"random"` for a fresh `clip-ttt` as wide as the teacher, with a
+            matching image processor.
         model: folder or Hub name.
         seed: random seed of a fresh student's weights.
 
     Raises:
-        ValueError: no model where one is needed, one that is no APM or of another width than the teacher.
+        ValueError: for a missing model, or one that is no APM or of another width than the teacher.
     """
     if start == "model" and model is None:
         raise ValueError("model: expected the folder or name of a distilled APM, got none")

@@ -1,4 +1,4 @@
-"""TPT: tune the prompt to one image, classify it, forget (Shu et al. 2022, arXiv:2209.07511).
+"""Implement TPT: tune the prompt to one image, classify it, reset (Shu et al. 2022, arXiv:2209.07511).
 
 The embeddings of the words before the class name ("a photo of a") are learnt: one AdamW step per image lowers the
 entropy of the mean prediction over the image's most confident views. The image itself is then classified with the
@@ -26,13 +26,13 @@ from .votes import NUM_VIEWS, by_confidence, check_views, num_kept, view_logits
 
 @dataclass(frozen=True, kw_only=True)
 class TPT:
-    """Test-time prompt tuning.
+    """Tune prompts at test time (TPT).
 
     Args:
         keep: share of the views whose mean prediction is made more certain, by entropy before tuning.
-        num_steps: of AdamW with PyTorch's defaults; with 0 the prompt stays what it was.
-        learning_rate: of AdamW.
-        chunk_size: prompts that gradients are taken for at a time; bounds the memory, changes nothing else.
+        num_steps: steps of AdamW with PyTorch's defaults; with 0 the prompt is unchanged.
+        learning_rate: learning rate of AdamW.
+        chunk_size: prompts per gradient computation; bounds the memory, does not change the result.
     """
 
     name: str = "tpt"
@@ -54,13 +54,13 @@ class TPT:
             )
 
     def check(self, teacher: Teacher) -> None:
-        """Raise a ValueError for a teacher without a text tower of transformers."""
+        """Raise a ValueError for a teacher without a transformers text tower."""
         if teacher.tokenizer is None:
             raise ValueError(
                 f"{self.name}: expected a teacher with a text tower, whose prompts can be tuned, got '{teacher.name}'"
             )
 
-    @torch.inference_mode(False)  # tuning takes gradients, wherever it is called from
+    @torch.inference_mode(False)  # tuning takes gradients even when called in inference mode
     @torch.enable_grad()
     def __call__(self, task: ZeroShotTask, batch: ImageBatch) -> MethodOutput:
         """
@@ -80,11 +80,11 @@ class TPT:
         return MethodOutput(logits=torch.cat(rows).cpu(), steps=torch.full((len(rows),), self.num_steps))
 
     def _tune(self, prompts: "Prompts", texts: Tensor, views: Tensor, scale: float) -> Tensor:
-        """The context `(n, W)` after tuning, from the prompts' own, whose class embeddings are `texts`."""
+        """Return the context `(n, W)` tuned from the prompts' initial one, whose class embeddings are `texts`."""
         context = prompts.context.clone().requires_grad_()
         optimizer = torch.optim.AdamW([context], lr=self.learning_rate)
         for step in range(self.num_steps):
-            # The gradient stops at the class embeddings first, so that prompts can go through the tower in chunks.
+            # The gradient is taken at the class embeddings first, so that prompts can go through the tower in chunks.
             leaf = (prompts.encode(context) if step else texts.clone()).requires_grad_()
             marginal = classify(views, leaf, logit_scale=scale).log_softmax(dim=1).logsumexp(dim=0).log_softmax(dim=0)
             (-(marginal.exp() * marginal).sum()).backward()
@@ -96,17 +96,17 @@ class TPT:
 
 
 class Prompts:
-    """K prompts that share their first words, whose token embeddings can be replaced.
+    """Encode K prompts that share their first words, whose token embeddings can be replaced.
 
     Args:
         teacher: with a text tower.
-        class_names: K; equal ones share a prompt.
-        templates: one, with words before the class name.
+        class_names: K names; equal ones share a prompt.
+        templates: one template, with words before the class name.
         chunk_size: prompts in the text tower at a time.
 
     Raises:
-        ValueError: for another number of templates, for one without words before the name, or where a tokenizer
-            makes one token of the words and the name, or pads on the left.
+        ValueError: for another number of templates, for one without words before the name, or if the tokenizer
+            merges the words and the name into one token, or pads on the left.
     """
 
     def __init__(self, teacher: Teacher, class_names: list[str], templates: tuple[str, ...], *, chunk_size: int):
@@ -139,7 +139,7 @@ class Prompts:
         with torch.no_grad():
             self.context = self.token_embedding(torch.tensor(context, device=teacher.device)).float()  # (n, W)
 
-        # Prompts of one length go together: there is less padding to compute.
+        # Prompts are sorted by length to compute less padding.
         order = sorted(range(len(texts)), key=lambda row: len(tokens[row]))
         self.chunks = []
         for first_of_chunk in range(0, len(order), chunk_size):
@@ -149,13 +149,13 @@ class Prompts:
 
     @torch.no_grad()
     def encode(self, context: Tensor) -> Tensor:
-        """`(K, F)` float32 unit rows, with the context `(n, W)` in place of the prompts' own."""
+        """Return `(K, F)` float32 unit rows, with the context `(n, W)` in place of the prompts' initial one."""
         parts = [self._encode(inputs, context) for _, inputs in self.chunks]
         texts = torch.cat(parts)[torch.cat([places for places, _ in self.chunks]).argsort()]
         return texts[self.rows]
 
     def backward(self, context: Tensor, gradient: Tensor) -> None:
-        """Add to `context.grad` what a gradient `(K, F)` at the result of `encode` amounts to."""
+        """Backpropagate a gradient `(K, F)` at the result of `encode` into `context.grad`."""
         num_unique = sum(len(places) for places, _ in self.chunks)
         shared = gradient.new_zeros(num_unique, gradient.shape[1]).index_add(0, self.rows, gradient)
         for places, inputs in self.chunks:
@@ -168,7 +168,7 @@ class Prompts:
 
     @contextmanager
     def _replaced(self, context: Tensor) -> Iterator[None]:
-        """Token embeddings with the context in them: CLIP's text tower takes no embeddings as input."""
+        """Insert the context into the token embeddings: CLIP's text tower takes no embeddings as input."""
 
         def replace(module: nn.Module, inputs: Any, embeds: Tensor) -> Tensor:
             new = context.to(embeds.dtype).expand(len(embeds), -1, -1)  # (n, W) -> (K', n, W)

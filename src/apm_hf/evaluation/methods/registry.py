@@ -1,12 +1,12 @@
-"""Methods by name, and those that need nothing but the teacher's embeddings.
+"""Register methods by name, and define those that need only the teacher's embeddings.
 
 * one prompt, and an ensemble of prompts averaged per class (CLIP, arXiv:2103.00020, Secs. 3.1.2 and 3.1.4);
-* the mean embedding of several views, which whatever looks at several views must beat;
+* the mean embedding of several views, the baseline of every method that uses several views;
 * NEO (Murphy et al., ICLR 2026, arXiv:2510.05635): embeddings are re-centred before they are classified. A corruption
   moves all embeddings alike; the shift is the mean of the corrupted embeddings less that of clean ones, and the clean
-  mean is the origin for a classifier trained to neural collapse on balanced classes (Prop. 4.2). So the mean of what
-  is seen is subtracted, and no clean data are needed. The paper shows this for classifiers' last features. A dual
-  encoder's clean embeddings have a mean of their own, which is subtracted too; text embeddings stay.
+  mean is the origin for a classifier trained to neural collapse on balanced classes (Prop. 4.2). So the mean of the
+  given embeddings is subtracted, and no clean data are needed. The paper shows this for classifiers' last features.
+  A dual encoder's clean embeddings have a nonzero mean, which is subtracted too; text embeddings are unchanged.
 
 Legend: B images, V views, K classes, F width of the teacher's embeddings.
 """
@@ -26,7 +26,7 @@ from .votes import MTA, NUM_VIEWS, Zero, check_views, mean_direction, recentred
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot:
-    """The teacher's own answer.
+    """Predict with the teacher alone.
 
     Args:
         ensemble: average many prompts per class.
@@ -50,7 +50,7 @@ class ZeroShot:
 
 @dataclass(frozen=True, kw_only=True)
 class MeanViews:
-    """The mean of the views' directions.
+    """Classify the mean of the views' directions.
 
     Args:
         keep: share of the views, the most confident ones by entropy.
@@ -73,12 +73,12 @@ class MeanViews:
 
 @dataclass(frozen=True, kw_only=True)
 class Recentred:
-    """NEO: the image's embedding, or the mean direction of its views, less the mean of all that is at hand.
+    """Apply NEO: subtract the mean of all available embeddings from the image's, or from its views' mean direction.
 
-    An image that is alone is classified as it is.
+    A single image is classified unchanged.
 
     Args:
-        sequential: the mean is that of this batch and of all images before it, each counting once; else of this batch.
+        sequential: take the mean over this batch and all images before it, each counted once; else over this batch.
     """
 
     name: str = "recentred_batch"
@@ -95,7 +95,7 @@ class Recentred:
     def __call__(self, task: ZeroShotTask, batch: ImageBatch) -> MethodOutput:
         """
         Raises:
-            ValueError: where the images before are not given though they are needed.
+            ValueError: if the preceding images are needed but not given.
         """
         if self.sequential and batch.earlier is None:
             raise ValueError(f"{self.name}: expected the embeddings of the images before this batch, got none")
@@ -105,7 +105,7 @@ class Recentred:
         return MethodOutput(logits=classify(embeds, task.text_embeds, logit_scale=task.teacher.logit_scale).cpu())
 
 
-_KEEP = 0.3  # of the views in a target: more than vote, since embeddings are averaged
+_KEEP = 0.3  # share of the views in a target: larger than for voting, since embeddings are averaged
 _STABLE = {"stop": "stable"}
 _PLATEAU = {"stop": "plateau", "stop_threshold": 0.05}
 _ON_VIEWS: dict[str, Any] = {"num_views": NUM_VIEWS, "baseline": "mean_views"}
@@ -164,18 +164,18 @@ def make_methods(
     record_steps: bool = True,
     teacher: Teacher | None = None,
 ) -> list[Method]:
-    """The methods of these names, in order.
+    """Make the methods of these names, in order.
 
     Args:
         names: keys of `METHODS`, each once.
-        num_views: of those that look at several views.
-        model: folder or Hub name of a distilled APM, for those that start from one.
-        seed: of models' first weights and of the locations they are asked about.
-        record_steps: whether adapted models say what they predict after fewer steps.
-        teacher: to find out at once what it cannot serve.
+        num_views: views per image, for methods that use several.
+        model: folder or Hub name of a distilled APM, for methods that start from one.
+        seed: random seed of models' initial weights and of the locations they are queried at.
+        record_steps: whether adapted models record their predictions after fewer steps.
+        teacher: checked at once for what the methods need.
 
     Raises:
-        ValueError: unknown or repeated names, a method without its model or, where `teacher` is given, without its
+        ValueError: for unknown or repeated names, a method without its model or, if `teacher` is given, without its
             text tower.
     """
     if unknown := [name for name in names if name not in METHODS]:

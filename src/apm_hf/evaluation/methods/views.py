@@ -1,4 +1,4 @@
-"""Augmented views of an image, drawn from its own seed, and the teacher's embeddings of them.
+"""Draw augmented views of an image from its seed, and compute the teacher's embeddings of them.
 
 Views are random resized crops, half of them mirrored, as in TPT (arXiv:2209.07511, Sec. 4), MTA (arXiv:2405.02266) and
 ZERO (arXiv:2405.18330); view 0 is the image itself. Crops are drawn as torchvision's `RandomResizedCrop` draws them:
@@ -24,7 +24,7 @@ _TRIES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """How views are drawn; the defaults are those of TPT and MTA.
+    """Configure how views are drawn; the defaults are those of TPT and MTA.
 
     Args:
         scale: least and greatest share of the image's area.
@@ -32,7 +32,7 @@ class ViewConfig:
         flip: probability of mirroring.
 
     Raises:
-        ValueError: for a range that is empty or holds what cannot be.
+        ValueError: for a range that is empty or contains impossible values.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -51,14 +51,14 @@ class ViewConfig:
 def make_view(
     image: PIL.Image.Image, view: int, *, seed: int, size: int, config: ViewConfig | None = None
 ) -> PIL.Image.Image:
-    """View number `view` of an image; depends on nothing but the arguments.
+    """Return view number `view` of an image; depends only on the arguments.
 
     Args:
         image: 8-bit RGB.
-        view: 0 for the image itself, as it is; others are drawn.
-        seed: the image's, not negative.
-        size: side in pixels of the views that are drawn.
-        config: how they are drawn.
+        view: 0 for the unchanged image; others are drawn.
+        seed: seed of the image, not negative.
+        size: side in pixels of the drawn views.
+        config: how views are drawn.
 
     Raises:
         ValueError: for a negative number or seed.
@@ -75,10 +75,10 @@ def make_view(
 
 
 def view_encoder(teacher: Teacher, config: ViewConfig | None = None) -> Callable[[ImageBatch, int], Tensor]:
-    """What an [`ImageBatch`] needs: the batch and a view's number in, the teacher's embeddings `(B, F)` out.
+    """Return the `encode` function of an [`ImageBatch`]: batch and view number in, embeddings `(B, F)` out.
 
-    View 0 goes the teacher's own way. Other views have the teacher's size already: they are rescaled and normalized as
-    its image processor does, but neither resized nor cropped again.
+    View 0 goes through the teacher's image processor. Other views already have the teacher's size: they are rescaled
+    and normalized as by that processor, but neither resized nor cropped again.
     """
 
     def encode(batch: ImageBatch, view: int) -> Tensor:
@@ -102,7 +102,7 @@ def view_encoder(teacher: Teacher, config: ViewConfig | None = None) -> Callable
 def _crop_box(
     generator: np.random.Generator, image_size: tuple[int, int], config: ViewConfig
 ) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom; `image_size` is (width, height)."""
+    """Draw a crop box (left, top, right, bottom); `image_size` is (width, height)."""
     width, height = image_size
     for _ in range(_TRIES):
         area = width * height * generator.uniform(*config.scale)
