@@ -39,6 +39,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "clip-ttt": {"hidden_sizes": [4096, 2048, 1024], "feature_size": 768, "pooling": "attention"},
     # For tests and the embedded demo. In its narrow layers the usual 0.02 would make every feature vanish;
     # 0.1 is He's sqrt(2 / fan_in) for a fan-in of 200.
+    # Reads the tokens of a frozen teacher and gives its features at any coordinate: 0.6 M parameters at F = 192.
+    "dense": {
+        "image_size": 448,  # twice the side of what a teacher usually sees
+        "patch_size": 8,
+        "trigger_source": "tokens",
+        "local_patch": True,
+        "local_patch_scales": [1, 2, 4],
+        "position_size": 64,
+        "hidden_sizes": [256],
+        "hidden_act": "gelu",
+        "num_residual_blocks": 2,
+        "use_rgb_head": False,
+        "pooling": "mean",
+        "initializer_range": 0.06,
+    },
     "tiny": {
         "image_size": 96,
         "patch_size": 8,
@@ -94,7 +109,8 @@ class APMConfig(PreTrainedConfig):
         trigger_channels (`int`, defaults to 1): channels of the folding convolution; D is
             trigger_channels * rows * cols.
         trigger_source (`str`, defaults to `"conv"`): `"conv"` folds the pixels (the paper's T_c); `"embedding"` takes
-            the trigger column from the caller, usually the teacher's embedding (the paper's T_vit).
+            the trigger column from the caller, usually the teacher's embedding (the paper's T_vit); `"tokens"` takes
+            the teacher's grid of features from the caller, and the network refines what is interpolated from it.
         trigger_size (`int`, *optional*): D, for `trigger_source="embedding"`, where it defaults to `feature_size`.
         local_patch (`bool`, defaults to `False`): put the image patch around each location into its query (I_xy).
         local_patch_scales (`list[int]`, defaults to `[1]`): the windows of the local patch, in patches: scale s is a
@@ -102,6 +118,8 @@ class APMConfig(PreTrainedConfig):
             patch_size samples: fine in the middle, coarse around it.
         position_size (`int`, defaults to 1024): P, width of the 2-D sin-cos position code; a multiple of 4.
         hidden_sizes (`list[int]`): widths of the MLP's layers, each Linear + activation.
+        num_residual_blocks (`int`, defaults to 0): instead of the MLP, this many residual blocks (LayerNorm, Linear,
+            activation, Linear) of the width `hidden_sizes[0]`, and a LayerNorm.
         hidden_act (`str`, defaults to `"relu"`): activation of the MLP.
         feature_size (`int`, defaults to 1024): F, width of the teacher's features.
         feature_mean (`list[float]`, *optional*): F means of the teacher's features. The network then predicts in a
@@ -151,6 +169,7 @@ class APMConfig(PreTrainedConfig):
     local_patch_scales: list[int] | tuple[int, ...] = (1,)
     position_size: int = 1024
     hidden_sizes: list[int] | tuple[int, ...] = (4096, 4096, 4096, 2048, 1024)
+    num_residual_blocks: int = 0
     hidden_act: str = "relu"
     feature_size: int = 1024
     feature_mean: list[float | int] | tuple[float | int, ...] | None = None
@@ -203,7 +222,7 @@ class APMConfig(PreTrainedConfig):
                 "position_size: expected a multiple of 4 (sine and cosine of rows and of columns), "
                 f"got {self.position_size}"
             )
-        self._expect_one_of("trigger_source", ("conv", "embedding"))
+        self._expect_one_of("trigger_source", ("conv", "embedding", "tokens"))
         check_pooling("", self.pooling, self.feature_size, self.pooling_num_heads)
         check_statistics("", self.feature_size, self.feature_mean, self.feature_std)
         check_teacher_heads(self.teacher_heads or {}, self.pooling, self.pooling_num_heads)
@@ -226,6 +245,16 @@ class APMConfig(PreTrainedConfig):
             raise ValueError(
                 f"level_size: expected a positive integer with num_levels >= 1, got {self.level_size} "
                 f"with num_levels={self.num_levels}"
+            )
+        if self.trigger_source == "tokens" and self.trigger_size not in (None, self.feature_size):
+            raise ValueError(
+                f"trigger_size: expected feature_size={self.feature_size} with trigger_source='tokens', got "
+                f"{self.trigger_size}"
+            )
+        if self.num_residual_blocks < 0 or (self.num_residual_blocks and len(self.hidden_sizes) != 1):
+            raise ValueError(
+                "num_residual_blocks: expected 0, or more with one width in hidden_sizes, got "
+                f"{self.num_residual_blocks} with {list(self.hidden_sizes)}"
             )
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             raise ValueError(f"hidden_sizes: expected at least one positive width, got {list(self.hidden_sizes)}")
@@ -267,7 +296,7 @@ class APMConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "APMConfig":
-        """Return a published architecture, `"dinov2-large"` or `"clip-ttt"`, or `"tiny"` for tests and the demo.
+        """Return an architecture: `"dinov2-large"` or `"clip-ttt"`, as published, `"dense"`, or `"tiny"` for tests.
 
         Args:
             name: one of `PRESETS`.

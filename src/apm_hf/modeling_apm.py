@@ -35,7 +35,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_apm import APMConfig
-from .position_encoding import axis_codes, axis_indices, grid_coordinates, local_patches
+from .position_encoding import axis_codes, axis_indices, grid_coordinates, local_patches, sample_grid
 
 # Without gradients, locations are decoded in chunks whose widest activation stays below this many elements. On the
 # CPU it should also stay in the cache (8 MiB in float32), unless the chunk were less than a row of the grid.
@@ -168,6 +168,10 @@ class APMFeatureSpace(nn.Module):
         """Return features in the teacher's space, `(..., F)`, for outputs `(..., F)`."""
         return torch.addcmul(self.mean, features, self.std)
 
+    def standardise(self, features: Tensor) -> Tensor:
+        """Return standardised features, `(..., F)`, for those in the teacher's space."""
+        return (features - self.mean) / self.std
+
 
 def _feature_space(mean: Any, std: Any) -> APMFeatureSpace | nn.Identity:
     return nn.Identity() if mean is None or std is None else APMFeatureSpace(mean, std)
@@ -263,6 +267,20 @@ class APMTeacherHead(nn.Module):
         self.space = _feature_space(fields["feature_mean"], fields["feature_std"])
 
 
+class APMResidualBlock(nn.Module):
+    """Add to each location what a small MLP makes of it."""
+
+    def __init__(self, config: APMConfig, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return `(B, L, H)` for `(B, L, H)`."""
+        return hidden + self.down(self.activation(self.up(self.norm(hidden))))
+
+
 class APMDecoder(GradientCheckpointingLayer):
     """Apply the shared MLP and its heads, which predict standardised features if there are statistics.
 
@@ -272,9 +290,12 @@ class APMDecoder(GradientCheckpointingLayer):
     def __init__(self, config: APMConfig):
         super().__init__()
         widths, self.position_size, self.num_levels = config.hidden_sizes, config.position_size, config.num_levels
-        self.query = APMQuery(config, widths[0])
+        self.refines_tokens = config.trigger_source == "tokens"
+        self.query = APMQuery(config, widths[0], feature_size=config.feature_size if self.refines_tokens else 0)
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
         self.activation = ACT2FN[config.hidden_act]
+        self.blocks = nn.ModuleList(APMResidualBlock(config, widths[0]) for _ in range(config.num_residual_blocks))
+        self.norm = nn.LayerNorm(widths[0]) if self.blocks else None
         self.feature_head = nn.Linear(widths[-1], config.feature_size)
         self.level_head = nn.Linear(widths[-1], config.num_levels * config.level_width) if config.num_levels else None
         self.rgb_head = APMRGBHead(config) if config.use_rgb_head else None
@@ -287,7 +308,13 @@ class APMDecoder(GradientCheckpointingLayer):
         return head
 
     def forward(
-        self, trigger_column: Tensor, rows: Tensor, columns: Tensor, patches: Tensor | None, outputs: Sequence[str]
+        self,
+        trigger_column: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        patches: Tensor | None,
+        outputs: Sequence[str],
+        tokens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Decode locations in R rows of C, L = R * C.
 
@@ -295,6 +322,7 @@ class APMDecoder(GradientCheckpointingLayer):
             trigger_column: `(B, D)`.
             rows, columns: real-valued cell indices, `(1 or B, R, 1)` and `(1 or B, 1 or R, C)`.
             patches: `(B, L, Q)`, with `config.local_patch`.
+            tokens: `(B, L, F)`, the teacher's, interpolated, with `trigger_source="tokens"`; features are added to it.
             outputs: names of outputs to compute: `"features"`, `"rgb"`, `"levels"`, `"hidden_states.i"` for layer i of
                 the MLP, or `"teacher_features."` followed by the name of an additional teacher.
 
@@ -303,13 +331,21 @@ class APMDecoder(GradientCheckpointingLayer):
         """
         half, dtype = self.position_size // 2, trigger_column.dtype
         codes = [code.to(dtype) for code in axis_codes(half, rows, columns)]  # (1 or B, R, 1 or C, P / 2)
-        hidden = self.activation(self.query(trigger_column, *codes, patches))
+        hidden = self.query(trigger_column, *codes, patches, tokens)
+        if self.norm is None:
+            hidden = self.activation(hidden)
+        else:
+            for block in self.blocks:
+                hidden = block(hidden)
+            hidden = self.norm(hidden)
         keep = any(output.startswith("hidden_states.") for output in outputs)  # else each layer's memory is freed
         hidden_states = [hidden] if keep else []
         for layer in self.layers:
             hidden = self.activation(layer(hidden))
             hidden_states += [hidden] if keep else []
         features = self.feature_head(hidden)
+        if tokens is not None:
+            features = features + tokens
         decoded: list[Tensor] = []
         for output in outputs:
             kind, _, name = output.partition(".")
@@ -382,9 +418,16 @@ class APMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            decoder = getattr(getattr(self, "apm", self), "decoder", None)
+            if decoder is not None and decoder.refines_tokens and module is decoder.feature_head:
+                init.zeros_(module.weight)  # features begin as what is interpolated
+            else:
+                init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, APMAttentionPooling):
             init.normal_(module.query, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, APMFeatureSpace):
@@ -441,8 +484,8 @@ class APMModel(APMPreTrainedModel):
         Raises:
             ValueError: for another shape, or if the trigger column comes from the caller.
         """
-        if self.config.trigger_source != "conv":
-            raise ValueError("fold: trigger_source='embedding' has nothing to fold; pass trigger_column instead")
+        if (source := self.config.trigger_source) != "conv":
+            raise ValueError(f"fold: trigger_source={source!r} has nothing to fold; pass trigger_column instead")
         return self.trigger(self._check_pixels(pixel_values)).flatten(1)  # (B, channels, rows, cols) -> (B, D)
 
     @can_return_tuple
@@ -463,7 +506,8 @@ class APMModel(APMPreTrainedModel):
         Args:
             pixel_values: `(B, C, S, S)`; not needed if `trigger_column` is given and `config.local_patch` is off.
             coordinates: `(L, 2)` or `(B, L, 2)`, (y, x) in [-1, 1], any real values; None is the full grid.
-            trigger_column: `(B, D)`, instead of folding; required with `trigger_source="embedding"`.
+            trigger_column: `(B, D)`, instead of folding; required with `trigger_source="embedding"`, and with
+                `"tokens"`, as the teacher's grid `(B, rows, cols, F)`; images may then be of any size.
             chunk_size: locations decoded at a time, rounded to full rows on the grid; outputs do not depend on it.
                 None chooses: all at once if gradients are needed without checkpointing and in compiled code, else as
                 many as keep the activations below `CHUNK_ELEMENTS`.
@@ -491,12 +535,14 @@ class APMModel(APMPreTrainedModel):
         outputs += [f"hidden_states.{index}" for index in range(num_layers)]
 
         trigger_column = self._trigger_column(trigger_column, pixel_values)
-        coordinates = self._coordinates(coordinates, trigger_column)
+        coordinates = self._coordinates(coordinates, trigger_column, pixel_values)
+        column = self._column(trigger_column)
         states: dict[str, tuple[Any, ...]] = dict.fromkeys(features, ())
         pooled: dict[str, Tensor] = {}
         chunks = _Chunks(self.config.num_locations if coordinates is None else coordinates.shape[1])
-        for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, chunk_size):
-            decoded = dict(zip(outputs, self.decoder(trigger_column, rows, columns, patches, outputs), strict=True))
+        for rows, columns, patches, tokens in self._locations(trigger_column, coordinates, pixel_values, chunk_size):
+            values = self.decoder(column, rows, columns, patches, outputs, tokens)
+            decoded = dict(zip(outputs, values, strict=True))
             for name, (pooler, space) in features.items():
                 pooled[name], states[name] = pooler(decoded[name], rows, columns, states[name])
                 decoded[name] = space(decoded[name])
@@ -547,10 +593,10 @@ class APMModel(APMPreTrainedModel):
     ) -> Tensor:
         """Return `forward(...).pooler_output`, `(B, F)`, without computing colours or levels or storing features."""
         trigger_column = self._trigger_column(trigger_column, pixel_values)
-        coordinates = self._coordinates(coordinates, trigger_column)
-        state: tuple[Any, ...] = ()
-        for rows, columns, patches in self._locations(trigger_column, coordinates, pixel_values, None):
-            (features,) = self.decoder(trigger_column, rows, columns, patches, ("features",))
+        coordinates = self._coordinates(coordinates, trigger_column, pixel_values)
+        column, state = self._column(trigger_column), ()
+        for rows, columns, patches, tokens in self._locations(trigger_column, coordinates, pixel_values, None):
+            (features,) = self.decoder(column, rows, columns, patches, ("features",), tokens)
             pooled, state = self.pooler(features, rows, columns, state)
         return self.feature_space(pooled)
 
@@ -596,7 +642,7 @@ class APMModel(APMPreTrainedModel):
     def _trigger_column(self, trigger_column: Tensor | None, pixel_values: Tensor | None) -> Tensor:
         """Return the trigger column `(B, D)`, given or folded, in the model's dtype."""
         if trigger_column is None:
-            if pixel_values is None or self.config.trigger_source == "embedding":
+            if pixel_values is None or self.config.trigger_source != "conv":
                 needed = "pixel_values or trigger_column" if self.config.trigger_source == "conv" else "trigger_column"
                 source = self.config.trigger_source
                 raise ValueError(f"forward: expected {needed}, got none (trigger_source={source!r})")
@@ -604,10 +650,21 @@ class APMModel(APMPreTrainedModel):
         width = self.config.trigger_width
         if not isinstance(trigger_column, Tensor):
             raise ValueError(f"trigger_column: expected a tensor, got {type(trigger_column).__name__}")
-        if trigger_column.ndim != 2 or trigger_column.shape[1] != width:
-            raise ValueError(f"trigger_column: expected shape (B, {width}), got {tuple(trigger_column.shape)}")
+        shape = "B, rows, cols" if (is_grid := self.config.trigger_source == "tokens") else "B"
+        if trigger_column.ndim != (4 if is_grid else 2) or trigger_column.shape[-1] != width:
+            raise ValueError(f"trigger_column: expected shape ({shape}, {width}), got {tuple(trigger_column.shape)}")
         trigger_column = trigger_column.to(self.dtype)  # inputs may be float32 with bfloat16 weights
         return self.trigger(trigger_column) if self.config.trigger_source == "embedding" else trigger_column
+
+    def _column(self, trigger_column: Tensor) -> Tensor:
+        """Return what all locations of an image share, `(B, D)`: the column, or the mean token, standardised."""
+        if self.config.trigger_source != "tokens":
+            return trigger_column
+        return self._standardised(trigger_column).mean(dim=(1, 2))
+
+    def _standardised(self, tokens: Tensor) -> Tensor:
+        space = self.feature_space
+        return space.standardise(tokens) if isinstance(space, APMFeatureSpace) else tokens
 
     def _locations(
         self,
@@ -615,8 +672,8 @@ class APMModel(APMPreTrainedModel):
         coordinates: Tensor | None,
         pixel_values: Tensor | None,
         chunk_size: int | None,
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield chunks of locations: cell indices `(1 or B, R, 1)` and `(1 or B, 1 or R, C)`, and their patches."""
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """Yield chunks of locations: cell indices `(1 or B, R, 1)` and `(1 or B, 1 or R, C)`, patches and tokens."""
         config, device = self.config, trigger_column.device
         if config.local_patch:
             if pixel_values is None:
@@ -639,12 +696,15 @@ class APMModel(APMPreTrainedModel):
             if coordinates is None:
                 width = columns.shape[2]
                 cells = slice(start * width, chunk.stop * width if step else None)
-                yield rows[:, chunk], columns, None if patches is None else patches[:, cells]
+                yield rows[:, chunk], columns, None if patches is None else patches[:, cells], None
             else:
                 if config.local_patch:
                     places = coordinates[:, chunk]
                     patches = local_patches(images, config.patch_size, config.local_patch_scales, places)
-                yield rows[:, chunk], columns[:, chunk], patches
+                tokens = None
+                if config.trigger_source == "tokens":
+                    tokens = sample_grid(self._standardised(trigger_column), coordinates[:, chunk])
+                yield rows[:, chunk], columns[:, chunk], patches, tokens
 
     def _chunk_rows(self, trigger_column: Tensor, columns: Tensor, chunk_size: int | None) -> int | None:
         """Return the number of rows of locations decoded at a time; None is all of them."""
@@ -664,19 +724,36 @@ class APMModel(APMPreTrainedModel):
     def _check_pixels(self, pixel_values: Tensor) -> Tensor:
         """Return the images in the model's dtype."""
         config = self.config
-        expected = (config.num_channels, config.image_size, config.image_size)
+        expected: tuple[int | str, ...] = (config.num_channels, config.image_size, config.image_size)
         if not isinstance(pixel_values, Tensor):
             raise ValueError(f"pixel_values: expected a tensor, got {type(pixel_values).__name__}")
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        if config.trigger_source == "tokens":  # any size, since nothing but windows is taken from the image
+            sides = f"a multiple of {config.patch_size}"
+            expected = (config.num_channels, sides, sides)
+            fits = pixel_values.shape[1] == config.num_channels and all(
+                side and side % config.patch_size == 0 for side in pixel_values.shape[2:]
+            )
+        else:
+            fits = tuple(pixel_values.shape[1:]) == expected
+        if pixel_values.ndim != 4 or not fits:
             raise ValueError(
                 f"pixel_values: expected shape (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}"
             )
         return pixel_values.to(self.dtype)
 
-    def _coordinates(self, coordinates: Tensor | None, trigger_column: Tensor) -> Tensor | None:
-        """Return coordinates `(1 or B, L, 2)`, float32 or wider, on the trigger column's device; None stays None."""
+    def _coordinates(
+        self, coordinates: Tensor | None, trigger_column: Tensor, pixel_values: Tensor | None
+    ) -> Tensor | None:
+        """Return coordinates `(1 or B, L, 2)`, float32 or wider, on the trigger column's device; None stays None.
+
+        With `trigger_source="tokens"`, None becomes the centres of the image's cells.
+        """
         if coordinates is None:
-            return None
+            if self.config.trigger_source != "tokens":
+                return None
+            size = (self.config.image_size,) * 2 if pixel_values is None else pixel_values.shape[-2:]
+            rows, cols = (side // self.config.patch_size for side in size)
+            return grid_coordinates(rows, cols, device=trigger_column.device)[None]
         if not isinstance(coordinates, Tensor):
             raise ValueError(f"coordinates: expected a tensor, got {type(coordinates).__name__}")
         batch_size, shape = trigger_column.shape[0], coordinates.shape

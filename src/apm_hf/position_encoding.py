@@ -109,6 +109,22 @@ def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, s
     return patches.transpose(1, 2).flatten(2).to(pixel_values.dtype)  # (B, C, L, patch**2) -> (B, L, C * patch**2)
 
 
+def sample_grid(features: Tensor, coordinates: Tensor) -> Tensor:
+    """Interpolate a grid of features bilinearly; beyond the outermost centres the outermost values go on.
+
+    Args:
+        features: `(B, rows, cols, F)`.
+        coordinates: `(1 or B, L, 2)`, (y, x) in [-1, 1], of any dtype; sampling takes float32 at least.
+
+    Returns:
+        `(B, L, F)`, of the features' dtype.
+    """
+    places = _not_half(coordinates).flip(-1)[:, None].expand(len(features), -1, -1, -1)  # grid_sample takes (x, y)
+    maps = features.movedim(-1, 1).to(places.dtype)  # (B, rows, cols, F) -> (B, F, rows, cols)
+    sampled = F.grid_sample(maps, places, padding_mode="border", align_corners=False)  # (B, F, 1, L)
+    return sampled[:, :, 0].transpose(1, 2).to(features.dtype)
+
+
 def grid_patches(pixel_values: Tensor, patch_size: int, scale: int = 1) -> Tensor:
     """Extract the window around every cell's centre: `sample_patches` on the grid, without interpolation if possible.
 

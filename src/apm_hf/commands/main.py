@@ -30,6 +30,7 @@ from . import (
     interpolate,
     islands,
     push,
+    upsample,
 )
 from .console import as_json, console
 from .errors import explain
@@ -44,6 +45,7 @@ COMMANDS = {
     "classify": classify,
     "islands": islands,
     "interpolate": interpolate,
+    "upsample": upsample,
     "evaluate": evaluate,
     "convert": convert,
     "export": export,

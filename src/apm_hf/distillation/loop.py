@@ -99,6 +99,8 @@ def distill(
         width = student.config.teacher_head(name)["feature_size"]
         if further.feature_size != width:
             raise ValueError(f"teacher_heads: expected {name!r} to be {further.feature_size} wide, got {width}")
+    if student.config.trigger_source == "tokens":
+        raise ValueError("trigger_source: expected 'conv' or 'embedding', got 'tokens': use distill_dense")
     num_layers, num_levels = len(config.level_layers or ()), student.config.num_levels
     if teacher is not None and config.level_weight and num_layers != num_levels:
         raise ValueError(

@@ -4,7 +4,8 @@ This is what `apm distill` and `examples/train.py` do. [`apm_hf.distillation.dis
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from transformers import set_seed
@@ -12,8 +13,8 @@ from transformers.utils import logging
 
 from ..configuration_apm import APMConfig
 from ..data.augmentation import RandomCrops
-from ..data.images import ImageCollator
-from ..data.loading import train_and_validation
+from ..data.images import ImageCollator, decode_image, eight_bit_rgb
+from ..data.loading import ImageData, train_and_validation
 from ..data.split_streams import SplitStream
 from ..modeling_apm import APMModel
 from ..publishing.cards import CardFacts, write_card, write_card_picture
@@ -27,6 +28,7 @@ from ..teachers import load_teacher
 from ..teachers.feature_cache import CachedImages, FeatureCache
 from ..teachers.licenses import inherit
 from ..teachers.matching import matching_image_processor, same_view
+from .dense import DenseConfig, DensePairs, distill_dense
 from .loop import distill
 from .settings import DistillationConfig, DistillationResult
 
@@ -52,7 +54,8 @@ class TrainingConfig:
         metadata={"help": "folder made by `apm cache-features`; the teacher is not run on training images then"},
     )
     preset: str = field(
-        default="tiny", metadata={"help": "ready-made settings; the architecture dinov2-large, clip-ttt or tiny"}
+        default="tiny",
+        metadata={"help": "ready-made settings; dense refines the teacher's tokens, others read pixels"},
     )
     config_overrides: str = field(
         default="{}", metadata={"help": "JSON: fields of APMConfig, e.g. '{\"local_patch\": true}'"}
@@ -115,6 +118,8 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
     separate_folder(config.output_dir, **folders)
     writable_folder(config.output_dir)  # before anything is fetched
     overrides, processor_options = (_json_object(training, name) for name in ("config_overrides", "image_processor"))
+    if training.preset == "dense":
+        return _train_dense(training, config, overrides, command=command)
     set_seed(config.seed)
     # Each process's own device: of several GPUs "cuda" alone is the first one until Accelerate has shared them out.
     placed = {"device": process_state().device, "dtype": training.teacher_dtype}
@@ -179,6 +184,70 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
             address = publish(result.output_dir, training.hub_model_id)
             logger.info(address)
     return TrainingResult(result, state.num_processes, state.is_main_process, address)
+
+
+def _train_dense(
+    training: TrainingConfig, config: DistillationConfig, overrides: dict[str, Any], *, command: str
+) -> TrainingResult:
+    """Distil a decoder of the teacher's tokens, see [`apm_hf.distillation.dense`].
+
+    Settings that are left at their defaults take those of [`DenseConfig`].
+    """
+    defaults = DistillationConfig(output_dir=config.output_dir)
+    names = {"steps": "max_steps", "batch_size": "batch_size", "learning_rate": "learning_rate"}
+    names |= {"num_locations": "num_locations", "mixed_precision": "mixed_precision"}
+    names |= {"overwrite": "overwrite", "seed": "seed"}
+    given = {ours: getattr(config, theirs) for ours, theirs in names.items()}
+    given = {ours: value for ours, value in given.items() if value != getattr(defaults, names[ours])}
+    settings = DenseConfig(output_dir=config.output_dir, **given)
+    _refuse_others(training, config)
+    data, validation = train_and_validation(
+        training.dataset,
+        split=training.split,
+        validation_split=training.validation_split,
+        validation_fraction=0.1,
+        image_column=training.image_column,
+        max_images=training.max_images,
+        max_validation_images=training.max_validation_images,
+        seed=config.seed,
+    )
+    if len(validation.dataset) < 2:
+        raise ValueError(f"--dataset: expected 20 photos or more, or --validation_split, got {len(data.dataset) + 1}")
+    state = process_state()
+    teacher = load_teacher(training.teacher, device=state.device, dtype=training.teacher_dtype)
+    photos = [[partial(_photo, part, row) for row in range(len(part.dataset))] for part in (data, validation)]
+    train_pairs = DensePairs.build(photos[0], teacher, seed=config.seed, description="teacher")
+    held_out = DensePairs.build(photos[1], teacher, shifted=False, description="teacher, held out")
+    result = distill_dense(teacher, train_pairs, held_out, settings, dataset=training.dataset, **overrides)
+    found = DistillationResult(result.student, [{"step": settings.steps, **result.metrics}], result.output_dir)
+    address = None
+    if state.is_main_process:
+        steps = replace(config, max_steps=settings.steps)
+        write_card(result.output_dir, _facts(training, steps, found, command))
+        if training.push_to_hub:
+            assert training.hub_model_id is not None
+            address = publish(result.output_dir, training.hub_model_id)
+            logger.info(address)
+    return TrainingResult(found, state.num_processes, state.is_main_process, address)
+
+
+def _photo(data: ImageData, row: int) -> Any:
+    try:
+        return eight_bit_rgb(decode_image(data.dataset[row][data.image_column]))
+    except ValueError as error:
+        raise ValueError(f"row {row}: {error}") from error
+
+
+def _refuse_others(training: TrainingConfig, config: DistillationConfig) -> None:
+    """Refuse options that the dense preset has no use for, instead of ignoring them."""
+    given = {
+        "extra_teachers": training.extra_teachers, "feature_cache": training.feature_cache, "resume": config.resume,
+        "random_crops": training.random_crops, "streaming": training.streaming, "level_layers": config.level_layers,
+        "jitter": config.jitter, "statistics_images": config.statistics_images,
+        "max_bad_images": config.max_bad_images,
+    }  # fmt: skip
+    if names := [name for name, value in given.items() if value]:
+        raise ValueError(f"--{names[0]}: expected none with --preset dense")
 
 
 def _check_cacheable(training: TrainingConfig, config: DistillationConfig) -> None:

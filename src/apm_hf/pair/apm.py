@@ -213,15 +213,25 @@ class APM:
         model, side = self._needed_model(), self._needed_model().config.image_size
         return whole_photos(self.image_processor, pictures(images), (side, side)).to(model.device)
 
+    @property
+    def feature_size(self) -> int:
+        """F, of the student or, alone, of the teacher."""
+        if self.model is not None:
+            return self.model.config.feature_size
+        return self._needed_teacher("features are asked of").feature_size
+
     def trigger_column(self, images: Any) -> Tensor | None:
-        """Return the teacher's embeddings `(B, D)` where the student takes its trigger columns from them, else None.
+        """Return what the student takes from its teacher: embeddings `(B, D)`, a grid `(B, rows, cols, F)`, or None.
 
         Raises:
             ValueError: where they are needed and there is no teacher.
         """
-        if self._needed_model().config.trigger_source == "conv":
+        source = self._needed_model().config.trigger_source
+        if source == "conv":
             return None
         teacher = self._needed_teacher("this student takes its trigger columns from")
+        if source == "tokens":
+            return teacher_features(teacher, pictures(images), fine=False)
         return teacher.encode_images(pictures(images)).image_embeds
 
     def encode(

@@ -72,6 +72,8 @@ def export_model(
     if not isinstance(model, APMModel):
         raise ValueError(f"model: expected an APMModel (a head's is its .apm), got {type(model).__name__}")
     source = model.config.trigger_source
+    if source == "tokens":
+        raise ValueError("model: expected trigger_source 'conv' or 'embedding', got 'tokens'")
     possible = ("fold", "query", "model") if source == "conv" else ("query",)
     graphs = possible[:2] if graphs is None else tuple(dict.fromkeys(graphs))
     if unknown := set(graphs) - set(possible):

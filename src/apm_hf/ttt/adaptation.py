@@ -338,6 +338,8 @@ def check_inputs(
         raise ValueError("image_embeds: expected targets to compare with for stop='cosine', got none")
     if text_embeds is not None and (text_embeds.ndim != 2 or text_embeds.shape[1] != width):
         raise ValueError(f"text_embeds: expected shape (K, {width}), got {tuple(text_embeds.shape)}")
+    if architecture.trigger_source == "tokens":
+        raise ValueError("model: expected one that is fitted to its teacher's features, got one that reads them")
     if trigger_column is None and architecture.trigger_source == "embedding":
         raise ValueError("trigger_column: expected (B, D) for trigger_source='embedding', got none")
     if pixel_values is None and trigger_column is None:

@@ -98,7 +98,7 @@ def query_map(
         `(B, rows, cols, F)`, and `(B, rows, cols, 3)` in [0, 1] or None without an RGB head.
     """
     coordinates = grid_coordinates(*size)
-    if model.config.local_patch:
+    if model.config.local_patch and model.config.trigger_source != "tokens":
         inside = 1 - 1 / model.config.grid_size
         coordinates = coordinates.clamp(-inside, inside)
     outputs = query(model, pixel_values, coordinates, trigger_column=trigger_column)

@@ -46,6 +46,7 @@ TITLES = {
     "shuffled_masks": "APM, masks shuffled",
     "random": "random segments",
 }
+OF_ADAPTED = ("apm_ttt", "apm_ttt_alone")
 OF_DISTILLED = ("apm", "apm_ttt", "image_shuffled", "position_only", "shuffled_masks")
 # Rows computed from the distilled APM's maps; they differ in the input image or in what the maps are used for.
 OF_SAME_MAPS = ("apm", "image_shuffled", "position_only", "shuffled_masks")
@@ -113,9 +114,11 @@ class Models:
     def inputs(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """Return an APM's inputs: pixels `(B, 3, S, S)`, and a trigger column `(B, D)` if it does not compute one."""
         pixels = self.apm.pixel_values(list(images))
-        if self.model.config.trigger_source == "conv":
+        source = self.model.config.trigger_source
+        if source == "conv":
             return pixels, None
-        return pixels, self.encode(images).image_embeds.to(pixels.device)  # of the complete image, as for the student
+        outputs = self.encode(images)  # of the complete image, as for the student
+        return pixels, (outputs.features if source == "tokens" else outputs.image_embeds).to(pixels.device)
 
     def teacher_maps(self, images: Images, size: Size, *, factor: int = 1) -> Tensor:
         return upsample(self.encode(images, factor=factor).features, size)
@@ -202,6 +205,8 @@ def titles(models: Models) -> dict[str, str]:
     for name, title in TITLES.items():
         if name in OF_DISTILLED and not models.apm.is_fitted:
             continue
+        if name in OF_ADAPTED and models.model.config.trigger_source == "tokens":
+            continue  # it reads what the others are adapted to
         found[name] = title
         num_levels = {"teacher": len(models.level_layers), "apm": models.model.config.num_levels}.get(name, 0)
         for number in range(1, num_levels + 1):

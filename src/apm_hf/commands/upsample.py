@@ -1,0 +1,78 @@
+"""`apm upsample`: the features of a photo at any resolution, as a file."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .options import add
+
+HELP = "write a teacher's features of a photo at any resolution"
+DESCRIPTION = """
+Write the features of a photo at any resolution to a safetensors file, as `features` (rows, cols, width), computed row
+by row in flat memory. With --model, a student is queried at each location; with --teacher alone, the teacher's grid is
+interpolated bilinearly.
+"""
+EXAMPLES = (
+    "apm upsample a.jpg --model user/apm-dense --teacher facebook/dinov2-small --size 1024 --output map.safetensors",
+    "apm upsample a.jpg --teacher facebook/dinov2-small --size 448 --output map.safetensors --picture map.png",
+)
+RESULT = {
+    "file": "the safetensors file",
+    "rows": "of the map",
+    "cols": "of the map",
+    "feature_size": "width of a feature",
+    "bytes": "of the map",
+    "picture": "the PNG file, or null",
+}
+INTERRUPTED = "no file was written"
+SMALLER = "a smaller --size"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photo", metavar="PHOTO", help="image file")
+    parser.add_argument("--output", metavar="FILE", required=True, help="safetensors file to write")
+    add(parser, "--model", "a student, e.g. one distilled with --preset dense")
+    add(parser, "--teacher", "the one that the student was distilled from")
+    add(parser, "--size", default=448)
+    parser.add_argument(
+        "--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="precision in the file"
+    )
+    parser.add_argument("--picture", metavar="FILE", help="also draw three principal components as a PNG file")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from ..data.images import read_rgb
+    from ..pair import APM
+    from ..pair.upsampling import write_dense
+
+    photo = read_rgb(options.photo)
+    apm = APM.load(options.model, teacher=options.teacher)
+    facts = write_dense(apm, photo, options.size, options.output, dtype=getattr(torch, options.dtype))
+    if options.picture is not None:
+        _draw(Path(options.output), Path(options.picture))
+    print(f"{options.output}: {facts['rows']} x {facts['cols']} x {facts['feature_size']} {options.dtype}")
+    return {"file": options.output, **facts, "picture": options.picture}
+
+
+def _draw(file: Path, picture: Path) -> None:
+    """Draw the map's three principal components, fitted on some of its rows and columns."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+    from safetensors import safe_open
+
+    from ..islands.colours import PCAColours
+    from ..runs.files import write_atomically
+
+    with safe_open(file, framework="pt") as tensors:
+        features = tensors.get_tensor("features")
+    step = max(1, max(features.shape[:2]) // 128)
+    colours = PCAColours.fit(features[::step, ::step].float())
+    rows = [colours(features[start : start + 64].float()) for start in range(0, len(features), 64)]
+    pixels = (np.concatenate(rows).clip(0, 1) * 255).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    write_atomically(picture, buffer.getvalue())

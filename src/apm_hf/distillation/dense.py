@@ -1,0 +1,403 @@
+"""Distil a decoder of a frozen teacher's tokens: its features at any coordinate, sharper than its own grid.
+
+The student reads the teacher's tokens of a photo at the usual side, and the photo itself at twice that side; it learns
+what the teacher says of the same photo at twice the side, in windows that are moved, so that coordinates are
+continuous. What it is compared with is always there: interpolation of the same tokens, and a ridge regression from the
+same inputs to the same targets.
+
+Source: the decoder is ours; targets at a higher resolution as in FeatUp (arXiv:2403.10516).
+
+Legend: N photos, V windows of a photo, B photos of a batch, L locations, F feature width, S the teacher's side in
+pixels, (rows, cols) the teacher's grid at S.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import get_cosine_schedule_with_warmup
+from transformers.utils import logging
+from transformers.utils.logging import tqdm
+
+from ..configuration_apm import APMConfig
+from ..image_processing_apm import APMImageProcessor
+from ..modeling_apm import APMModel
+from ..position_encoding import grid_coordinates, sample_grid
+from ..runs.files import write_atomically
+from ..runs.processes import on_cpu, process_state
+from ..runs.progress import no_loading_bars
+from ..runs.run import Run
+from ..teachers import Teacher
+from ..teachers.dense_grids import moved
+from ..teachers.licenses import inherit
+from ..ttt.photos import whole_photos
+
+logger = logging.get_logger(__name__)
+
+FINER = 2  # times the teacher's side, of the photo that the student reads and of its targets
+MAX_SHIFT = 16  # pixels of that photo by which windows are moved
+RIDGE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal of the inputs' covariance
+CHUNK = 32  # photos evaluated at a time
+MADE = ("config.json", "model.safetensors", "preprocessor_config.json", "metrics.json", "README.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """Settings of the distillation of a dense decoder.
+
+    Args:
+        output_dir: folder of the model and its figures.
+        steps: optimiser steps.
+        batch_size: photos per step, of each process.
+        num_locations: locations per photo and step.
+        learning_rate: peak learning rate of AdamW; 5 % warm-up, cosine decay.
+        weight_decay: of AdamW.
+        num_windows: V, windows of each photo whose targets are cached.
+        mixed_precision: `"bf16"`, `"fp16"` or `"no"`; None is bf16 on a GPU, else no.
+        overwrite: replace an earlier model in `output_dir`.
+        seed: random seed of weights, windows, photos and locations.
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    output_dir: str
+    steps: int = 1500
+    batch_size: int = 64
+    num_locations: int = 32
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    num_windows: int = 1
+    mixed_precision: str | None = None
+    overwrite: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir: expected a folder, got an empty name")
+        for name in ("steps", "batch_size", "num_locations", "num_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < float("inf") or not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(
+                f"learning_rate, weight_decay: expected a positive number and 0 or more, got {self.learning_rate}, "
+                f"{self.weight_decay}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class DensePairs:
+    """Inputs and targets of N photos, in memory.
+
+    Args:
+        pixels: `(N, 3, 2S, 2S)` uint8, whole photos.
+        tokens: `(N, rows, cols, F)` float16, the teacher's features at its usual side.
+        targets: `(N, V, 2 rows, 2 cols, F)` float16, its features of moved windows at twice the side.
+        shifts: `(N, V, 2)`, (down, right), in units of coordinates, by which targets lie beside the plain grid.
+    """
+
+    pixels: Tensor
+    tokens: Tensor
+    targets: Tensor
+    shifts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @classmethod
+    def build(
+        cls,
+        photos: Sequence[Any],
+        teacher: Teacher,
+        *,
+        num_windows: int = 1,
+        shifted: bool = True,
+        seed: int = 0,
+        description: str | None = None,
+    ) -> "DensePairs":
+        """Run the teacher on every photo, once at its usual side and once per window at twice the side.
+
+        Args:
+            photos: N 8-bit RGB pictures, or functions that return one.
+            shifted: whether windows are moved; else V is 1, on the plain grid.
+            description: of the progress bar; None shows none.
+
+        Raises:
+            ValueError: for no photos, or a teacher that cannot take twice its side.
+        """
+        if not len(photos):
+            raise ValueError("photos: expected at least one, got none")
+        side, generator = teacher.image_size, torch.Generator().manual_seed(seed)
+        large = APMImageProcessor(size={"height": FINER * side, "width": FINER * side})
+        columns: list[list[Tensor]] = [[], [], [], []]
+        for photo in tqdm(photos, desc=description, disable=description is None):
+            picture = photo() if callable(photo) else photo
+            plain, fine = (
+                whole_photos(teacher.image_processor, [picture], (size, size)) for size in (side, FINER * side)
+            )
+            windows = num_windows if shifted else 1
+            shift = torch.zeros(windows, 2)
+            if shifted:
+                shift = (2 * torch.rand(windows, 2, generator=generator) - 1) * MAX_SHIFT
+            targets = [_features(teacher, moved(fine, *one.tolist())) for one in shift]
+            pixels = large([picture], return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
+            values = (
+                pixels.round().clamp(0, 255).to(torch.uint8),
+                _features(teacher, plain),
+                torch.stack(targets, dim=1),
+                (shift * 2 / (FINER * side))[None],
+            )
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        return cls(*(torch.cat(column) for column in columns))
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation `(F,)` of the tokens, over photos and places."""
+        flat = self.tokens.flatten(0, 2).float()
+        return flat.mean(dim=0), flat.std(dim=0).clamp(min=1e-6)
+
+
+def _features(teacher: Teacher, pixel_values: Tensor) -> Tensor:
+    features = teacher.encode_images(pixel_values=pixel_values).features
+    assert features is not None
+    return features.half().cpu()
+
+
+@dataclass(frozen=True)
+class DenseResult:
+    """What a distillation leaves behind.
+
+    Args:
+        student: on the CPU, in evaluation mode.
+        metrics: R² of held-out photos after removing the mean of each position, by name: `decoder`, `bilinear`,
+            `ridge`; and `decoder_train`, on photos it learnt from.
+        output_dir: folder of the model.
+    """
+
+    student: APMModel
+    metrics: dict[str, float]
+    output_dir: Path
+
+
+def distill_dense(
+    teacher: Teacher,
+    train: DensePairs,
+    validation: DensePairs,
+    config: DenseConfig,
+    *,
+    dataset: str | None = None,
+    **architecture: Any,
+) -> DenseResult:
+    """Fit a dense decoder to its teacher, compare it with interpolation and ridge regression, and save it.
+
+    Args:
+        train: photos to learn from.
+        validation: other photos, with plain windows (`shifted=False`).
+        dataset: public name of the photos, for the card's origins.
+        **architecture: fields of [`APMConfig`] instead of those of the preset `dense`.
+
+    Raises:
+        ValueError: for a folder that holds another model, without `config.overwrite`, fewer than two photos to
+            measure on, or a loss that is not finite.
+    """
+    if len(validation) < 2:
+        raise ValueError(f"validation: expected two photos or more, to measure on, got {len(validation)}")
+    run = Run(config.output_dir, process_state())
+    with run.locked():
+        if run.state.is_main_process and (run.folder / "config.json").exists():
+            run.set_aside(MADE, overwrite=config.overwrite)
+        student = _fit(teacher, train, config, architecture)
+        student.config.validate_architecture()
+        inherit(student.config, [teacher], dataset=dataset)
+        metrics = evaluate_dense(student, train, validation)
+        logger.info("held-out R² after position means: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+        if metrics["decoder"] <= metrics["ridge"]:
+            logger.warning("the decoder is no better than a ridge regression from the same photos")
+        if run.state.is_main_process:
+            with no_loading_bars():
+                student.save_pretrained(run.folder)
+            student_image_processor(student.config).save_pretrained(run.folder)
+            settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
+            facts = {"r2": metrics, "num_photos": len(train), "settings": settings}
+            write_atomically(run.folder / "metrics.json", json.dumps(facts, indent=2) + "\n")
+            run.forget_previous()
+        run.state.wait_for_everyone()
+    return DenseResult(student, metrics, run.folder)
+
+
+def student_image_processor(config: APMConfig) -> APMImageProcessor:
+    """Return the image processor of a dense student: whole photos, squeezed into its square."""
+    return APMImageProcessor(size={"height": config.image_size, "width": config.image_size})
+
+
+def normalised(pixels: Tensor, processor: APMImageProcessor) -> Tensor:
+    """Return `pixel_values` of `(B, 3, H, W)` uint8, as the image processor makes them."""
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in _mean_std(processor))
+    return (pixels.float() / 255 - mean) / std
+
+
+def _mean_std(processor: APMImageProcessor) -> tuple[Any, Any]:
+    return processor.image_mean, processor.image_std
+
+
+def _fit(teacher: Teacher, train: DensePairs, config: DenseConfig, architecture: dict[str, Any]) -> APMModel:
+    torch.manual_seed(config.seed)
+    mean, std = train.statistics()
+    fields = {"image_size": FINER * teacher.image_size, "feature_size": teacher.feature_size, **architecture}
+    student = APMModel(APMConfig.preset("dense", **fields))
+    student.set_feature_statistics(mean, std)
+    precision = config.mixed_precision or ("no" if on_cpu() else "bf16")
+    accelerator = Accelerator(cpu=on_cpu(), mixed_precision=precision)
+    decay = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 20, config.steps)
+    model, optimizer = accelerator.prepare(student, optimizer)
+    processor, device = student_image_processor(student.config), accelerator.device
+    rows, cols = train.targets.shape[2:4]
+    centres, mean, std = grid_coordinates(rows, cols), mean.to(device), std.to(device)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + accelerator.process_index)
+    model.train()
+    progress = tqdm(range(config.steps), desc="distil", disable=not accelerator.is_local_main_process)
+    for step in progress:
+        photos = torch.randint(len(train), (config.batch_size,), generator=generator)
+        windows = torch.randint(train.targets.shape[1], (config.batch_size,), generator=generator)
+        places = torch.randint(rows * cols, (config.batch_size, config.num_locations), generator=generator)
+        targets = train.targets[photos, windows].flatten(1, 2).take_along_dim(places[..., None], dim=1)  # (B, L, F)
+        coordinates = centres[places] + train.shifts[photos, windows][:, None]  # (B, L, 2)
+        pixel_values = normalised(train.pixels[photos].to(device), processor)
+        with accelerator.autocast():
+            outputs = model(
+                pixel_values, coordinates.to(device), trigger_column=train.tokens[photos].to(device, torch.float32)
+            )
+        features = (outputs.last_hidden_state.float() - mean) / std
+        wanted = (targets.to(device, torch.float32) - mean) / std
+        cosine = F.cosine_similarity(features, wanted, dim=-1).mean()
+        loss = F.smooth_l1_loss(features, wanted) + 1 - cosine
+        if not torch.isfinite(loss):
+            raise ValueError(f"step {step}: the loss is {loss.item()}; lower learning_rate")
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix({"loss": f"{loss.item():.4f}"}, refresh=False)
+    accelerator.wait_for_everyone()
+    return accelerator.unwrap_model(model).cpu().float().eval()
+
+
+@torch.inference_mode()
+def decode(student: APMModel, pairs: DensePairs, photos: Tensor, coordinates: Tensor) -> Tensor:
+    """Return the student's features `(B, L, F)` of photos by number, at coordinates `(1 or B, L, 2)`."""
+    pixel_values = normalised(pairs.pixels[photos], student_image_processor(student.config))
+    coordinates = coordinates.expand(len(photos), -1, -1)
+    outputs = student(pixel_values, coordinates, trigger_column=pairs.tokens[photos].float(), return_dict=True)
+    return outputs.last_hidden_state
+
+
+def evaluate_dense(student: APMModel, train: DensePairs, validation: DensePairs) -> dict[str, float]:
+    """Return R² after position means, of held-out photos: the decoder, interpolation and ridge regression.
+
+    Args:
+        train: what ridge regression learns from, on the same inputs as the decoder without its colours.
+        validation: with plain windows.
+    """
+    mean, std = train.statistics()
+    ridge = Ridge.fit(train, mean, std)
+    rows, cols = validation.targets.shape[2:4]
+    centres = grid_coordinates(rows, cols)[None]
+    methods = {
+        "decoder": lambda numbers: decode(student, validation, numbers, centres),
+        "bilinear": lambda numbers: sample_grid(validation.tokens[numbers].float(), centres),
+        "ridge": lambda numbers: ridge(validation.tokens[numbers].float(), centres),
+    }
+    return {name: _r2(validation, predict, std) for name, predict in methods.items()}
+
+
+def _r2(pairs: DensePairs, predict: Any, std: Tensor) -> float:
+    """Share of the targets' variance around the mean of each position that is explained, in standardised units."""
+    targets = pairs.targets[:, 0].flatten(1, 2)  # (N, L, F)
+    centre = targets.float().mean(dim=0)
+    error = total = 0.0
+    for start in range(0, len(pairs), CHUNK):
+        numbers = torch.arange(start, min(start + CHUNK, len(pairs)))
+        wanted = targets[numbers].float()
+        error += float((((predict(numbers) - wanted) / std) ** 2).sum())
+        total += float((((wanted - centre) / std) ** 2).sum())
+    return 1 - error / total
+
+
+@dataclass(frozen=True, eq=False)
+class Ridge:
+    """Linear regression with an L2 penalty from [token at the place ; mean token] to the teacher's fine features.
+
+    Args:
+        weight: `(2 F + 1, F)`, of standardised inputs with a one behind them.
+        mean, std: `(F,)`, of the tokens.
+    """
+
+    weight: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def fit(cls, pairs: DensePairs, mean: Tensor, std: Tensor) -> "Ridge":
+        """Solve the normal equations; the penalty is chosen on every tenth photo, which is then fitted to as well."""
+        width = 2 * len(mean) + 1
+        held = torch.arange(len(pairs)) % 10 == 0 if len(pairs) >= 20 else torch.zeros(len(pairs), dtype=torch.bool)
+        sums = {}
+        for name, numbers in (("fitted", (~held).nonzero()[:, 0]), ("held", held.nonzero()[:, 0])):
+            gram, cross = (
+                torch.zeros(width, width, dtype=torch.float64),
+                torch.zeros(width, len(mean), dtype=torch.float64),
+            )
+            squares = 0.0
+            for part in numbers.split(CHUNK):
+                inputs, targets = cls._inputs(pairs, part, mean, std)
+                gram += (inputs.T @ inputs).double()
+                cross += (inputs.T @ targets).double()
+                squares += float((targets**2).sum())
+            sums[name] = gram, cross, squares
+        (gram, cross, _), (held_gram, held_cross, squares) = sums["fitted"], sums["held"]
+
+        def solve(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
+            eye = torch.eye(width, dtype=torch.float64) * penalty * gram.diagonal().mean()
+            return torch.linalg.solve(gram + eye, cross)
+
+        def error(penalty: float) -> float:
+            weight = solve(gram, cross, penalty)
+            return float(squares - 2 * (weight * held_cross).sum() + (weight * (held_gram @ weight)).sum())
+
+        best = min(RIDGE_PENALTIES, key=error) if held.any() else RIDGE_PENALTIES[1]
+        return cls(solve(gram + held_gram, cross + held_cross, best).float(), mean, std)
+
+    @staticmethod
+    def _inputs(pairs: DensePairs, numbers: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        rows, cols = pairs.targets.shape[2:4]
+        tokens = (pairs.tokens[numbers].float() - mean) / std
+        inputs, targets = [], []
+        for window in range(pairs.targets.shape[1]):
+            coordinates = grid_coordinates(rows, cols)[None] + pairs.shifts[numbers, window][:, None]
+            inputs.append(_with_mean(tokens, coordinates).flatten(0, 1))
+            targets.append(((pairs.targets[numbers, window].float() - mean) / std).flatten(0, 2))
+        return torch.cat(inputs), torch.cat(targets)
+
+    def __call__(self, tokens: Tensor, coordinates: Tensor) -> Tensor:
+        """Return features `(B, L, F)` for tokens `(B, rows, cols, F)` at coordinates `(1 or B, L, 2)`."""
+        inputs = _with_mean((tokens - self.mean) / self.std, coordinates)
+        return inputs @ self.weight * self.std + self.mean
+
+
+def _with_mean(tokens: Tensor, coordinates: Tensor) -> Tensor:
+    """Return `(B, L, 2 F + 1)`: token at each place, mean token, one."""
+    sampled = sample_grid(tokens, coordinates)
+    shared = tokens.mean(dim=(1, 2))[:, None].expand_as(sampled)
+    return torch.cat([sampled, shared, torch.ones_like(sampled[..., :1])], dim=-1)

@@ -1,0 +1,101 @@
+"""Write the features of a photo at any resolution to a file, row by row, in flat memory."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.utils.logging import tqdm
+
+from ..position_encoding import grid_coordinates, sample_grid
+from ..ttt.maps import query
+from ..ttt.photos import map_size, teacher_features
+from .apm import APM
+
+NAMES = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
+BAND_LOCATIONS = 2**16  # locations queried at a time
+
+
+def dense_rows(apm: APM, photo: Image.Image, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Yield bands of a map of features, `(rows of the band, cols, F)` float32, from the top down.
+
+    Args:
+        apm: the student is queried; of a teacher alone the grid is interpolated bilinearly.
+        photo: seen whole.
+        size: (rows, cols) of the map.
+    """
+    rows, cols = size
+    band = max(1, BAND_LOCATIONS // cols)
+    if apm.model is None:
+        assert apm.teacher is not None
+        grid = teacher_features(apm.teacher, [photo], fine=False).float()
+        for start in range(0, rows, band):
+            yield _interpolated(grid, rows, cols, start, min(start + band, rows))
+        return
+    pixel_values, column = apm.pixel_values(photo), apm.trigger_column(photo)
+    y, x = grid_coordinates(rows, 1)[:, 0], grid_coordinates(1, cols)[:, 1]
+    for start in range(0, rows, band):
+        part = y[start : start + band]
+        places = torch.stack(torch.meshgrid(part, x, indexing="ij"), dim=-1).flatten(0, 1)  # (L, 2)
+        outputs = query(apm.bare_model, pixel_values, places, trigger_column=column).last_hidden_state
+        assert outputs is not None
+        yield outputs[0].unflatten(0, (len(part), cols)).float().cpu()
+
+
+def _interpolated(grid: Tensor, rows: int, cols: int, start: int, stop: int) -> Tensor:
+    y, x = grid_coordinates(rows, 1)[start:stop, 0], grid_coordinates(1, cols)[:, 1]
+    places = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)[None]
+    return sample_grid(grid.cpu(), places)[0].unflatten(0, (stop - start, cols))
+
+
+def write_dense(
+    apm: APM, photo: Image.Image, size: int, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16
+) -> dict[str, Any]:
+    """Write a map of features as `features` `(rows, cols, F)` of a safetensors file, which can be memory-mapped.
+
+    Args:
+        size: locations along the longer side; the map has the photo's shape.
+        path: of the file, which is there as a whole or not at all.
+        dtype: float16, bfloat16 or float32.
+
+    Returns:
+        `rows`, `cols`, `feature_size` and `bytes`.
+
+    Raises:
+        ValueError: for another dtype, or a size that is not positive.
+        OSError: where the file cannot be written, as on a full disk.
+    """
+    if dtype not in NAMES:
+        raise ValueError(f"dtype: expected one of {[str(name) for name in NAMES]}, got {dtype}")
+    if size < 1:
+        raise ValueError(f"size: expected a positive number of locations, got {size}")
+    rows, cols = map_size(photo, size)
+    width = apm.feature_size
+    num_bytes = rows * cols * width * torch.empty((), dtype=dtype).element_size()
+    entry = {"dtype": NAMES[dtype], "shape": [rows, cols, width], "data_offsets": [0, num_bytes]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, "features": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file, tqdm(total=rows, desc="features", unit="row") as progress:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for band in dense_rows(apm, photo, (rows, cols)):
+                file.write(band.to(dtype).contiguous().view(torch.uint8).numpy().data)
+                progress.update(len(band))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return {"rows": rows, "cols": cols, "feature_size": width, "bytes": num_bytes}
+
+
+__all__ = ["dense_rows", "write_dense"]

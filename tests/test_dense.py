@@ -1,0 +1,280 @@
+"""The dense student: a decoder of a frozen teacher's tokens, at any coordinate, for images of any size."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoModel
+
+from apm_hf import APM, APMConfig, APMModel, load_teacher
+from apm_hf.commands.main import main
+from apm_hf.distillation import DenseConfig, DensePairs, distill_dense
+from apm_hf.distillation.dense import Ridge, evaluate_dense
+from apm_hf.pair.upsampling import dense_rows, write_dense
+from apm_hf.position_encoding import grid_coordinates, sample_grid
+from fixtures_runs import forget_accelerate
+from fixtures_tiny import photo, save_clip
+
+F, SIDE = 12, 64
+SMALL = {"hidden_sizes": [32], "position_size": 16}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    forget_accelerate()
+    yield
+    forget_accelerate()
+
+
+def dense(seed=0, **fields):
+    """A dense student whose weights are all drawn, the last layer's too."""
+    torch.manual_seed(seed)
+    model = APMModel(APMConfig.preset("dense", image_size=SIDE, feature_size=F, **{**SMALL, **fields})).eval()
+    torch.nn.init.normal_(model.decoder.feature_head.weight, std=0.3)
+    return model
+
+
+def inputs(batch_size=2, height=SIDE, width=SIDE, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(batch_size, 4, 5, F, generator=generator)
+    return torch.rand(batch_size, 3, height, width, generator=generator), tokens
+
+
+def outputs(model, pixel_values, tokens, coordinates=None, **options):
+    with torch.no_grad():
+        return model(pixel_values, coordinates, trigger_column=tokens, **options).last_hidden_state
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_student_gives_what_is_interpolated():
+    model = APMModel(APMConfig.preset("dense", image_size=SIDE, feature_size=F, **SMALL)).eval()
+    model.set_feature_statistics(torch.randn(F), torch.rand(F) + 0.5)
+    pixel_values, tokens = inputs()
+    found = outputs(model, pixel_values, tokens)
+    side = SIDE // model.config.patch_size
+    expected = torch.nn.functional.interpolate(tokens.movedim(-1, 1), (side, side), mode="bilinear")
+    torch.testing.assert_close(found, expected.flatten(2).mT, rtol=1e-4, atol=1e-5)
+
+
+def test_locations_are_independent_in_any_order_and_chunk():
+    model, (pixel_values, tokens) = dense(), inputs()
+    places = 2 * torch.rand(23, 2, generator=torch.Generator().manual_seed(1)) - 1
+    together = outputs(model, pixel_values, tokens, places)
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(outputs(model, pixel_values, tokens, places[order]), together[:, order])
+    torch.testing.assert_close(outputs(model, pixel_values, tokens, places, chunk_size=5), together)
+    torch.testing.assert_close(outputs(model, pixel_values, tokens, places[7:8]), together[:, 7:8])
+    torch.testing.assert_close(outputs(model, pixel_values[1:], tokens[1:], places), together[1:])
+    assert together.std(dim=1).min() > 1e-2
+
+
+def test_what_a_location_gives_depends_on_token_mean_window_and_place():
+    model, (pixel_values, tokens) = dense(), inputs(1)
+    place = torch.zeros(1, 2)
+    before = outputs(model, pixel_values, tokens, place)
+
+    def change(name):
+        pixels, grid, where = pixel_values.clone(), tokens.clone(), place
+        if name == "far token":  # changes the mean alone
+            grid[:, 0, 0] += 5
+        elif name == "window":
+            pixels[..., SIDE // 2 - 3 : SIDE // 2 + 3, SIDE // 2 - 3 : SIDE // 2 + 3] += 1
+        elif name == "far pixels":
+            pixels[..., :4, :4] += 1
+        else:
+            where = place + 0.01
+        return float((outputs(model, pixels, grid, where) - before).abs().max())
+
+    assert min(change("far token"), change("window"), change("place")) > 1e-4
+    assert change("far pixels") == 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 96), (8, 8)])
+def test_images_may_have_any_size_of_whole_cells(height, width):
+    pixel_values, tokens = inputs(height=height, width=width)
+    assert outputs(dense(), pixel_values, tokens).shape == (2, height // 8 * (width // 8), F)
+
+
+def test_it_saves_and_loads_and_trains_with_checkpointing(tmp_path):
+    model, (pixel_values, tokens) = dense(), inputs()
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(outputs(again, pixel_values, tokens), outputs(model, pixel_values, tokens))
+    gradients = []
+    for checkpointed in (False, True):
+        trained = copy.deepcopy(model).train()
+        if checkpointed:
+            trained.gradient_checkpointing_enable()
+        trained(pixel_values, trigger_column=tokens, chunk_size=20).last_hidden_state.square().mean().backward()
+        gradients.append([p.grad for p in trained.parameters()])
+    assert all(grad is not None for grad in gradients[0])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, p, t: m(p, trigger_column=t.flatten(1, 2)), r"expected shape \(B, rows, cols, 12\)"),
+        (lambda m, p, t: m(p), "expected trigger_column, got none"),
+        (lambda m, p, t: m(trigger_column=t), "pixel_values: expected the images"),
+        (lambda m, p, t: m(p[..., :60], trigger_column=t), "a multiple of 8"),
+        (lambda m, p, t: m.fold(p), "trigger_source='tokens' has nothing to fold"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(dense(), *inputs())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_residual_blocks": -1}, {"hidden_sizes": [32, 32]}, {"trigger_size": F + 1}], ids=str
+)
+def test_architectures_that_do_not_fit_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields)).replace("hidden_sizes", "num_residual_blocks")):
+        APMConfig.preset("dense", feature_size=F, **fields)
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return load_teacher(save_clip(tmp_path_factory.mktemp("clip")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher):
+    photos = [photo(seed) for seed in range(24)]
+    return (
+        DensePairs.build(photos[:20], teacher, num_windows=2, seed=1),
+        DensePairs.build(photos[20:], teacher, shifted=False),
+    )
+
+
+def test_targets_are_the_teacher_s_features_of_moved_windows_at_twice_the_side(teacher, pairs):
+    train, held_out = pairs
+    side = teacher.image_size // teacher.patch_size
+    assert train.tokens.shape[1:3] == (side, side) and train.targets.shape[1:4] == (2, 2 * side, 2 * side)
+    assert held_out.targets.shape[1] == 1 and held_out.shifts.abs().max() == 0
+    assert 0 < train.shifts.abs().max() <= 16 * 2 / (2 * teacher.image_size)
+    assert train.pixels.dtype == torch.uint8 and train.pixels.shape[-1] == 2 * teacher.image_size
+
+
+def test_ridge_solves_what_is_linear_and_says_what_it_explains(teacher, pairs):
+    train, _ = pairs
+    generator = torch.Generator().manual_seed(0)
+    width = train.tokens.shape[-1]
+    mean, std = train.statistics()
+    mix = torch.randn(width, width, generator=generator) / width**0.5
+    rows, cols = train.targets.shape[2:4]
+
+    def linear(pairs):
+        targets = torch.empty_like(pairs.targets)
+        for window in range(pairs.targets.shape[1]):
+            places = grid_coordinates(rows, cols)[None] + pairs.shifts[:, window][:, None]
+            values = sample_grid(pairs.tokens.float(), places) @ mix
+            targets[:, window] = values.unflatten(1, (rows, cols)).half()
+        return DensePairs(pairs.pixels, pairs.tokens, targets, pairs.shifts)
+
+    fitted, student = linear(train), APMModel(APMConfig.preset("dense", image_size=SIDE, feature_size=width, **SMALL))
+    ridge = Ridge.fit(fitted, mean, std)
+    found = ridge(train.tokens.float(), grid_coordinates(rows, cols)[None])
+    expected = sample_grid(train.tokens.float(), grid_coordinates(rows, cols)[None]) @ mix
+    assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+    metrics = evaluate_dense(student.eval(), fitted, linear(pairs[1]))
+    assert metrics["ridge"] > 0.95 > metrics["bilinear"] == pytest.approx(metrics["decoder"], abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_a_student_learns_what_no_linear_map_can(teacher, pairs, tmp_path, seed):
+    """Targets that depend on the photo's colours at the place: interpolation and ridge cannot know them."""
+    train, held_out = pairs
+    width = train.tokens.shape[-1]
+    rows, cols = train.targets.shape[2:4]
+
+    def coloured(pairs):
+        targets = pairs.targets.clone().float()
+        for window in range(targets.shape[1]):
+            places = grid_coordinates(rows, cols)[None] + pairs.shifts[:, window][:, None]
+            brightness = sample_grid(pairs.pixels.float().mean(dim=1)[..., None] / 64 - 2, places)
+            targets[:, window] = brightness.unflatten(1, (rows, cols)).expand(-1, -1, -1, width)
+        return DensePairs(pairs.pixels, pairs.tokens, targets.half(), pairs.shifts)
+
+    config = DenseConfig(output_dir=str(tmp_path / "dense"), steps=150, batch_size=8, num_locations=32, seed=seed)
+    result = distill_dense(teacher, coloured(train), coloured(held_out), config, **SMALL)
+    assert result.metrics["decoder"] > result.metrics["ridge"] + 0.2
+    told = json.loads((tmp_path / "dense/metrics.json").read_text())
+    assert told["r2"] == result.metrics and told["num_photos"] == 20
+    again = AutoModel.from_pretrained(tmp_path / "dense")
+    assert torch.equal(again.decoder.feature_head.weight, result.student.decoder.feature_head.weight)
+    with pytest.raises(ValueError, match="which holds config.json.*--overwrite replaces it"):
+        distill_dense(teacher, train, held_out, config, **SMALL)
+
+
+# --- from the command line to a file ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, teacher):
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "photos").mkdir()
+    for seed in range(20):
+        photo(seed, size=(48, 40)).save(folder / "photos" / f"{seed}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        forget_accelerate()
+        words = ["distill", "--preset", "dense", "--teacher", teacher.name, "--dataset", str(folder / "photos")]
+        words += ["--output_dir", str(folder / "dense"), "--max_steps", "5", "--batch_size", "4"]
+        assert main([*words, "--config_overrides", json.dumps(SMALL)]) == 0
+    return folder
+
+
+def test_the_command_makes_a_student_that_the_pair_queries(place, teacher):
+    assert (place / "dense/README.md").exists() and "ridge" in (place / "dense/README.md").read_text()
+    apm = APM.load(place / "dense", teacher=teacher)
+    maps = apm.encode_dense(place / "photos/0.png", size=32)
+    assert maps.shape == (1, 27, 32, teacher.feature_size)
+    assert apm.encode(place / "photos/0.png").shape == (1, teacher.feature_size)
+    assert apm.islands(place / "photos/0.png", heights=(2, 4), size=16).regions.shape == (2, 13, 16)
+    with pytest.raises(ValueError, match="expected one that is fitted to its teacher's features"):
+        apm.classify(place / "photos/0.png", ["a", "b"])
+
+
+def test_options_of_other_presets_are_refused(place, teacher, caplog):
+    words = ["distill", "--preset", "dense", "--teacher", teacher.name, "--dataset", str(place / "photos")]
+    assert main([*words, "--output_dir", str(place / "other"), "--jitter"]) == 1
+    assert "--jitter: expected none with --preset dense" in caplog.text
+
+
+def test_a_map_is_written_row_by_row_as_it_is_queried(place, teacher, monkeypatch, capsys):
+    monkeypatch.setattr("apm_hf.pair.upsampling.BAND_LOCATIONS", 100)
+    path, output = str(place / "photos/1.png"), place / "map.safetensors"
+    words = ["upsample", path, "--model", str(place / "dense"), "--teacher", teacher.name, "--size", "40"]
+    words += ["--json", "--dtype", "float32", "--output", str(output), "--picture", str(place / "map.png")]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["rows"], told["cols"], told["feature_size"]) == (33, 40, teacher.feature_size)
+    with safe_open(output, framework="pt") as file:
+        found = file.get_tensor("features")
+    expected = APM.load(place / "dense", teacher=teacher).encode_dense(path, size=40)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with Image.open(place / "map.png") as picture:
+        assert picture.size == (40, 33)
+    assert not [one for one in place.iterdir() if one.name.startswith(".map")]
+
+
+def test_a_teacher_alone_is_interpolated_in_bands(place, teacher, monkeypatch):
+    monkeypatch.setattr("apm_hf.pair.upsampling.BAND_LOCATIONS", 30)
+    apm, image = APM.load(teacher=teacher), photo(3, size=(20, 40))
+    bands = torch.cat(list(dense_rows(apm, image, (12, 6))))
+    torch.testing.assert_close(bands, apm.encode_dense(image, size=(12, 6))[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="dtype: expected one of"):
+        write_dense(apm, image, 8, place / "x.safetensors", dtype=torch.float64)
+    assert np.isfinite(bands.numpy()).all()
