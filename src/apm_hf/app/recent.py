@@ -1,7 +1,7 @@
 """Remember what was computed of the last photos, bounded in number, bytes and age.
 
-Sessions of the app hold nothing of their own: what a photo gave is found again by its path, and computed again where it
-had to leave.
+Sessions of the app hold nothing of their own: what a photo gave is found again by its path, and computed again where
+it had to leave.
 """
 
 import threading
