@@ -133,7 +133,7 @@ def check_labels(names: Sequence[str]) -> list[str]:
 
 
 def unknown_labels(teacher: Teacher, labels: list[str]) -> list[str]:
-    """Return labels with words that the teacher's tokenizer has no token for, and cannot tell from other such words."""
+    """Return labels with words that the teacher's tokenizer has no token for: to it they are all the same."""
     tokenizer = teacher.tokenizer
     unknown = None if tokenizer is None else tokenizer.unk_token_id
     if unknown is None:
