@@ -1,8 +1,8 @@
 """The app without a browser: actions as plain functions, what visitors may give, the served app, the Space."""
 
-import asyncio
 import base64
 import copy
+import gc
 import io
 import json
 import os
@@ -18,6 +18,7 @@ import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -418,16 +419,30 @@ class Visitor:
         return self.send(self.event("point-show", "click"), [photo, 0.1, 0.2])
 
 
+@pytest.fixture
+def new_visitor(server):
+    """Open the page in a session of its own."""
+    visitors = []
+
+    def open_page():
+        visitors.append(Visitor(server[0]))
+        return visitors[-1]
+
+    yield open_page
+    for visitor in visitors:
+        visitor.http.close()
+
+
 def memory_peak(process):
     """The most memory, in MB, that a process has had resident."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1000
 
 
-def test_a_request_reads_uploads_alone_and_learns_nothing_of_other_files(server, tmp_path):
-    address, _, folder = server
+def test_a_request_reads_uploads_alone_and_learns_nothing_of_other_files(server, tmp_path, new_visitor):
+    _, _, folder = server
     Image.new("RGB", (40, 30), "red").save(tmp_path / "secret.png")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    visitor = Visitor(address)
+    visitor = new_visitor()
     assert visitor.islands(visitor.scene())[0][0].count("<img") == 8
     example = next(
         event
@@ -447,9 +462,9 @@ def test_a_request_reads_uploads_alone_and_learns_nothing_of_other_files(server,
                 assert not any(outputs or []) and set(told) <= {GONE} and "png" not in str(told)
 
 
-def test_an_upload_is_read_and_its_address_on_this_server_too_but_no_other_address(server, scene):
+def test_an_upload_is_read_and_its_address_on_this_server_too_but_no_other_address(server, scene, new_visitor):
     address, _, _ = server
-    visitor, file = Visitor(address), io.BytesIO()
+    visitor, file = new_visitor(), io.BytesIO()
     scene.save(file, format="PNG")
     photo = visitor.upload("scene.png", file.getvalue())
     expected = visitor.similar(photo)[0]
@@ -466,17 +481,17 @@ def test_an_upload_is_read_and_its_address_on_this_server_too_but_no_other_addre
     assert visitor.similar(outside)[1] == [GONE]
 
 
-def test_pipes_keep_no_other_visitor_waiting(server, tmp_path):
-    address, _, folder = server
+def test_pipes_keep_no_other_visitor_waiting(server, tmp_path, new_visitor):
+    _, _, folder = server
     pipes = [tmp_path / "pipe", folder / "pipe"]
     for pipe in pipes:
         os.mkfifo(pipe)
     with ThreadPoolExecutor(4) as attackers:
         attacks = [
-            attackers.submit(lambda pipe: Visitor(address).islands({"path": str(pipe)}), pipe) for pipe in 2 * pipes
+            attackers.submit(lambda pipe: new_visitor().islands({"path": str(pipe)}), pipe) for pipe in 2 * pipes
         ]
         time.sleep(0.5)
-        visitor = Visitor(address)
+        visitor = new_visitor()
         visitor.http.timeout = 30
         try:
             assert visitor.islands(visitor.scene())[0][0].count("<img") == 8
@@ -488,9 +503,9 @@ def test_pipes_keep_no_other_visitor_waiting(server, tmp_path):
     assert all(attack.result() == (["", ""], [GONE]) for attack in attacks)
 
 
-def test_a_picture_hidden_in_an_icon_is_refused_before_it_is_decoded(server, bomb):
-    address, process, _ = server
-    visitor = Visitor(address)
+def test_a_picture_hidden_in_an_icon_is_refused_before_it_is_decoded(server, bomb, new_visitor):
+    _, process, _ = server
+    visitor = new_visitor()
     visitor.islands(visitor.scene())
     before = memory_peak(process)
     outputs, told = visitor.islands(visitor.upload("bomb.ico", icon(bomb)))
@@ -498,34 +513,35 @@ def test_a_picture_hidden_in_an_icon_is_refused_before_it_is_decoded(server, bom
     assert memory_peak(process) < before + 60
 
 
-def test_the_memory_of_new_sessions_is_bounded(server):
-    address, process, _ = server
+def test_the_memory_of_new_sessions_is_bounded(server, new_visitor):
+    _, process, _ = server
     for _ in range(5):
-        Visitor(address).similar(Visitor(address).scene())
+        new_visitor().similar(new_visitor().scene())
     before = process.memory_info().rss
     for _ in range(25):
-        visitor = Visitor(address)
+        visitor = new_visitor()
         assert "<img" in visitor.similar(visitor.scene())[0][0]
     assert process.memory_info().rss < before + 25 * 2e6
 
 
 def test_the_number_of_sessions_is_bounded(monkeypatch):
-    gradio = pytest.importorskip("gradio", reason="gradio is not installed")
-    options = {}
-    monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **given: options.update(given))
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    options, page = {}, SimpleNamespace(launch=lambda **given: options.update(given))
     monkeypatch.setattr("apm_hf.app.models.load_models", lambda *names: None)
-    monkeypatch.setattr("apm_hf.app.page.build_page", lambda models: gradio.Blocks())
+    monkeypatch.setattr("apm_hf.app.page.build_page", lambda models: page)
     launch()
     assert options["state_session_capacity"] == MAX_SESSIONS == 100
 
 
-def test_programs_call_three_endpoints_and_none_else(server, models, scene, tmp_path):
+# Of Gradio's client, when it ends.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_programs_call_three_endpoints_and_none_else(server, models, scene, tmp_path, new_visitor):
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
     address, _, _ = server
     scene.save(tmp_path / "scene.png")
-    described = Visitor(address).http.get("/gradio_api/info").json()
+    described = new_visitor().http.get("/gradio_api/info").json()
     assert list(described["named_endpoints"]) == ["/islands", "/classify", "/encode"]
     assert not described["unnamed_endpoints"]
     for endpoint in described["named_endpoints"].values():
@@ -554,40 +570,41 @@ def test_programs_call_three_endpoints_and_none_else(server, models, scene, tmp_
     ):
         with pytest.raises(AppError, match=sentence):
             client.predict(*values, api_name=name)
+    client.close()
+    gc.collect()
 
 
-def test_no_request_passes_the_queue_by(server):
-    visitor = Visitor(server[0])
+def test_no_request_passes_the_queue_by(server, new_visitor):
+    visitor = new_visitor()
     answer = visitor.http.post("/gradio_api/run/encode", json={"data": [visitor.scene()]})
     assert answer.status_code == 404
 
 
-def test_mcp_clients_call_the_same_endpoints(server, models, scene):
+def test_mcp_clients_call_the_same_endpoints(server, models, scene, new_visitor):
     pytest.importorskip("mcp", reason="mcp is not installed: pip install 'gradio[mcp]'")
-    from mcp import ClientSession
-    from mcp.client.streamable_http import streamablehttp_client
-
-    file = io.BytesIO()
+    file, visitor = io.BytesIO(), new_visitor()
     scene.save(file, format="PNG")
-    visitor = Visitor(server[0])
-    upload = visitor.upload("scene.png", file.getvalue())["path"]
-    photos = [
-        "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
-        f"{server[0]}/gradio_api/file={upload}",
-    ]
 
-    async def call():
-        async with streamablehttp_client(f"{server[0]}/gradio_api/mcp/") as (read, write, _):
-            async with ClientSession(read, write) as session:
-                await session.initialize()
-                tools = (await session.list_tools()).tools
-                return tools, [await session.call_tool("encode", {"image": photo}) for photo in photos]
+    def call(method, **params):
+        body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        headers = {"Accept": "application/json, text/event-stream"}
+        lines = visitor.http.post("/gradio_api/mcp/", json=body, headers=headers).text.splitlines()
+        return json.loads(next(line for line in lines if line.startswith("data:"))[5:])["result"]
 
-    tools, results = asyncio.run(call())
-    assert [tool.name for tool in tools] == ["islands", "classify", "encode"]
+    tools = call("tools/list")["tools"]
+    assert [tool["name"] for tool in tools] == ["islands", "classify", "encode"]
+    assert all(tool["description"] and tool["inputSchema"]["properties"]["image"] for tool in tools)
     expected = pytest.approx(models.apm.encode(scene)[0].tolist(), abs=1e-3)
-    for result in results:
-        assert not result.isError and json.loads(result.content[0].text) == expected
+    upload = visitor.upload("scene.png", file.getvalue())["path"]
+    encoded = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    for photo in (encoded, f"{server[0]}/gradio_api/file={upload}"):
+        result = call("tools/call", name="encode", arguments={"image": photo})
+        assert not result["isError"] and json.loads(result["content"][0]["text"]) == expected
+    for photo in ("http://127.0.0.1:9/photo.png", f"{server[0]}/gradio_api/file=/etc/hostname"):
+        result = call("tools/call", name="encode", arguments={"image": photo})
+        assert result["isError"] and GONE in result["content"][0]["text"]
+    picture = call("tools/call", name="islands", arguments={"image": encoded})["content"][0]
+    assert (picture["type"], picture["mimeType"]) == ("image", "image/png")
 
 
 def test_without_gradio_the_app_says_what_to_install(monkeypatch):
