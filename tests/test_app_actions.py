@@ -589,7 +589,7 @@ def test_mcp_clients_call_the_same_endpoints(server, models, scene, new_visitor)
         body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
         headers = {"Accept": "application/json, text/event-stream"}
         lines = visitor.http.post("/gradio_api/mcp/", json=body, headers=headers).text.splitlines()
-        return json.loads(next(line for line in lines if line.startswith("data:"))[5:])["result"]
+        return json.loads([line for line in lines if line.startswith("data:")][-1][5:])["result"]
 
     tools = call("tools/list")["tools"]
     assert [tool["name"] for tool in tools] == ["islands", "classify", "encode"]
@@ -603,8 +603,11 @@ def test_mcp_clients_call_the_same_endpoints(server, models, scene, new_visitor)
     for photo in ("http://127.0.0.1:9/photo.png", f"{server[0]}/gradio_api/file=/etc/hostname"):
         result = call("tools/call", name="encode", arguments={"image": photo})
         assert result["isError"] and GONE in result["content"][0]["text"]
-    picture = call("tools/call", name="islands", arguments={"image": encoded})["content"][0]
-    assert (picture["type"], picture["mimeType"]) == ("image", "image/png")
+    # Asked for progress, Gradio sends each output by itself; else all of them as one text.
+    asked = {"name": "islands", "arguments": {"image": encoded}, "_meta": {"progressToken": 1}}
+    picture, address, maps = call("tools/call", **asked)["content"]
+    assert (picture["type"], picture["mimeType"]) == ("image", "image/png") and "islands.png" in address["text"]
+    assert "'heights': [2, 6, 20]" in maps["text"]
 
 
 def test_without_gradio_the_app_says_what_to_install(monkeypatch):
