@@ -1,4 +1,4 @@
-"""Endpoints for programs: `gradio_client`, plain HTTP and, where the package `mcp` is installed, MCP.
+"""Offer endpoints to programs: to `gradio_client`, plain HTTP and, where the package `mcp` is installed, MCP.
 
 Their docstrings and type hints are what "Use via API" at the foot of the page shows, and what MCP clients read.
 
@@ -26,7 +26,7 @@ MAX_STEPS = 200  # gradient steps, as on the page
 
 
 class IslandMaps(TypedDict):
-    """Islands as numbers.
+    """Hold islands as numbers.
 
     Args:
         heights: numbers of regions, ascending.
@@ -38,7 +38,7 @@ class IslandMaps(TypedDict):
 
 
 class Scores(TypedDict):
-    """Probabilities of K labels.
+    """Hold the probabilities of K labels.
 
     Args:
         labels: K.
@@ -137,7 +137,7 @@ def _read(uploads: Uploads, image: Any) -> Image.Image:
 
 
 def _explaining(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """An endpoint whose ValueErrors the caller reads; of other errors Gradio tells nothing."""
+    """Return the endpoint with ValueErrors that the caller reads; of other errors Gradio tells nothing."""
 
     @functools.wraps(endpoint)
     def explaining(*values: Any) -> Any:

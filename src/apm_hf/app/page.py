@@ -90,7 +90,8 @@ def _islands_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads)
         return recent.get(path, lambda: photo_features(models, uploads.read(path)))
 
     def show_islands(path: str | None, y: float | None, x: float | None, *numbers: int | None) -> tuple[str, str]:
-        return islands_html(features(path), *numbers), like_place(path, y or 0.0, x or 0.0)
+        seen = features(path)
+        return islands_html(seen, *numbers), similar_html(seen, y or 0.0, x or 0.0)
 
     def islands_html(seen: PhotoFeatures, *numbers: int | None) -> str:
         found, made_of = island_pictures(models, seen, [number or 0 for number in numbers])

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Sized(Protocol):
-    """Anything that knows how many bytes it takes."""
+    """Know how many bytes this takes."""
 
     @property
     def num_bytes(self) -> int: ...

@@ -37,7 +37,7 @@ _TOO_SLOW = "This picture takes too long to read: please upload a smaller one, a
 
 @dataclass(frozen=True)
 class Uploads:
-    """The photos that visitors uploaded.
+    """Read the photos that visitors uploaded.
 
     Args:
         folder: where Gradio stores them; nothing else is read.
