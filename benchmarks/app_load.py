@@ -5,10 +5,9 @@
 
 * Memory: each session asks once what is like a point. Printed is the resident memory of the server; it should not
   grow after the first 50.
-* Waiting: all visitors upload a photo of their own at once and wait for its islands; then again, beside an attacker
-  in four sessions
-  who names pipes and uploads pictures that would decode to 170 megapixels as fast as they are refused. Nobody should
-  wait more than twice as long as the one who waited longest before.
+* Waiting: all visitors upload a photo of their own at once and wait for its islands; then again, beside an attacker in
+  four sessions, who names pipes and uploads pictures that would decode to 170 megapixels as fast as they are refused.
+  Nobody should wait more than twice as long as the one who waited longest before.
 
 The server is a process of its own, with the embedded model, and is ended in the end.
 """
@@ -33,7 +32,6 @@ import httpx
 import psutil
 
 from apm_hf.data.scenes import make_scene
-
 
 _ATTACKERS = 4  # sessions of the attacker, each of which has one request in the queue at any time
 
