@@ -377,6 +377,8 @@ def server(tmp_path_factory, environment):
 class Visitor:
     """A session of the page, without a browser: what a browser would send, or anything else."""
 
+    patience = 60  # seconds that an event may take
+
     def __init__(self, address):
         import httpx
 
@@ -401,9 +403,10 @@ class Visitor:
         """What the event outputs, and what the visitor is told; outputs are None where Gradio reports an error."""
         body = {"fn_index": event["id"], "data": data, "session_hash": self.session}
         assert self.http.post("/gradio_api/queue/join", json=body).status_code == 200
-        told = []
+        told, deadline = [], time.monotonic() + self.patience
         with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.session}) as lines:
-            for line in lines.iter_lines():
+            for line in lines.iter_lines():  # some line comes every 15 seconds
+                assert time.monotonic() < deadline, "this visitor is not served"
                 message = json.loads(line[5:]) if line.startswith("data:") else {}
                 if message.get("msg") == "log":
                     told.append(message["log"])
@@ -492,7 +495,7 @@ def test_pipes_keep_no_other_visitor_waiting(server, tmp_path, new_visitor):
         ]
         time.sleep(0.5)
         visitor = new_visitor()
-        visitor.http.timeout = 30
+        visitor.patience = 30
         try:
             assert visitor.islands(visitor.scene())[0][0].count("<img") == 8
         finally:
