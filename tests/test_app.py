@@ -271,6 +271,24 @@ def test_every_field_and_button_has_a_name(visit):
         assert visit.run(NAMELESS) == []
 
 
+def test_the_footer_leads_to_what_programs_can_call(address, browser):
+    visit = Visit(browser, address, viewport={"width": 1280, "height": 900})
+    visit.page.get_by_role("button", name="Use via API").click()
+    for endpoint in ("/islands", "/classify", "/encode"):
+        visit.page.get_by_text(endpoint).first.wait_for()
+    assert "No API Routes found" not in visit.page.inner_text("body")
+    # Gradio's panel also asks for what is switched off, MCP and monitoring: two errors in the log.
+    assert all(url.startswith((address, "data:", "blob:")) for url in visit.requests)
+
+
+def test_a_scene_is_chosen_with_a_click(visit):
+    visit.tab("Islands")
+    before = visit.source("#islands img")
+    visit.page.get_by_role("button", name="Scene 4").first.click()
+    visit.wait_for_another("#islands img", before)
+    visit.wait_for_another("#similar img", None)
+
+
 def test_on_a_phone_everything_is_in_one_column(address, browser):
     phone = Visit(browser, address, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     for name, pictures in (("Islands", "#islands img"), ("Labels", "#curve img"), ("Blends", "#between img")):

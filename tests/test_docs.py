@@ -5,6 +5,7 @@ beside a Hub on 127.0.0.1. Commands that train for hours are not run: their prog
 """
 
 import argparse
+import gc
 import importlib.util
 import os
 import re
@@ -62,6 +63,8 @@ def test_python_blocks_run_as_they_stand(path, hub, tmp_path, monkeypatch):
     for table, kept in zip(families, before, strict=True):
         table.clear()
         table.update(kept)
+    namespace.clear()
+    gc.collect()  # what Gradio leaves open is warned of here, not in the next test
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

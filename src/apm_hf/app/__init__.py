@@ -8,6 +8,7 @@ What it computes stands apart from the page: `islands_tab`, `labels_tab` and `bl
 pictures and settings to pictures and numbers, and need no gradio; `page` holds the widgets.
 """
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 # Bytes of one upload; larger photos say little more to models that see a few hundred pixels.
 MAX_UPLOAD = "30mb"
+# Sessions that Gradio remembers, some 300 kB each; the one that was not used for the longest time leaves first.
+MAX_SESSIONS = 100
 
 
 def launch(
@@ -29,7 +32,8 @@ def launch(
 ) -> "gradio.Blocks":
     """Serve the app until it is interrupted; prints its address.
 
-    Nothing is asked from the network: no analytics, no fonts or scripts from elsewhere.
+    Nothing is asked from the network: no analytics, no fonts or scripts from elsewhere. Programs call `/islands`,
+    `/classify` and `/encode`, also over MCP where the package `mcp` is installed.
 
     Args:
         model: a distilled APM, name or folder; without model and teacher the embedded ones, which know drawn scenes.
@@ -64,6 +68,8 @@ def launch(
         inbrowser=open_browser,
         prevent_thread_lock=not block,
         max_file_size=MAX_UPLOAD,
+        state_session_capacity=MAX_SESSIONS,
+        mcp_server=find_spec("mcp") is not None,
         ssr_mode=False,  # needs Node
         run_history=False,
         enable_monitoring=False,

@@ -23,17 +23,19 @@ _FITTED = (0.0, 0.25, 0.5, 0.75, 1.0)  # places whose features the colours are f
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """Two photos and the way between them.
+    """Hold the way between two photos.
 
     Args:
         photo: the first one, in whose shape all is shown.
         frame: the outputs at alpha, from 0, the first photo, to 1, the second.
         colours: of features; the same everywhere on the way, so that they compare.
+        num_bytes: of the photo, of both pixel values and of both trigger columns.
     """
 
     photo: Image.Image
     frame: Callable[[float], InterpolationFrame]
     colours: PCAColours
+    num_bytes: int
 
 
 def blend(models: AppModels, first: Image.Image, second: Image.Image, *, patches: str = "blend") -> Blend:
@@ -49,7 +51,9 @@ def blend(models: AppModels, first: Image.Image, second: Image.Image, *, patches
     images = pixel_values[:1], pixel_values[1:]
     frame = frame_between(model, *images, map_size(first, _SIZE), patches=patches, trigger_columns=ends)
     grid = frame_between(model, *images, patches=patches, trigger_columns=ends)
-    return Blend(first, frame, PCAColours.fit(torch.stack([grid(alpha).features for alpha in _FITTED])))
+    colours = PCAColours.fit(torch.stack([grid(alpha).features for alpha in _FITTED]))
+    num_bytes = 3 * first.width * first.height + pixel_values.nbytes + (0 if columns is None else columns.nbytes)
+    return Blend(first, frame, colours, num_bytes)
 
 
 def blend_pictures(taken: Blend, alpha: float) -> list[Picture]:

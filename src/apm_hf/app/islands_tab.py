@@ -32,13 +32,13 @@ _TREE_SIZE = 64  # locations along the longer side of the maps that trees are fi
 
 @dataclass(frozen=True, eq=False)
 class PhotoFeatures:
-    """A photo and the features of its locations.
+    """Hold a photo and the features of its locations.
 
     Args:
         photo: 8-bit RGB.
         pixel_values: `(1, C, S, S)`, the input of the model.
         trigger_column: `(1, D)`, where the model takes it from its teacher.
-        features: `(rows, cols, F)`.
+        features: `(rows, cols, F)` in half precision, since those of many visitors are held at a time.
         rgb: `(rows, cols, 3)` in [0, 1], or None without RGB head.
     """
 
@@ -48,12 +48,18 @@ class PhotoFeatures:
     features: Tensor
     rgb: Tensor | None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the photo, as RGB, and of all tensors."""
+        tensors = (self.pixel_values, self.trigger_column, self.features, self.rgb)
+        return 3 * self.photo.width * self.photo.height + sum(t.nbytes for t in tensors if t is not None)
+
 
 def photo_features(models: AppModels, photo: Image.Image, *, size: int = 128) -> PhotoFeatures:
     """Query the features of a photo at `size` locations along its longer side."""
     pixel_values, column = models.apm.pixel_values([photo]), models.apm.trigger_column([photo])
     features, rgb = query_map(models.model, pixel_values, map_size(photo, size), trigger_column=column)
-    return PhotoFeatures(photo, pixel_values, column, features[0], None if rgb is None else rgb[0])
+    return PhotoFeatures(photo, pixel_values, column, features[0].half(), None if rgb is None else rgb[0])
 
 
 def island_pictures(
@@ -91,8 +97,9 @@ def _islands(seen: PhotoFeatures, features: Tensor, control_features: Tensor, he
 
 
 def _made_of(models: AppModels, seen: PhotoFeatures, control_features: Tensor) -> list[Picture]:
-    colours = PCAColours.fit(seen.features)
-    shown = {"Features": (colours(seen.features), "of the APM, three principal components")}
+    features = seen.features.float()
+    colours = PCAColours.fit(features)
+    shown = {"Features": (colours(features), "of the APM, three principal components")}
     if models.teacher is not None:
         grid = teacher_features(models.teacher, [seen.photo], fine=False)[0]
         note = f"its {len(grid)} × {grid.shape[1]} features, in the same colours"

@@ -1,7 +1,7 @@
-"""The page: three tabs of widgets around `islands_tab`, `labels_tab` and `blend_tab`.
+"""The page: three tabs of widgets around `islands_tab`, `labels_tab` and `blend_tab`, and the endpoints of `api`.
 
-Uploads, and what they gave, are kept for the visitor's session alone, and dropped after an hour. They come as paths,
-and are decoded by `uploads`, so that every file that cannot be used gets a clear sentence.
+Uploads are dropped after an hour. They come as paths, and are read by `uploads` alone, so that every file that cannot
+be used gets a clear sentence. What they gave is found again by these paths in `recent`: sessions hold nothing.
 """
 
 import functools
@@ -9,20 +9,25 @@ import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import gradio as gr
 from PIL import Image
 
 from .. import __version__
+from .api import add_endpoints
 from .blend_tab import Blend, blend, blend_pictures
 from .islands_tab import HEIGHTS, PhotoFeatures, island_pictures, photo_features, point_of_pixel, similarity_picture
 from .labels_tab import adaptation, curve_picture
 from .models import AppModels, example_scenes
 from .pictures import figures_html, scores_html
-from .uploads import MAX_LABELS, read_labels, read_upload, shown_size, unknown_labels
+from .recent import Recent
+from .uploads import GONE, MAX_LABELS, Uploads, read_labels, unknown_labels
 
 _TITLE = "Asynchronous Perception Machine"
-_SESSION_SECONDS, _SWEEP_SECONDS = 3600, 600  # how long what a visitor gave is kept; how often it is swept away
+_UPLOAD_SECONDS, _SWEEP_SECONDS = 3600, 600  # how long what a visitor gave is kept; how often it is swept away
+# What photos gave, on each tab that needs it again.
+_RECENT = {"max_entries": 64, "max_bytes": 128 * 2**20, "max_seconds": _UPLOAD_SECONDS // 2}
 _WAITING, _AT_ONCE = 32, 2  # visitors in the queue; actions computed at a time
 
 
@@ -40,17 +45,22 @@ def page_style() -> dict[str, Any]:
 def build_page(models: AppModels) -> gr.Blocks:
     """The page, to be launched with [`page_style`]. It opens with drawn scenes already looked at."""
     scenes = example_scenes()
-    kept = (_SWEEP_SECONDS, _SESSION_SECONDS)
+    kept = (_SWEEP_SECONDS, _UPLOAD_SECONDS)
     with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=kept) as page:
+        uploads = Uploads(page.GRADIO_CACHE)
         gr.Markdown(_introduction(models), elem_classes="apm-intro")
         with gr.Tab("Islands"):
-            _islands_tab(models, scenes)
+            _islands_tab(models, scenes, uploads)
         with gr.Tab("Labels"):
-            _labels_tab(models, scenes)
+            _labels_tab(models, scenes, uploads)
         with gr.Tab("Blends"):
-            _blend_tab(models, scenes)
+            _blend_tab(models, scenes, uploads)
         gr.Markdown(f"apm_hf {__version__}. Photos are dropped after an hour, and used for nothing else.")
-    page.queue(max_size=_WAITING, default_concurrency_limit=_AT_ONCE)
+        add_endpoints(models, uploads)
+    for block in page.blocks.values():
+        _fetch_nothing(block)
+    # Closed: no request passes the queue by.
+    page.queue(max_size=_WAITING, default_concurrency_limit=_AT_ONCE, api_open=False)
     return page
 
 
@@ -73,37 +83,38 @@ def _introduction(models: AppModels) -> str:
     )
 
 
-def _islands_tab(models: AppModels, scenes: list[Image.Image]) -> None:
-    def see(
-        image: Image.Image, y: float | None, x: float | None, *numbers: int | None
-    ) -> tuple[PhotoFeatures, str, str]:
-        seen = photo_features(models, image)
-        islands, made_of = island_pictures(models, seen, [number or 0 for number in numbers])
-        html = figures_html(islands, "Islands of agreement") + figures_html(made_of, "What they are made of")
-        return seen, html, like(seen, y or 0.0, x or 0.0)
+def _islands_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads) -> None:
+    recent: Recent[PhotoFeatures] = Recent(**_RECENT)
 
-    def like(seen: PhotoFeatures, y: float | None, x: float | None) -> str:
+    def features(path: str | None) -> PhotoFeatures:
+        return recent.get(path, lambda: photo_features(models, uploads.read(path)))
+
+    def show_islands(path: str | None, y: float | None, x: float | None, *numbers: int | None) -> tuple[str, str]:
+        seen = features(path)
+        return islands_html(seen, *numbers), similar_html(seen, y or 0.0, x or 0.0)
+
+    def islands_html(seen: PhotoFeatures, *numbers: int | None) -> str:
+        found, made_of = island_pictures(models, seen, [number or 0 for number in numbers])
+        return figures_html(found, "Islands of agreement") + figures_html(made_of, "What they are made of")
+
+    def like_place(path: str | None, y: float | None, x: float | None) -> str:
         if y is None or x is None:
             raise ValueError("Please write both y and x, numbers from -1 to 1.")
+        return similar_html(features(path), y, x)
+
+    def similar_html(seen: PhotoFeatures, y: float, x: float) -> str:
         return figures_html([similarity_picture(models, seen, (y, x))], columns=1)
 
-    def see_upload(path: str | None, *settings: Any) -> Any:
-        return see(read_upload(path), *settings)
-
-    def like_place(seen: PhotoFeatures | None, path: str | None, y: float | None, x: float | None) -> str:
-        return like(seen or photo_features(models, read_upload(path)), y, x)
-
-    def like_click(seen: PhotoFeatures | None, path: str, event: gr.SelectData) -> Any:
+    def like_click(path: str | None, event: gr.SelectData) -> tuple[str, float, float]:
         column, row = event.index
-        y, x = point_of_pixel(column, row, shown_size(path))
-        return like_place(seen, path, y, x), round(y, 3), round(x, 3)
+        y, x = point_of_pixel(column, row, uploads.shown_size(path))
+        return like_place(path, y, x), round(y, 3), round(x, 3)
 
-    first_seen, first_islands, first_similar = see(scenes[0], 0.0, 0.0, *HEIGHTS)
-    seen = gr.State(first_seen, time_to_live=_SESSION_SECONDS)
+    first = photo_features(models, scenes[0])
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             photo = _photo("Photo: click a point, × for another", "islands-photo", scenes[0])
-            similar = gr.HTML(first_similar, elem_id="similar")
+            similar = gr.HTML(similar_html(first, 0.0, 0.0), elem_id="similar")
             with gr.Row():
                 place = [
                     gr.Number(
@@ -120,16 +131,16 @@ def _islands_tab(models: AppModels, scenes: list[Image.Image]) -> None:
                     for name, number in zip(("Wholes", "Parts", "Sub-parts"), HEIGHTS, strict=True)
                 ]
                 show = gr.Button("Show the islands", variant="primary", elem_id="islands-show", min_width=200)
-            islands = gr.HTML(first_islands, elem_id="islands")
+            islands = gr.HTML(islands_html(first, *HEIGHTS), elem_id="islands")
 
-    inputs, outputs = [photo, *place, *heights], [seen, islands, similar]
-    _on_change([photo], see_upload, inputs, outputs)
-    show.click(_telling(see_upload, None, "", ""), inputs, outputs, api_visibility="private")
-    photo.select(_telling(like_click, *[gr.skip()] * 3), [seen, photo], [similar, *place], api_visibility="private")
-    compare.click(_telling(like_place, gr.skip()), [seen, photo, *place], similar, api_visibility="private")
+    inputs, outputs = [photo, *place, *heights], [islands, similar]
+    _on_change([photo], show_islands, inputs, outputs)
+    show.click(_telling(show_islands, "", ""), inputs, outputs, api_visibility="private")
+    photo.select(_telling(like_click, *[gr.skip()] * 3), photo, [similar, *place], api_visibility="private")
+    compare.click(_telling(like_place, gr.skip()), [photo, *place], similar, api_visibility="private")
 
 
-def _labels_tab(models: AppModels, scenes: list[Image.Image]) -> None:
+def _labels_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             photo = _photo("Photo, × for another", "labels-photo", scenes[1])
@@ -151,7 +162,7 @@ def _labels_tab(models: AppModels, scenes: list[Image.Image]) -> None:
                     curve = gr.HTML(elem_id="curve")
 
     def adapt_live(path: str | None, text: str, start: str, num_steps: int) -> Iterator[Any]:
-        image, names = read_upload(path), read_labels(text)
+        image, names = uploads.read(path), read_labels(text)
         if models.teacher is not None and (unknown := unknown_labels(models.teacher, names)):
             gr.Warning(f"This teacher has no words for: {', '.join(unknown)}. It cannot tell such labels apart.")
         for progress in adaptation(models, image, names, start=start, num_steps=num_steps):
@@ -170,28 +181,25 @@ def _labels_tab(models: AppModels, scenes: list[Image.Image]) -> None:
     )
 
 
-def _blend_tab(models: AppModels, scenes: list[Image.Image]) -> None:
-    def take(first: Image.Image, second: Image.Image, patches: str, alpha: float) -> tuple[Blend, str]:
-        taken = blend(models, first, second, patches=patches)
-        return taken, pictures(taken, alpha)
+def _blend_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads) -> None:
+    recent: Recent[Blend] = Recent(**_RECENT)
+
+    def between_uploads(first: str | None, second: str | None, patches: str, alpha: float) -> str:
+        def blend_uploads() -> Blend:
+            return blend(models, read("A", first), read("B", second), patches=patches)
+
+        return pictures(recent.get((first, second, patches), blend_uploads), alpha)
+
+    def read(name: str, path: str | None) -> Image.Image:
+        try:
+            return uploads.read(path)
+        except ValueError as error:
+            raise ValueError(f"Photo {name}: {error}") from error
 
     def pictures(taken: Blend, alpha: float) -> str:
         return figures_html(blend_pictures(taken, alpha), columns=2)
 
-    def take_uploads(first: str | None, second: str | None, patches: str, alpha: float) -> tuple[Blend, str]:
-        photos = []
-        for name, path in (("A", first), ("B", second)):
-            try:
-                photos.append(read_upload(path))
-            except ValueError as error:
-                raise ValueError(f"Photo {name}: {error}") from error
-        return take(photos[0], photos[1], patches, alpha)
-
-    def move(taken: Blend | None, *settings: Any) -> str:
-        return take_uploads(*settings)[1] if taken is None else pictures(taken, settings[-1])
-
-    first_way, first_blend = take(scenes[2], scenes[3], "blend", 0.5)
-    way = gr.State(first_way, time_to_live=_SESSION_SECONDS)
+    first = pictures(blend(models, scenes[2], scenes[3]), 0.5)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             with gr.Row():
@@ -211,14 +219,14 @@ def _blend_tab(models: AppModels, scenes: list[Image.Image]) -> None:
                 label="Local patches in the queries are those of",
                 visible=models.model.config.local_patch,
             )
-            between = gr.HTML(first_blend, elem_id="between")
+            between = gr.HTML(first, elem_id="between")
             gr.Markdown(_WHAT_A_BLEND_IS, visible=models.model.config.local_patch)
 
-    inputs, outputs = [*photos, patches, share], [way, between]
-    _on_change(photos, take_uploads, inputs, outputs)
-    patches.change(_telling(take_uploads, None, ""), inputs, outputs, api_visibility="private")
+    inputs = [*photos, patches, share]
+    _on_change(photos, between_uploads, inputs, [between])
+    patches.change(_telling(between_uploads, ""), inputs, between, api_visibility="private")
     share.change(
-        _telling(move, gr.skip()), [way, *inputs], between,
+        _telling(between_uploads, gr.skip()), inputs, between,
         trigger_mode="always_last", show_progress="hidden", api_visibility="private",
     )  # fmt: skip
 
@@ -229,22 +237,46 @@ def _photo(label: str, elem_id: str, scene: Image.Image) -> gr.Image:
         format="png",  # what is shown and taken is what was drawn
         sources=["upload", "clipboard"], buttons=["fullscreen"], interactive=True,
     )  # fmt: skip
-    # Gradio would decode it first, and say "Error" where it cannot.
+    # Gradio would open any file that a request names, and say "Error" where it cannot decode it.
     photo.preprocess = lambda payload: None if payload is None else payload.path
     return photo
 
 
 def _examples(scenes: list[Image.Image], photo: gr.Image, label: str = "Drawn scenes to try") -> None:
-    gr.Examples([[scene] for scene in scenes], photo, label=label, cache_examples=False, api_visibility="private")
+    # `gr.Examples` would put a new `gr.Image` into the session, which opens any file.
+    examples = gr.Dataset(components=[photo], samples=[[scene] for scene in scenes], type="index", label=label)
+    examples.click(
+        lambda index: scenes[index], examples, photo, show_progress="hidden", queue=False, api_visibility="private"
+    )
+
+
+def _fetch_nothing(block: Any) -> None:
+    """Let no address that a request names be fetched, which could be slow or endless, by this block.
+
+    Addresses of uploads to this server, which MCP clients send, become the paths of the uploads.
+    """
+    move = block.async_move_resource_to_block_cache
+
+    async def move_file(path: str | Path | None) -> str | None:
+        if not str(path).startswith(("http://", "https://")):
+            return await move(path)
+        _, found, upload = str(path).partition("/gradio_api/file=")
+        if not found:
+            raise gr.Error(GONE, print_exception=False)
+        return unquote(upload)
+
+    block.async_move_resource_to_block_cache = move_file
 
 
 def _on_change(photos: list[gr.Image], action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
     """Run an action whenever one of its photos is another; a photo that was taken away clears what is shown."""
-    empty = [None, *[""] * (len(outputs) - 1)]
+    empty = [""] * len(outputs)
     told = _telling(action, *empty)
 
     def changed(*values: Any) -> Any:
-        return empty if None in values[: len(photos)] else told(*values)
+        if None not in values[: len(photos)]:
+            return told(*values)
+        return empty if len(empty) > 1 else empty[0]
 
     for photo in photos:
         photo.change(changed, inputs, outputs, trigger_mode="always_last", api_visibility="private")

@@ -1,64 +1,128 @@
-"""What comes from the page, checked: photos and labels. Every error is one sentence for the person at the page."""
+"""Read what visitors give, photos and labels. Every error is one sentence for the person at the page.
 
-from PIL import ExifTags, Image
+A photo comes as the path under which Gradio stored the upload, which holds a hash that nobody else can guess. A
+request may name any other path: nothing outside of the upload folder is opened, and the message is the same whether
+there is such a file or not. Photos are decoded in a process of their own ([`decode`]), which can be ended.
+"""
 
-from ..data.images import decode_image, eight_bit_rgb
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..data.images import eight_bit_rgb
 from ..teachers import Teacher
+from . import decode
 
-MAX_MEGAPIXELS = 50
 MAX_LABELS, MAX_LABEL_LENGTH = 30, 60
-# Pixels of the longer side that are kept: more than models see and than the page shows.
-_LONGEST = 1024
-_SCALABLE = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that Pillow scales down smoothly
-_TOO_LARGE = f"This picture has more than {MAX_MEGAPIXELS} megapixels: please upload a smaller one."
+GONE = "This photo is not here (any more): please upload it again."
+_MAX_SECONDS = 10  # that a photo may take, waiting for a processor included
+_DECODERS = threading.BoundedSemaphore(2)  # photos decoded at a time: each may take `decode.MAX_BYTES` of memory
+_UNUSUAL = "This picture is damaged or of an unusual kind: please upload another one."
+_REFUSED = {
+    decode.TOO_LARGE: f"This picture has more than {decode.MAX_MEGAPIXELS} megapixels: please upload a smaller one.",
+    decode.UNREADABLE: "This file cannot be read as a picture: please upload a JPEG, PNG or WebP.",
+    decode.DAMAGED: _UNUSUAL,
+}
+_TOO_SLOW = "This picture takes too long to read: please upload a smaller one, as JPEG, PNG or WebP."
 
 
-def read_upload(path: str | None) -> Image.Image:
-    """An upright 8-bit RGB photo, of 1024 pixels at most along its longer side.
+@dataclass(frozen=True)
+class Uploads:
+    """Read the photos that visitors uploaded.
 
-    Raises:
-        ValueError: for no photo, a file that cannot be read, or more than `MAX_MEGAPIXELS`.
+    Args:
+        folder: where Gradio stores them; nothing else is read.
     """
-    if path is None:
-        raise ValueError("There is no photo yet: please upload one or choose a scene.")
-    try:
-        with Image.open(path) as header:  # reads no pixels
-            width, height = header.size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(_TOO_LARGE) from error
-    except FileNotFoundError as error:
-        raise ValueError("This photo is no longer on the server: please upload it again.") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise ValueError("This file cannot be read as a picture: please upload a JPEG, PNG or WebP.") from error
-    if width * height > MAX_MEGAPIXELS * 1e6:
-        raise ValueError(_TOO_LARGE)
-    try:
-        image = decode_image(path)
-        if image.mode in _SCALABLE:
-            image.thumbnail((_LONGEST, _LONGEST), reducing_gap=2.0)
-        image = eight_bit_rgb(image)
-    except ValueError as error:
-        raise ValueError("This picture is damaged or of an unusual kind: please upload another one.") from error
-    image.thumbnail((_LONGEST, _LONGEST))
-    return image
 
+    folder: str | os.PathLike[str]
 
-def shown_size(path: str) -> tuple[int, int]:
-    """(width, height) in pixels of a photo as a browser shows it: turned as its camera says."""
-    with Image.open(path) as header:
-        width, height = header.size
-        turned = header.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return (height, width) if turned else (width, height)
+    def read(self, path: str | None) -> Image.Image:
+        """Return an upright 8-bit RGB photo, of at most `decode.LONGEST` pixels along its longer side.
+
+        Raises:
+            ValueError: for no photo, a path that is no upload, a file that cannot be read, one that takes too long,
+                or more than `decode.MAX_MEGAPIXELS`.
+        """
+        header, data = self._decode("pixels", path)
+        try:
+            return eight_bit_rgb(Image.frombytes(header["mode"], tuple(header["size"]), data))
+        except ValueError as error:
+            raise ValueError(_UNUSUAL) from error
+
+    def shown_size(self, path: str | None) -> tuple[int, int]:
+        """Return (width, height) in pixels of a photo as a browser shows it: turned as its camera says.
+
+        Raises:
+            ValueError: as [`Uploads.read`] does.
+        """
+        width, height = self._decode("size", path)[0]["size"]
+        return width, height
+
+    def _decode(self, what: str, path: str | None) -> tuple[dict[str, Any], bytes]:
+        if path is None:
+            raise ValueError("There is no photo yet: please upload one or choose a scene.")
+        descriptor = self._open(path)
+        try:
+            # -P: modules beside the script are none of its own.
+            command = [sys.executable, "-P", decode.__file__, what]
+            with _DECODERS:
+                done = subprocess.run(command, stdin=descriptor, capture_output=True, timeout=_MAX_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise ValueError(_TOO_SLOW) from None
+        finally:
+            os.close(descriptor)
+        if done.returncode < 0:  # ended by the system: out of time
+            raise ValueError(_TOO_SLOW)
+        if done.returncode:
+            raise ValueError(_REFUSED.get(done.returncode, _UNUSUAL))
+        header, _, data = done.stdout.partition(b"\n")
+        return json.loads(header), data
+
+    def _open(self, path: str) -> int:
+        """Open an upload for reading and return its descriptor; neither a pipe nor a device keeps anyone waiting."""
+        folder = Path(os.path.abspath(self.folder))
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            named = Path(os.path.abspath(path))
+            if folder not in named.parents:  # before the disk is asked for anything
+                raise ValueError(GONE)
+            file = named.resolve(strict=True)
+            if folder.resolve() not in file.parents:  # through a link
+                raise ValueError(GONE)
+            descriptor = os.open(file, flags | getattr(os, "O_BINARY", 0))
+        except (OSError, ValueError, RuntimeError):  # gone, no name for a file, a circle of links
+            raise ValueError(GONE) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise ValueError(GONE)
+        return descriptor
 
 
 def read_labels(text: str | None) -> list[str]:
-    """Labels, one a line or with commas between them; those that occur again are left out.
+    """Split labels, one a line or with commas between them, and check them.
+
+    Raises:
+        ValueError: as [`check_labels`] does.
+    """
+    return check_labels((text or "").replace("\n", ",").split(","))
+
+
+def check_labels(names: Sequence[str]) -> list[str]:
+    """Return labels without surplus spaces; empty ones and those that occur again are left out.
 
     Raises:
         ValueError: for fewer than two, more than `MAX_LABELS`, or one longer than `MAX_LABEL_LENGTH`.
     """
-    parts = (text or "").replace("\n", ",").split(",")
-    labels = list(dict.fromkeys(label for part in parts if (label := " ".join(part.split()))))
+    labels = list(dict.fromkeys(label for name in names if (label := " ".join(name.split()))))
     if len(labels) < 2:
         raise ValueError("Please write two labels at least, one a line or with commas between them.")
     if len(labels) > MAX_LABELS:
@@ -69,7 +133,7 @@ def read_labels(text: str | None) -> list[str]:
 
 
 def unknown_labels(teacher: Teacher, labels: list[str]) -> list[str]:
-    """Labels with words that the teacher's tokenizer has no token for: it cannot tell them from other such words."""
+    """Return labels with words that the teacher's tokenizer has no token for: to it they are all the same."""
     tokenizer = teacher.tokenizer
     unknown = None if tokenizer is None else tokenizer.unk_token_id
     if unknown is None:
