@@ -188,7 +188,7 @@ def test_ridge_solves_what_is_linear_and_says_what_it_explains(teacher, pairs):
     found = ridge(train.tokens.float(), grid_coordinates(rows, cols)[None])
     expected = sample_grid(train.tokens.float(), grid_coordinates(rows, cols)[None]) @ mix
     assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
-    metrics = evaluate_dense(student.eval(), fitted, linear(pairs[1]))
+    metrics = evaluate_dense(student.eval(), ridge, linear(pairs[1]))
     assert metrics["ridge"] > 0.95 > metrics["bilinear"] == pytest.approx(metrics["decoder"], abs=1e-3)
 
 
@@ -214,6 +214,9 @@ def test_a_student_learns_what_no_linear_map_can(teacher, pairs, tmp_path, seed)
     assert told["r2"] == result.metrics and told["num_photos"] == 20
     again = AutoModel.from_pretrained(tmp_path / "dense")
     assert torch.equal(again.decoder.feature_head.weight, result.student.decoder.feature_head.weight)
+    ridge = Ridge.load(tmp_path / "dense")
+    assert ridge is not None and Ridge.load(tmp_path) is None
+    assert evaluate_dense(again.eval(), ridge, coloured(held_out)) == pytest.approx(result.metrics, abs=1e-3)
     with pytest.raises(ValueError, match="which holds config.json.*--overwrite replaces it"):
         distill_dense(teacher, train, held_out, config, **SMALL)
 

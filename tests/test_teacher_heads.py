@@ -226,7 +226,10 @@ NONSENSE = [
     ({"distilled_from": [{"license": "mit"}]}, r"distilled_from\[0\]: expected name and any of .*, got \['license'\]"),
     ({"distilled_from": [{"name": "a", "url": "b"}]}, r"distilled_from\[0\]: expected name .*, got \['name', 'url'\]"),
     ({"distilled_from": [{"name": "a"}, {"name": " "}]}, r"distilled_from\[1\]: expected name to be a non-empty text"),
-    ({"distilled_from": [{"name": "a", "license": 3}]}, r"distilled_from\[0\]: expected license to be a non-empty text"),
+    (
+        {"distilled_from": [{"name": "a", "license": 3}]},
+        r"distilled_from\[0\]: expected license to be a non-empty text",
+    ),
     ({"distilled_from": [{"name": "/home/me/teacher"}]}, r"expected name to be public.*, got '/home/me/teacher'"),
     ({"distilled_from": [{"name": "a", "dataset": "C:\\pics"}]}, r"expected dataset to be public"),
 ]

@@ -1,7 +1,8 @@
-"""The tiny teacher and the APM distilled from it that travel with the package, for work without a network."""
+"""Name the small trained models in this package, for work without a network."""
 
 from pathlib import Path
 
 _ASSETS = Path(__file__).parent
 DEMO_TEACHER = str(_ASSETS / "demo-teacher")  # made by scripts/make_demo_teacher.py
 DEMO_MODEL = str(_ASSETS / "demo-apm")  # made by scripts/make_demo_model.py
+DENSE_MODEL = str(_ASSETS / "dense-deit-tiny")  # made by scripts/make_dense.py

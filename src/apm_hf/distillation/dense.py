@@ -12,6 +12,7 @@ pixels, (rows, cols) the teacher's grid at S.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
@@ -44,7 +46,8 @@ FINER = 2  # times the teacher's side, of the photo that the student reads and o
 MAX_SHIFT = 16  # pixels of that photo by which windows are moved
 RIDGE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal of the inputs' covariance
 CHUNK = 32  # photos evaluated at a time
-MADE = ("config.json", "model.safetensors", "preprocessor_config.json", "metrics.json", "README.md")
+RIDGE = "ridge.safetensors"
+MADE = (RIDGE, "config.json", "model.safetensors", "preprocessor_config.json", "metrics.json", "README.md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,8 @@ class DenseConfig:
 
     output_dir: str
     steps: int = 1500
-    batch_size: int = 64
-    num_locations: int = 32
+    batch_size: int = 16
+    num_locations: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     num_windows: int = 1
@@ -175,8 +178,7 @@ class DenseResult:
 
     Args:
         student: on the CPU, in evaluation mode.
-        metrics: R² of held-out photos after removing the mean of each position, by name: `decoder`, `bilinear`,
-            `ridge`; and `decoder_train`, on photos it learnt from.
+        metrics: R² of held-out photos after removing the mean of each position: `decoder`, `bilinear`, `ridge`.
         output_dir: folder of the model.
     """
 
@@ -215,7 +217,8 @@ def distill_dense(
         student = _fit(teacher, train, config, architecture)
         student.config.validate_architecture()
         inherit(student.config, [teacher], dataset=dataset)
-        metrics = evaluate_dense(student, train, validation)
+        ridge = Ridge.fit(train, *train.statistics())
+        metrics = evaluate_dense(student, ridge, validation)
         logger.info("held-out R² after position means: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
         if metrics["decoder"] <= metrics["ridge"]:
             logger.warning("the decoder is no better than a ridge regression from the same photos")
@@ -223,6 +226,7 @@ def distill_dense(
             with no_loading_bars():
                 student.save_pretrained(run.folder)
             student_image_processor(student.config).save_pretrained(run.folder)
+            ridge.save(run.folder)
             settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
             facts = {"r2": metrics, "num_photos": len(train), "settings": settings}
             write_atomically(run.folder / "metrics.json", json.dumps(facts, indent=2) + "\n")
@@ -238,12 +242,11 @@ def student_image_processor(config: APMConfig) -> APMImageProcessor:
 
 def normalised(pixels: Tensor, processor: APMImageProcessor) -> Tensor:
     """Return `pixel_values` of `(B, 3, H, W)` uint8, as the image processor makes them."""
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in _mean_std(processor))
-    return (pixels.float() / 255 - mean) / std
-
-
-def _mean_std(processor: APMImageProcessor) -> tuple[Any, Any]:
-    return processor.image_mean, processor.image_std
+    mean, std = (
+        torch.tensor(values, device=pixels.device)[:, None, None]
+        for values in (processor.image_mean, processor.image_std)
+    )
+    return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)  # in place: images are large
 
 
 def _fit(teacher: Teacher, train: DensePairs, config: DenseConfig, architecture: dict[str, Any]) -> APMModel:
@@ -303,15 +306,13 @@ def decode(student: APMModel, pairs: DensePairs, photos: Tensor, coordinates: Te
     return outputs.last_hidden_state
 
 
-def evaluate_dense(student: APMModel, train: DensePairs, validation: DensePairs) -> dict[str, float]:
+def evaluate_dense(student: APMModel, ridge: "Ridge", validation: DensePairs) -> dict[str, float]:
     """Return R² after position means, of held-out photos: the decoder, interpolation and ridge regression.
 
     Args:
-        train: what ridge regression learns from, on the same inputs as the decoder without its colours.
+        ridge: fitted to the photos that the student learnt from.
         validation: with plain windows.
     """
-    mean, std = train.statistics()
-    ridge = Ridge.fit(train, mean, std)
     rows, cols = validation.targets.shape[2:4]
     centres = grid_coordinates(rows, cols)[None]
     methods = {
@@ -319,7 +320,7 @@ def evaluate_dense(student: APMModel, train: DensePairs, validation: DensePairs)
         "bilinear": lambda numbers: sample_grid(validation.tokens[numbers].float(), centres),
         "ridge": lambda numbers: ridge(validation.tokens[numbers].float(), centres),
     }
-    return {name: _r2(validation, predict, std) for name, predict in methods.items()}
+    return {name: _r2(validation, predict, ridge.std) for name, predict in methods.items()}
 
 
 def _r2(pairs: DensePairs, predict: Any, std: Tensor) -> float:
@@ -389,6 +390,16 @@ class Ridge:
             inputs.append(_with_mean(tokens, coordinates).flatten(0, 1))
             targets.append(((pairs.targets[numbers, window].float() - mean) / std).flatten(0, 2))
         return torch.cat(inputs), torch.cat(targets)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights beside a model, as `ridge.safetensors`, for comparison."""
+        save_file({"weight": self.weight, "mean": self.mean, "std": self.std}, folder / RIDGE)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Ridge | None":
+        """Read the weights that lie beside a model; None where there are none."""
+        path = Path(folder) / RIDGE
+        return cls(**load_file(path)) if path.is_file() else None
 
     def __call__(self, tokens: Tensor, coordinates: Tensor) -> Tensor:
         """Return features `(B, L, F)` for tokens `(B, rows, cols, F)` at coordinates `(1 or B, L, 2)`."""

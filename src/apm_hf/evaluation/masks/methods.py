@@ -6,6 +6,7 @@ computed in the same way for all; superpixels and random segments have no featur
 Legend: B images, F width of the features, (rows, cols) a map of locations, row-major, over the complete image.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...distillation.dense import Ridge
 from ...modeling_apm import APMModel
 from ...pair import APM
+from ...position_encoding import grid_coordinates
 from ...teachers import Teacher
 from ...teachers.dense_grids import encode_densely
 from ...teachers.targets import normalise_levels
@@ -35,6 +38,8 @@ MOVED_FACTOR = 2  # refinement of the rival that gets shifted images: four of th
 TITLES = {
     "teacher": "teacher, upsampled",
     "teacher_moved": "teacher on moved images, upsampled",
+    "teacher_twice": "teacher at twice the side",
+    "ridge": "ridge regression from the same photos",
     "apm": "APM distilled",
     "apm_ttt": "APM distilled + TTT",
     "apm_ttt_alone": "APM TTT alone",
@@ -90,6 +95,7 @@ class Models:
     ttt: TTTConfig
     ttt_factor: int
     seed: int
+    ridge: Ridge | None = None
 
     @property
     def teacher(self) -> Teacher:
@@ -122,6 +128,19 @@ class Models:
 
     def teacher_maps(self, images: Images, size: Size, *, factor: int = 1) -> Tensor:
         return upsample(self.encode(images, factor=factor).features, size)
+
+    def twice_maps(self, images: Images, size: Size) -> Tensor:
+        """Interpolate the teacher's features of images of twice its side: four times its tokens."""
+        side = 2 * self.teacher.image_size
+        pixels = whole_photos(self.teacher.image_processor, images, (side, side))
+        features = self.teacher.encode_images(pixel_values=pixels).features
+        assert features is not None
+        return upsample(features, size)
+
+    def ridge_maps(self, images: Images, size: Size) -> Tensor:
+        assert self.ridge is not None
+        tokens = self.encode(images).features.cpu()
+        return self.ridge(tokens, grid_coordinates(*size)[None]).unflatten(1, size)
 
     def teacher_level_maps(self, images: Images, size: Size, *, layer: int) -> Tensor:
         return upsample(normalise_levels(self.encode(images, layers=[layer]).levels[:, 0]), size)
@@ -205,7 +224,9 @@ def titles(models: Models) -> dict[str, str]:
     for name, title in TITLES.items():
         if name in OF_DISTILLED and not models.apm.is_fitted:
             continue
-        if name in OF_ADAPTED and models.model.config.trigger_source == "tokens":
+        if (name == "ridge" and models.ridge is None) or (name == "teacher_twice" and not _reads_tokens(models)):
+            continue
+        if name in OF_ADAPTED and _reads_tokens(models):
             continue  # it reads what the others are adapted to
         found[name] = title
         num_levels = {"teacher": len(models.level_layers), "apm": models.model.config.num_levels}.get(name, 0)
@@ -213,6 +234,10 @@ def titles(models: Models) -> dict[str, str]:
             layer = f" (layer {models.level_layers[number - 1]})" if name == "teacher" else ""
             found[f"{name}_level_{number}"] = f"{title.split(',')[0]}, level {number}{layer}"
     return found
+
+
+def _reads_tokens(models: Models) -> bool:
+    return models.model.config.trigger_source == "tokens"
 
 
 def make_jobs(models: Models, rows: Sequence[str]) -> list[Job]:
@@ -226,6 +251,10 @@ def make_jobs(models: Models, rows: Sequence[str]) -> list[Job]:
         jobs.append(Job(name, (name,), maps, subject=("teacher", f"level {number}"), depends_on={"layer": layer}))
     moved = partial(models.teacher_maps, factor=MOVED_FACTOR)
     jobs.append(Job("teacher_moved", ("teacher_moved",), moved))
+    jobs.append(Job("teacher_twice", ("teacher_twice",), models.twice_maps))
+    if models.ridge is not None:
+        digest = hashlib.sha256(models.ridge.weight.numpy().tobytes()).hexdigest()
+        jobs.append(Job("ridge", ("ridge",), models.ridge_maps, depends_on={"ridge": digest}))
     if same_maps:
         subject = ("APM", "features") if "apm" in rows else None
         jobs.append(Job("apm", same_maps, partial(models.apm_maps, model=model), subject=subject))

@@ -19,6 +19,7 @@ from transformers.utils.logging import tqdm
 
 from ...assets import DEMO_MODEL
 from ...demo.story import demo_layers
+from ...distillation.dense import Ridge
 from ...modeling_apm import IGNORE_INDEX
 from ...pair import APM
 from ...runs import provenance
@@ -194,7 +195,8 @@ def _load_models(
     if apm.model is None:
         logger.info("no model: rows of a distilled one are omitted, and a fresh student is adapted")
         apm = apm.fresh(seed=seed)
-    models = Models(apm, tuple(level_layers), ttt, ttt_factor, seed)
+    ridge = None if model is None else Ridge.load(model)
+    models = Models(apm, tuple(level_layers), ttt, ttt_factor, seed, ridge)
     num_levels, num_layers = models.model.config.num_levels, models.teacher.num_layers
     if num_levels and level_layers and len(level_layers) != num_levels:
         raise ValueError(f"level_layers: expected one per level, {num_levels}, got {list(level_layers)}")
