@@ -393,7 +393,8 @@ class Ridge:
 
     def save(self, folder: Path) -> None:
         """Write the weights beside a model, as `ridge.safetensors`, for comparison."""
-        save_file({"weight": self.weight, "mean": self.mean, "std": self.std}, folder / RIDGE)
+        values = {"weight": self.weight, "mean": self.mean, "std": self.std}
+        save_file({name: value.contiguous() for name, value in values.items()}, folder / RIDGE)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Ridge | None":
