@@ -12,8 +12,8 @@ import argparse
 from apm_hf import APMConfig, TTTConfig, load_teacher
 from apm_hf.assets import DEMO_TEACHER
 from apm_hf.configuration_apm import PRESETS
-from apm_hf.evaluation.ablations import FACTORS, AblationTask, Results, run_ablations, variants
 from apm_hf.evaluation.labels.benchmarks import load_benchmark
+from one_factor import FACTORS, AblationTask, Results, run_ablations, variants
 
 
 def run(options: argparse.Namespace) -> Results:

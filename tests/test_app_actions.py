@@ -34,7 +34,7 @@ from apm_hf.app.labels_tab import adaptation, curve_picture
 from apm_hf.app.models import load_models
 from apm_hf.app.pictures import Picture, figures_html, scores_html
 from apm_hf.app.recent import Recent
-from apm_hf.app.uploads import GONE, MAX_LABELS, Uploads, read_labels, unknown_labels
+from apm_hf.app.uploads import GONE, MAX_LABELS, Uploads, read_labels
 from apm_hf.assets import DEMO_TEACHER
 from apm_hf.data.scenes import make_scene
 
@@ -289,7 +289,7 @@ def test_labels_are_read_and_checked(models):
     }.items():
         with pytest.raises(ValueError, match=sentence):
             read_labels(text)
-    assert unknown_labels(models.teacher, ["cat", "zebra", "tree"]) == ["zebra"]
+    assert models.teacher.unknown_labels(["cat", "zebra", "tree"]) == ["zebra"]
 
 
 def test_adaptation_brings_the_apm_to_its_teacher(models, scene):

@@ -11,6 +11,7 @@ from PIL import Image
 from apm_hf import load_teacher
 from apm_hf.commands import classify, interpolate, islands
 from apm_hf.commands.main import main
+from apm_hf.data.scenes import make_scene
 from apm_hf.distillation import matching_image_processor
 from apm_hf.ttt import TTTConfig
 from apm_hf.ttt.classification import TTTClassifier
@@ -104,6 +105,22 @@ def test_a_photo_that_cannot_be_read_is_one_line_and_the_others_are_done(apm, ba
     assert not [line for line in lines if line.endswith(bad)]
     errors = [line for line in logged if line.startswith("apm classify")]
     assert len(errors) == 1 and bad in errors[0] and "\n" not in errors[0]
+
+
+def test_labels_that_the_teacher_has_no_words_for_are_left_out_and_named(tmp_path, caplog, capsys):
+    """To the embedded teacher zebras and pizzas are the same unknown word: a ranking of them would be of a tie."""
+    make_scene(0, seed=3, image_size=96).image.save(tmp_path / "scene.png")
+    (tmp_path / "labels.txt").write_text("car\nzebra\npizza\nhouse\n")
+    words = ["classify", str(tmp_path / "scene.png"), "--labels", str(tmp_path / "labels.txt"), "--steps", "1"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["labels"] == ["car", "house"] and {one["label"] for one in told["photos"][0]["apm"]} == {
+        "car",
+        "house",
+    }
+    assert "has no words for them: zebra, pizza" in caplog.text
+    (tmp_path / "labels.txt").write_text("zebra\npizza\n")
+    assert main(words) == 1 and "expected words that the teacher knows, got none: zebra, pizza" in caplog.text
 
 
 def test_only_unreadable_photos_is_status_1(apm):

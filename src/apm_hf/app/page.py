@@ -22,7 +22,7 @@ from .labels_tab import adaptation, curve_picture
 from .models import AppModels, example_scenes
 from .pictures import figures_html, scores_html
 from .recent import Recent
-from .uploads import GONE, MAX_LABELS, Uploads, read_labels, unknown_labels
+from .uploads import GONE, MAX_LABELS, Uploads, read_labels
 
 _TITLE = "Asynchronous Perception Machine"
 _UPLOAD_SECONDS, _SWEEP_SECONDS = 3600, 600  # how long what a visitor gave is kept; how often it is swept away
@@ -163,7 +163,7 @@ def _labels_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads) 
 
     def adapt_live(path: str | None, text: str, start: str, num_steps: int) -> Iterator[Any]:
         image, names = uploads.read(path), read_labels(text)
-        if models.teacher is not None and (unknown := unknown_labels(models.teacher, names)):
+        if models.teacher is not None and (unknown := models.teacher.unknown_labels(names)):
             gr.Warning(f"This teacher has no words for: {', '.join(unknown)}. It cannot tell such labels apart.")
         for progress in adaptation(models, image, names, start=start, num_steps=num_steps):
             columns = [

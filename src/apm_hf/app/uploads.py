@@ -19,7 +19,6 @@ from typing import Any
 from PIL import Image
 
 from ..data.images import eight_bit_rgb
-from ..teachers import Teacher
 from . import decode
 
 MAX_LABELS, MAX_LABEL_LENGTH = 30, 60
@@ -130,12 +129,3 @@ def check_labels(names: Sequence[str]) -> list[str]:
     if longest := [label for label in labels if len(label) > MAX_LABEL_LENGTH]:
         raise ValueError(f"A label has {MAX_LABEL_LENGTH} characters at most; too long is: {longest[0][:30]}…")
     return labels
-
-
-def unknown_labels(teacher: Teacher, labels: list[str]) -> list[str]:
-    """Return labels with words that the teacher's tokenizer has no token for: to it they are all the same."""
-    tokenizer = teacher.tokenizer
-    unknown = None if tokenizer is None else tokenizer.unk_token_id
-    if unknown is None:
-        return []
-    return [label for label in labels if unknown in tokenizer(label)["input_ids"]]

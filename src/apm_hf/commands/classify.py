@@ -29,6 +29,7 @@ EXAMPLES = (
 RESULT = {
     "teacher": "as given; null is the demo's",
     "model": "as given; null is the demo's, or with --teacher a fresh one",
+    "labels": "those that are ranked; what the teacher has no words for is left out",
     "photos": "a list: photo, steps, loss (at the first and the last step), cosine (to the teacher's embedding), "
     "agrees (on the first class), seconds, and teacher and apm: the --top_k classes as label and score",
     "errors": "a list: photo and message, of those that could not be read",
@@ -76,7 +77,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for entry in _classify(classifier, readable[start : start + options.batch_size], options.top_k):
             _print(entry)
             photos.append(entry)
-    return {"teacher": options.teacher, "model": options.model, "photos": photos, "errors": errors}
+    return {
+        "teacher": options.teacher,
+        "model": options.model,
+        "labels": classifier.class_names,
+        "photos": photos,
+        "errors": errors,
+    }
 
 
 def _classifier(options: argparse.Namespace) -> "TTTClassifier":
@@ -99,7 +106,23 @@ def _classifier(options: argparse.Namespace) -> "TTTClassifier":
         raise ValueError(
             f"--labels: expected a file of class names, since {options.teacher} has no classes of its own"
         )
+    labels = _known(pair.teacher, labels)
     return pair.classifier(labels, config=config, templates=options.template or DEFAULT_TEMPLATES)
+
+
+def _known(teacher: Any, labels: list[str]) -> list[str]:
+    """Return the labels that the teacher has words for; the others, to it all the same, are named and left out.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    unknown = teacher.unknown_labels(labels)
+    known = [label for label in labels if label not in unknown]
+    if not known:
+        raise ValueError(f"--labels: expected words that the teacher knows, got none: {', '.join(labels[:5])}")
+    if unknown:
+        logger.warning(f"left out, since the teacher has no words for them: {printable(', '.join(unknown))}")
+    return known
 
 
 def _classify(classifier: "TTTClassifier", batch: list[tuple[str, Any]], top_k: int) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def clean_table(run: Run, benchmark: str, teacher: str) -> str:
         num_seeds = len(run.cells(benchmark, teacher, method, [CLEAN]))
         top5 = NOTHING  # with five classes, top-5 is always 100 %
         if run.info["benchmarks"][benchmark]["num_classes"] > 5:
-            top5 = _share(mean_interval(predictions.correct_top5, groups=predictions.images), num_images)
+            top5 = percent(mean_interval(predictions.correct_top5, groups=predictions.images), num_images)
         cost = run.cost(benchmark, teacher, method, [CLEAN])
         rows.append(
             [
@@ -41,14 +41,14 @@ def clean_table(run: Run, benchmark: str, teacher: str) -> str:
                 f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
                 top5,
                 _calibration(predictions),
-                _difference(run.difference(benchmark, teacher, method, [CLEAN])),
+                difference_cell(run.difference(benchmark, teacher, method, [CLEAN])),
                 NOTHING if cost is None else f"{seconds_per_image(cost):.3g}",
                 NOTHING if cost is None else f"{cost.peak_bytes.max() / 2**20:.0f}",
                 f"{num_images:,}" + (f" x {num_seeds} seeds" if num_seeds > 1 else ""),
                 _oracle(predictions),
             ]
         )
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def shift_table(run: Run, teacher: str, benchmarks: Sequence[str]) -> str:
@@ -67,15 +67,15 @@ def shift_table(run: Run, teacher: str, benchmarks: Sequence[str]) -> str:
                 groups=np.concatenate([part.images for part in known]),
                 strata=_numbered(known, lambda part: len(part.images)),
             )
-            mean = _share(interval, min(part.num_images for part in known))
+            mean = percent(interval, min(part.num_images for part in known))
         paired = [run.paired(benchmark, teacher, method, [CLEAN]) for benchmark in benchmarks]
         pairs = [part for part in paired if part is not None]
         if len(pairs) == len(paired):
             ours, theirs, images = (np.concatenate(column) for column in zip(*pairs, strict=True))
             strata = _numbered(pairs, lambda part: len(part[0]))
-            difference = _difference(paired_interval(ours, theirs, groups=images, strata=strata))
+            difference = difference_cell(paired_interval(ours, theirs, groups=images, strata=strata))
         rows.append([run.method_title(method), *map(_top1, predictions), mean, difference])
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def corruption_table(run: Run, benchmark: str, teacher: str, columns: Mapping[str, Sequence[Scene]]) -> str:
@@ -91,10 +91,10 @@ def corruption_table(run: Run, benchmark: str, teacher: str, columns: Mapping[st
         if all(part is None for part in predictions):
             continue
         pooled = run.pooled(benchmark, teacher, method, all_scenes)
-        difference = _difference(run.difference(benchmark, teacher, method, all_scenes))
+        difference = difference_cell(run.difference(benchmark, teacher, method, all_scenes))
         oracle = NOTHING if pooled is None else _oracle(pooled)
         rows.append([run.method_title(method), *map(_top1, predictions), _top1(pooled), difference, oracle])
-    return _markdown(["method", *columns, "mean", "difference to its baseline, points", _ORACLE], rows)
+    return markdown_table(["method", *columns, "mean", "difference to its baseline, points", _ORACLE], rows)
 
 
 _ORACLE = "oracle step (unattainable)"
@@ -106,14 +106,14 @@ def methods_table(run: Run) -> str:
         baseline = NOTHING if entry["baseline"] is None else run.method_title(entry["baseline"])
         options = ", ".join(f"{key}={value}" for key, value in sorted((entry.get("options") or {}).items()))
         rows.append([run.method_title(method), f"`{method}`", str(entry.get("num_views", NOTHING)), baseline, options])
-    return _markdown(["method", "name", "views", "baseline", "options"], rows)
+    return markdown_table(["method", "name", "views", "baseline", "options"], rows)
 
 
 def _top1(predictions: Predictions | None) -> str:
-    return NOTHING if predictions is None else _share(predictions.accuracy(), predictions.num_images)
+    return NOTHING if predictions is None else percent(predictions.accuracy(), predictions.num_images)
 
 
-def _share(interval: Interval, num_images: int) -> str:
+def percent(interval: Interval, num_images: int) -> str:
     text = f"{100 * interval.mean:.1f}"
     return text if num_images >= FEW_IMAGES else f"{text} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
@@ -121,13 +121,13 @@ def _share(interval: Interval, num_images: int) -> str:
 def _calibration(predictions: Predictions) -> str:
     if predictions.num_images >= FEW_IMAGES:
         return f"{100 * expected_calibration_error(predictions.confidence, predictions.correct):.1f}"
-    return _share(
+    return percent(
         calibration_interval(predictions.confidence, predictions.correct, groups=predictions.images),
         predictions.num_images,
     )
 
 
-def _difference(interval: Interval | None) -> str:
+def difference_cell(interval: Interval | None) -> str:
     if interval is None:
         return NOTHING
     # Adding 0.0 makes -0.0 positive.
@@ -137,7 +137,7 @@ def _difference(interval: Interval | None) -> str:
 
 def _oracle(predictions: Predictions) -> str:
     step = predictions.best_step()
-    return NOTHING if step is None else f"{_share(predictions.accuracy_at(step), predictions.num_images)} at {step}"
+    return NOTHING if step is None else f"{percent(predictions.accuracy_at(step), predictions.num_images)} at {step}"
 
 
 def seconds_per_image(cost: Cost) -> float:
@@ -148,7 +148,7 @@ def _numbered(parts: Sequence[Any], length: Callable[[Any], int]) -> np.ndarray:
     return np.repeat(np.arange(len(parts)), [length(part) for part in parts])
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a table without the columns that are empty."""
     columns = [0, *(at for at in range(1, len(header)) if any(row[at] != NOTHING for row in rows))]
     lines = [[header[at] for at in columns], ["---", *["---:"] * (len(columns) - 1)]]

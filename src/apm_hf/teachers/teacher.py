@@ -264,6 +264,14 @@ class Teacher:
             )
         return nn.functional.normalize(ordinary(embeds), dim=-1)
 
+    def unknown_labels(self, labels: Sequence[str]) -> list[str]:
+        """Return labels with words that the tokenizer has no token for: to this teacher they are all the same."""
+        unknown = None if self.tokenizer is None else self.tokenizer.unk_token_id
+        if unknown is None:
+            return []
+        # Without special tokens: CLIP's tokenizer has one token for the unknown and for the end of a text.
+        return [one for one in labels if unknown in self.tokenizer(one, add_special_tokens=False)["input_ids"]]
+
     def identity(self) -> dict[str, Any]:
         """Return what outputs depend on, as JSON: sizes, the SHA-256 of all weights, the image processor's options."""
         return {

@@ -8,7 +8,7 @@ from typing import Any
 from ...islands.figures import load_matplotlib, png_bytes
 from ...runs.files import write_atomically
 from ..plots import COLOURS
-from ..tables import NOTHING, _markdown
+from ..tables import NOTHING, markdown_table
 from .datasets import LEVELS
 from .probing import PROBES
 from .summary import CONTROLS, MEASURES
@@ -138,7 +138,7 @@ def _scores(summary: Mapping[str, Any], level: str) -> str:
         for row in summary["rows"].values()
         if row.get(level)
     ]
-    return _markdown(["", *MEASURES.values(), "segments found"], rows)
+    return markdown_table(["", *MEASURES.values(), "segments found"], rows)
 
 
 def _probes(summary: Mapping[str, Any]) -> str:
@@ -148,7 +148,7 @@ def _probes(summary: Mapping[str, Any]) -> str:
         if any(kind in row for kind in PROBES)
     ]
     header = [f"{title}, {what}" for title in PROBES.values() for what in ("mIoU", "pixel accuracy")]
-    return _markdown(["", *header], rows)
+    return markdown_table(["", *header], rows)
 
 
 def _comparisons(summary: Mapping[str, Any]) -> str:
@@ -169,7 +169,7 @@ def _comparisons(summary: Mapping[str, Any]) -> str:
         multiples = [found["ratios"].get(key) for found in compared.values()]
         rows.append([title, *(NOTHING if multiple is None else f"{multiple:.2f}" for multiple in multiples)])
     known = [row for row in rows if set(row[1:]) != {NOTHING}]
-    return _markdown(["", *(summary["rows"][name]["title"] for name in compared)], known)
+    return markdown_table(["", *(summary["rows"][name]["title"] for name in compared)], known)
 
 
 def _agreement(summary: Mapping[str, Any]) -> str:
@@ -183,7 +183,7 @@ def _agreement(summary: Mapping[str, Any]) -> str:
         ]
         for found in summary["agreement"]
     ]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _interval(found: Mapping[str, float] | None, *, signed: bool = False) -> str:

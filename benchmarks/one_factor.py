@@ -29,21 +29,21 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils.logging import tqdm
 
-from ..configuration_apm import APMConfig
-from ..islands.figures import load_matplotlib
-from ..modeling_apm import APMModel
-from ..runs import provenance
-from ..runs.files import write_atomically
-from ..teachers import Teacher
-from ..teachers.matching import matching_image_processor
-from ..teachers.targets import rgb_targets
-from ..teachers.zero_shot import class_embeds, classify
-from ..ttt import Adapted, TTTConfig, adapt
-from ..ttt.targets import TTTTargets
-from .labels.benchmarks import LabelledImages
-from .plots import COLOURS, error_bars
-from .statistics import Interval, mean_interval, paired_interval
-from .tables import NOTHING, _difference, _markdown, _share
+from apm_hf.configuration_apm import APMConfig
+from apm_hf.evaluation.labels.benchmarks import LabelledImages
+from apm_hf.evaluation.plots import COLOURS, error_bars
+from apm_hf.evaluation.statistics import Interval, mean_interval, paired_interval
+from apm_hf.evaluation.tables import NOTHING, difference_cell, markdown_table, percent
+from apm_hf.islands.figures import load_matplotlib
+from apm_hf.modeling_apm import APMModel
+from apm_hf.runs import provenance
+from apm_hf.runs.files import write_atomically
+from apm_hf.teachers import Teacher
+from apm_hf.teachers.matching import matching_image_processor
+from apm_hf.teachers.targets import rgb_targets
+from apm_hf.teachers.zero_shot import class_embeds, classify
+from apm_hf.ttt import Adapted, TTTConfig, adapt
+from apm_hf.ttt.targets import TTTTargets
 
 FACTORS = {
     "losses": "Losses",
@@ -391,7 +391,7 @@ def ablation_report(results: Results, task: AblationTask, *, base: APMConfig, re
     header = ["level", "top-1, %", "difference to the teacher, points", "agreement with it, %", "cosine to it"]
     header += ["cosine between locations", "parameters, M", "GFLOPs/image", "s/image", "images"]
     local = f"{location_cosine(task.features[:NUM_PROBES].flatten(1, 2)):.3f}"
-    accuracy = _share(task.teacher_accuracy(), len(task))
+    accuracy = percent(task.teacher_accuracy(), len(task))
     teacher = ["teacher", accuracy, *[NOTHING] * 3, local, *[NOTHING] * 3, str(len(task))]
     sizes = "-".join(map(str, base.hidden_sizes))
     name = str(task.source["teacher"])
@@ -409,8 +409,8 @@ def ablation_report(results: Results, task: AblationTask, *, base: APMConfig, re
         rows = [
             [
                 f"**{variant.level}**" if is_base(variant, base, recipe) else variant.level,
-                _share(row.accuracy, row.num_images),
-                _difference(row.difference),
+                percent(row.accuracy, row.num_images),
+                difference_cell(row.difference),
                 f"{100 * row.agreement:.1f}",
                 f"{row.cosine:.4f}",
                 f"{row.location_cosine:.3f}",
@@ -421,7 +421,7 @@ def ablation_report(results: Results, task: AblationTask, *, base: APMConfig, re
             ]
             for variant, row in levels
         ]
-        parts.append(f"## {FACTORS[factor]}\n\n{_markdown(header, [teacher, *rows])}")
+        parts.append(f"## {FACTORS[factor]}\n\n{markdown_table(header, [teacher, *rows])}")
     return "\n".join(parts)
 
 
