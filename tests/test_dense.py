@@ -14,6 +14,7 @@ from apm_hf import APM, APMConfig, APMModel, load_teacher
 from apm_hf.commands.main import main
 from apm_hf.distillation import DenseConfig, DensePairs, distill_dense
 from apm_hf.distillation.dense import Ridge, evaluate_dense
+from apm_hf.evaluation.masks import evaluate_islands
 from apm_hf.pair.upsampling import dense_rows, write_dense
 from apm_hf.position_encoding import grid_coordinates, sample_grid
 from fixtures_runs import forget_accelerate
@@ -281,3 +282,16 @@ def test_a_teacher_alone_is_interpolated_in_bands(place, teacher, monkeypatch):
     with pytest.raises(ValueError, match="dtype: expected one of"):
         write_dense(apm, image, 8, place / "x.safetensors", dtype=torch.float64)
     assert np.isfinite(bands.numpy()).all()
+
+
+def test_an_evaluation_holds_it_against_interpolation_ridge_and_the_teacher_at_twice_the_side(
+    place, teacher, tmp_path
+):
+    folder = evaluate_islands(
+        output_dir=tmp_path, teacher=teacher.name, model=str(place / "dense"), data="scenes", max_images=4, map_size=12
+    )
+    rows = json.loads((folder / "results.json").read_text())["data"]["scenes"]["rows"]
+    assert {"teacher", "teacher_moved", "teacher_twice", "ridge", "apm", "apm_random", "position_only"} <= set(rows)
+    assert not {"apm_ttt", "apm_ttt_alone"} & set(rows)
+    # With random weights nothing is added to what is interpolated.
+    assert rows["apm_random"]["whole"]["ari"] == rows["teacher"]["whole"]["ari"]

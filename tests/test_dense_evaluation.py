@@ -301,7 +301,7 @@ def test_every_row_is_scored_and_reported(evaluated):
     results, text = json.loads((evaluated / "results.json").read_text()), (evaluated / "report.md").read_text()
     found = results["data"]["stripes"]
     levels = [f"{whose}_level_{number}" for whose in ("teacher", "apm") for number in (1, 2)]
-    assert set(found["rows"]) == {*methods.TITLES, *levels}
+    assert set(found["rows"]) == {*methods.TITLES, *levels} - set(methods.OF_DENSE)
     for row in found["rows"].values():
         assert row["title"] in text
         for level in ("whole", "part"):
@@ -377,7 +377,7 @@ def test_without_a_model_a_fresh_machine_is_adapted_and_nothing_is_said_to_be_di
         output_dir=tmp_path / "out", teacher=classifier, data=stripes, **FAST | {"ttt": replace(TTT, steps=1)}
     )
     results = json.loads((folder / "results.json").read_text())
-    expected = set(methods.TITLES) - set(methods.OF_DISTILLED)
+    expected = set(methods.TITLES) - set(methods.OF_DISTILLED) - set(methods.OF_DENSE)
     found = results["data"]["stripes"]
     assert set(found["rows"]) == expected and results["model"] is None
     assert {entry["whose"] for entry in found["agreement"]} == {"teacher", "APM random"}

@@ -52,6 +52,7 @@ TITLES = {
     "random": "random segments",
 }
 OF_ADAPTED = ("apm_ttt", "apm_ttt_alone")
+OF_DENSE = ("teacher_twice", "ridge")  # beside a student that reads the teacher's tokens
 OF_DISTILLED = ("apm", "apm_ttt", "image_shuffled", "position_only", "shuffled_masks")
 # Rows computed from the distilled APM's maps; they differ in the input image or in what the maps are used for.
 OF_SAME_MAPS = ("apm", "image_shuffled", "position_only", "shuffled_masks")
