@@ -48,6 +48,7 @@ docs: .venv/installed
 assets: .venv/installed
 	$(BIN)/python scripts/make_demo_teacher.py
 	$(BIN)/python scripts/make_demo_model.py
+	# scripts/make_dense.py needs a teacher and Caltech-101: its docstring has the command.
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from safetensors import safe_open
 from transformers import AutoModel
 
 from apm_hf import APM, APMConfig, APMModel, load_teacher
+from apm_hf.assets import DENSE_MODEL
 from apm_hf.commands.main import main
+from apm_hf.data.images import decode_image, eight_bit_rgb
+from apm_hf.data.loading import load_images
 from apm_hf.distillation import DenseConfig, DensePairs, distill_dense
 from apm_hf.distillation.dense import Ridge, evaluate_dense
 from apm_hf.evaluation.masks import evaluate_islands
@@ -295,3 +299,27 @@ def test_an_evaluation_holds_it_against_interpolation_ridge_and_the_teacher_at_t
     assert not {"apm_ttt", "apm_ttt_alone"} & set(rows)
     # With random weights nothing is added to what is interpolated.
     assert rows["apm_random"]["whole"]["ari"] == rows["teacher"]["whole"]["ari"]
+
+
+# --- the one that travels with the package ------------------------------------------------------------------------
+
+
+def test_the_shipped_student_is_small_and_says_where_it_comes_from():
+    model = AutoModel.from_pretrained(DENSE_MODEL)
+    assert model.config.trigger_source == "tokens" and model.config.feature_size == 192
+    (origin,) = model.config.distilled_from
+    assert (origin["license"], origin["dataset"]) == ("apache-2.0", "caltech101")
+    assert sum(path.stat().st_size for path in Path(DENSE_MODEL).iterdir()) < 4e6
+    card = (Path(DENSE_MODEL) / "README.md").read_text()
+    assert "ridge" in card and "APM.load(" in card and "scripts/make_dense.py" in card
+
+
+def test_the_shipped_student_comes_closer_to_the_teacher_at_twice_the_side_than_ridge_and_interpolation(shared_dir):
+    """On photos of other kinds than it learnt from."""
+    teacher = load_teacher(shared_dir / "teachers/deit-tiny")
+    data = load_images(shared_dir / "data/imagenet_sample1k", max_images=12, seed=1)
+    photos = [eight_bit_rgb(decode_image(row["image"])) for row in data.dataset]
+    pairs = DensePairs.build(photos, teacher, shifted=False)
+    ridge = Ridge.load(DENSE_MODEL)
+    metrics = evaluate_dense(AutoModel.from_pretrained(DENSE_MODEL), ridge, pairs)
+    assert metrics["decoder"] > metrics["ridge"] + 0.005 > metrics["bilinear"] + 0.03, metrics

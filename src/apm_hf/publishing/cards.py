@@ -181,6 +181,7 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
         licences=_licence_table(teachers, facts.teacher),
         metrics=f"| | |\n| --- | --- |\n{rows}" if rows else "Nothing was measured.",
         comparison=facts.comparison,
+        reads_tokens=config.get("trigger_source") == "tokens",
         picture=PICTURE if (folder / PICTURE).exists() else None,
     )
     return str(card)
