@@ -43,7 +43,7 @@ NONSENSE = [
     ({"patch_size": 13}, r"image_size: expected a multiple of patch_size=13, got .*448"),
     ({"position_size": 1022}, r"position_size: expected a multiple of 4.*got 1022"),
     ({"pooling": "max"}, r"pooling: expected one of \['mean', 'attention'\], got 'max'"),
-    ({"trigger_source": "teacher"}, r"trigger_source: expected one of \['conv', 'embedding'\], got 'teacher'"),
+    ({"trigger_source": "teacher"}, r"trigger_source: expected one of \['conv', 'embedding', 'tokens'\], got"),
     ({"image_size": 0}, r"image_size: expected a positive integer, got 0"),
     ({"image_size": -448}, r"image_size: expected a positive integer, got -448"),
     ({"patch_size": 0}, r"patch_size: expected a positive integer, got 0"),
@@ -89,7 +89,9 @@ def test_overrides_replace_fields_of_a_preset():
 
 
 def test_unknown_preset_says_which_there_are():
-    with pytest.raises(ValueError, match=r"expected one of \['clip-ttt', 'dinov2-large', 'tiny'\], got 'clip'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of \['clip-ttt', 'dense', 'dinov2-large', 'tiny'\], got 'clip'"
+    ):
         APMConfig.preset("clip")
 
 

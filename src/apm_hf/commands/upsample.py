@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(parser, "--teacher", "the one that the student was distilled from")
     add(parser, "--size", default=448)
     parser.add_argument(
-        "--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="precision in the file"
+        "--dtype", default="float16", choices=("bfloat16", "float16", "float32"), help="precision in the file"
     )
     parser.add_argument("--picture", metavar="FILE", help="also draw three principal components as a PNG file")
 
