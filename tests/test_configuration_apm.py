@@ -45,6 +45,8 @@ NONSENSE = [
     ({"pooling": "max"}, r"pooling: expected one of \['mean', 'attention'\], got 'max'"),
     ({"trigger_source": "teacher"}, r"trigger_source: expected one of \['conv', 'embedding', 'tokens'\], got"),
     ({"image_size": 0}, r"image_size: expected a positive integer, got 0"),
+    ({"hidden_sizes": [10**10]}, r"sizes: expected at most 1,048,576 everywhere, got 10,000,000,000"),
+    ({"feature_size": 10**10}, r"sizes: expected at most 1,048,576 everywhere"),
     ({"image_size": -448}, r"image_size: expected a positive integer, got -448"),
     ({"patch_size": 0}, r"patch_size: expected a positive integer, got 0"),
     ({"num_channels": 0}, r"num_channels: expected a positive integer, got 0"),

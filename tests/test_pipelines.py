@@ -204,6 +204,34 @@ def test_images_come_as_files_bytes_generators_and_datasets(teacher, photos, tmp
     assert list(ready(Photos())) == expected
 
 
+class Column:
+    """What a column of a pandas table is, as far as the pipeline looks at it."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __eq__(self, other):
+        raise ValueError("The truth value of a Series is ambiguous.")
+
+    def to_list(self):
+        return list(self.values)
+
+
+def test_images_come_as_arrays_tensors_and_columns_of_tables(teacher, photos):
+    machine = pipe(teacher)
+    expected = machine(photos[:2], candidate_labels=LABELS)
+    arrays = [np.asarray(one) for one in photos[:2]]
+    for images in (arrays, [torch.from_numpy(one.copy()) for one in arrays], Column(photos[:2]), Column(arrays)):
+        assert_same(machine(images, candidate_labels=LABELS), expected)
+    assert_same(machine(arrays[0], candidate_labels=LABELS), expected[0])
+    assert machine([], candidate_labels=LABELS) == []
+
+
+def test_labels_for_each_image_are_refused_in_words(teacher, photos):
+    with pytest.raises(ValueError, match="candidate_labels: expected names, the same for all images, got list"):
+        pipe(teacher)(photos[:2], candidate_labels=[["cat"], ["dog"]])
+
+
 def test_transparency_is_white_whether_in_a_file_or_not(teacher, photos, tmp_path):
     see_through = photos[0].convert("RGBA")
     see_through.putalpha(Image.linear_gradient("L").resize(see_through.size))

@@ -31,6 +31,16 @@ logger = logging.get_logger(__name__)
 HEAD_FIELDS = ("feature_size", "feature_mean", "feature_std", "pooling")
 ORIGIN_FIELDS = ("name", "license", "revision", "dataset")
 POOLINGS = ("mean", "attention")
+MAX_SIZE = 2**20  # of any width or side: beyond, a file is no model's
+_SIZES = (
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "trigger_channels",
+    "feature_size",
+    "position_size",
+    "trigger_size",
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The release's COCO model: 54.3 M parameters, student of DINOv2 ViT-L/14 with registers.
@@ -213,6 +223,9 @@ class APMConfig(PreTrainedConfig):
         for name in ("image_size", "patch_size", "num_channels", "trigger_channels", "feature_size", "position_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
+        widths = [getattr(self, name) for name in _SIZES] + [*self.hidden_sizes, *self.rgb_hidden_sizes]
+        if too_large := [width for width in widths if width is not None and width > MAX_SIZE]:
+            raise ValueError(f"sizes: expected at most {MAX_SIZE:,} everywhere, got {too_large[0]:,}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size: expected a multiple of patch_size={self.patch_size}, got image_size={self.image_size}"
