@@ -15,7 +15,7 @@ _EXAMPLES_SEED, _EXAMPLES = 20_410, (3, 7, 2, 9, 1, 10)
 
 @dataclass(frozen=True)
 class AppModels:
-    """What the app runs on every photo.
+    """The models that the app runs on every photo.
 
     Args:
         apm: the student with its image processor and its teacher, if there is one.

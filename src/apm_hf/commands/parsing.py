@@ -123,7 +123,7 @@ def option_help(parser: argparse.ArgumentParser, action: argparse.Action) -> str
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
-    """What must be given; all options stand below."""
+    """Return the usage line: the arguments that are required. The help lists all options below it."""
     words = [parser.prog, "[options]"]
     for action in parser._actions:
         if action.option_strings and action.required:

@@ -38,7 +38,7 @@ from ..runs.run import Run
 from ..teachers import Teacher
 from ..teachers.dense_grids import moved
 from ..teachers.licenses import inherit
-from ..ttt.photos import whole_photos
+from ..ttt.photos import photo_image_processor, whole_photos
 
 logger = logging.get_logger(__name__)
 
@@ -137,7 +137,7 @@ class DensePairs:
         if not len(photos):
             raise ValueError("photos: expected at least one, got none")
         side, generator = teacher.image_size, torch.Generator().manual_seed(seed)
-        large = APMImageProcessor(size={"height": FINER * side, "width": FINER * side})
+        large = photo_image_processor(FINER * side)
         columns: list[list[Tensor]] = [[], [], [], []]
         for photo in tqdm(photos, desc=description, disable=description is None):
             picture = photo() if callable(photo) else photo
@@ -174,7 +174,7 @@ def _features(teacher: Teacher, pixel_values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DenseResult:
-    """What a distillation leaves behind.
+    """A distilled decoder, and how well it does on held-out photos.
 
     Args:
         student: on the CPU, in evaluation mode.
@@ -214,10 +214,11 @@ def distill_dense(
     with run.locked():
         if run.state.is_main_process and (run.folder / "config.json").exists():
             run.set_aside(MADE, overwrite=config.overwrite)
-        student = _fit(teacher, train, config, architecture)
+        mean, std = train.statistics()
+        student = _fit(teacher, train, mean, std, config, architecture)
         student.config.validate_architecture()
         inherit(student.config, [teacher], dataset=dataset)
-        ridge = Ridge.fit(train, *train.statistics())
+        ridge = Ridge.fit(train, mean, std)
         metrics = evaluate_dense(student, ridge, validation)
         logger.info("held-out R² after position means: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
         if metrics["decoder"] <= metrics["ridge"]:
@@ -225,7 +226,7 @@ def distill_dense(
         if run.state.is_main_process:
             with no_loading_bars():
                 student.save_pretrained(run.folder)
-            student_image_processor(student.config).save_pretrained(run.folder)
+            photo_image_processor(student.config.image_size).save_pretrained(run.folder)
             ridge.save(run.folder)
             settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
             facts = {"r2": metrics, "num_photos": len(train), "settings": settings}
@@ -233,11 +234,6 @@ def distill_dense(
             run.forget_previous()
         run.state.wait_for_everyone()
     return DenseResult(student, metrics, run.folder)
-
-
-def student_image_processor(config: APMConfig) -> APMImageProcessor:
-    """Return the image processor of a dense student: whole photos, squeezed into its square."""
-    return APMImageProcessor(size={"height": config.image_size, "width": config.image_size})
 
 
 def normalised(pixels: Tensor, processor: APMImageProcessor) -> Tensor:
@@ -249,9 +245,10 @@ def normalised(pixels: Tensor, processor: APMImageProcessor) -> Tensor:
     return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)  # in place: images are large
 
 
-def _fit(teacher: Teacher, train: DensePairs, config: DenseConfig, architecture: dict[str, Any]) -> APMModel:
+def _fit(
+    teacher: Teacher, train: DensePairs, mean: Tensor, std: Tensor, config: DenseConfig, architecture: dict[str, Any]
+) -> APMModel:
     torch.manual_seed(config.seed)
-    mean, std = train.statistics()
     fields = {"image_size": FINER * teacher.image_size, "feature_size": teacher.feature_size, **architecture}
     student = APMModel(APMConfig.preset("dense", **fields))
     student.set_feature_statistics(mean, std)
@@ -263,7 +260,7 @@ def _fit(teacher: Teacher, train: DensePairs, config: DenseConfig, architecture:
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 20, config.steps)
     model, optimizer = accelerator.prepare(student, optimizer)
-    processor, device = student_image_processor(student.config), accelerator.device
+    processor, device = photo_image_processor(student.config.image_size), accelerator.device
     rows, cols = train.targets.shape[2:4]
     centres, mean, std = grid_coordinates(rows, cols), mean.to(device), std.to(device)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + accelerator.process_index)
@@ -300,7 +297,7 @@ def _fit(teacher: Teacher, train: DensePairs, config: DenseConfig, architecture:
 @torch.inference_mode()
 def decode(student: APMModel, pairs: DensePairs, photos: Tensor, coordinates: Tensor) -> Tensor:
     """Return the student's features `(B, L, F)` of photos by number, at coordinates `(1 or B, L, 2)`."""
-    pixel_values = normalised(pairs.pixels[photos], student_image_processor(student.config))
+    pixel_values = normalised(pairs.pixels[photos], photo_image_processor(student.config.image_size))
     coordinates = coordinates.expand(len(photos), -1, -1)
     outputs = student(pixel_values, coordinates, trigger_column=pairs.tokens[photos].float(), return_dict=True)
     return outputs.last_hidden_state

@@ -178,11 +178,7 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
     state, address = process_state(), None
     if state.is_main_process:
         _draw_card_picture(result, image_processor)
-        write_card(result.output_dir, _facts(training, config, result, command))
-        if training.push_to_hub:
-            assert training.hub_model_id is not None
-            address = publish(result.output_dir, training.hub_model_id)
-            logger.info(address)
+        address = _publish(training, config, result, command)
     return TrainingResult(result, state.num_processes, state.is_main_process, address)
 
 
@@ -222,13 +218,21 @@ def _train_dense(
     found = DistillationResult(result.student, [{"step": settings.steps, **result.metrics}], result.output_dir)
     address = None
     if state.is_main_process:
-        steps = replace(config, max_steps=settings.steps)
-        write_card(result.output_dir, _facts(training, steps, found, command))
-        if training.push_to_hub:
-            assert training.hub_model_id is not None
-            address = publish(result.output_dir, training.hub_model_id)
-            logger.info(address)
+        address = _publish(training, replace(config, max_steps=settings.steps), found, command)
     return TrainingResult(found, state.num_processes, state.is_main_process, address)
+
+
+def _publish(
+    training: TrainingConfig, config: DistillationConfig, result: DistillationResult, command: str
+) -> str | None:
+    """Write the model's card and, where `push_to_hub` asks for it, upload its folder; return the commit's address."""
+    write_card(result.output_dir, _facts(training, config, result, command))
+    if not training.push_to_hub:
+        return None
+    assert training.hub_model_id is not None
+    address = publish(result.output_dir, training.hub_model_id)
+    logger.info(address)
+    return address
 
 
 def _photo(data: ImageData, row: int) -> Any:

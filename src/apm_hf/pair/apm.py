@@ -153,7 +153,7 @@ class APM:
         if image_processor is not None:
             return pair
         if teacher is None:
-            return replace(pair, image_processor=photo_image_processor(bare_model(pair.model)))
+            return replace(pair, image_processor=photo_image_processor(bare_model(pair.model).config.image_size))
         return replace(pair, image_processor=matching_image_processor(teacher, pair.model.config.image_size))
 
     def fresh(self, *, local_patch: bool = True, seed: int = 0) -> "APM":
@@ -168,7 +168,7 @@ class APM:
         """
         teacher = self._needed_teacher("a student is fitted to")
         model = photo_model(teacher.feature_size, local_patch=local_patch, seed=seed).to(teacher.device)
-        return APM(model, photo_image_processor(model), teacher, is_fitted=False)
+        return APM(model, photo_image_processor(model.config.image_size), teacher, is_fitted=False)
 
     def control(self, *, seed: int = 0) -> "APM":
         """Return the pair with random weights in the student's place: what it outputs is due to the architecture."""
@@ -186,7 +186,7 @@ class APM:
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the student is the one in this package."""
+        """Return whether the student is the one in this package."""
         return self.model is not None and self.model.name_or_path == DEMO_MODEL
 
     @property
@@ -199,7 +199,7 @@ class APM:
         return [] if self.teacher is None else list(self.teacher.class_names or ())
 
     def identity(self) -> dict[str, Any]:
-        """What the student's outputs depend on, as JSON: its configuration, weights and image processor's options."""
+        """Return what decides the student's outputs: configuration, weights' digest, image processor's options."""
         model = self._needed_model()
         fields = {**model.config.to_diff_dict(), "_name_or_path": None, "transformers_version": None}
         return {

@@ -1,4 +1,4 @@
-"""What models and images are, by their contents: two that have the same digest give the same results."""
+"""Identify models and images by their contents: two that have the same digest give the same results."""
 
 import hashlib
 import json

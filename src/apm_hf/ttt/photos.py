@@ -63,9 +63,9 @@ def photo_model(feature_size: int, *, local_patch: bool = True, seed: int = 0) -
     return model
 
 
-def photo_image_processor(model: APMModel) -> Any:
-    """Make the image processor of a model that [`photo_model`] made."""
-    return APMImageProcessor(size={"height": model.config.image_size, "width": model.config.image_size})
+def photo_image_processor(side: int) -> APMImageProcessor:
+    """Make the image processor that resizes whole photos to a square of `side` pixels, without cropping."""
+    return APMImageProcessor(size={"height": side, "width": side})
 
 
 def random_model(config: APMConfig, *, seed: int) -> APMModel:
