@@ -3,6 +3,7 @@
 apm demo                                                   # distil, adapt, look: no network, two minutes
 apm distill --teacher TEACHER --dataset FOLDER --output_dir DIR
 apm cache-features --teacher TEACHER --dataset FOLDER --output_dir DIR
+apm embed FOLDER --model MODEL --output vectors.parquet
 apm classify PHOTO --teacher openai/clip-vit-large-patch14 --labels FILE
 apm islands PHOTO --teacher openai/clip-vit-large-patch14 --output_dir DIR --movie
 apm evaluate --suite smoke --output_dir DIR                # every method on drawn scenes: no network
@@ -24,6 +25,7 @@ from . import (
     convert,
     demo,
     distill,
+    embed,
     env,
     evaluate,
     export,
@@ -42,6 +44,7 @@ COMMANDS = {
     "demo": demo,
     "distill": distill,
     "cache-features": cache_features,
+    "embed": embed,
     "classify": classify,
     "islands": islands,
     "interpolate": interpolate,

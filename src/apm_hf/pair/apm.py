@@ -14,8 +14,9 @@ locations, row-major; coordinates are (y, x) in [-1, 1].
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -32,7 +33,7 @@ from ..modeling_apm import APMModel, APMPreTrainedModel
 from ..runs.identity import processor_settings, weights_digest
 from ..runs.progress import no_loading_bars
 from ..teachers import DEFAULT_TEMPLATES, Teacher, load_teacher
-from ..teachers.images import rgb_images
+from ..teachers.images import process, rgb_images
 from ..teachers.matching import matching_image_processor
 from ..ttt import TTTConfig
 from ..ttt.classification import TTTClassification, TTTClassifier
@@ -248,21 +249,56 @@ class APM:
         Raises:
             ValueError: for an unreadable image, or a source that was not loaded.
         """
-        embeds = []
-        for batch in _batches(images, batch_size):
-            if self._source(source) == "teacher":
-                values = self._needed_teacher("embeddings are asked of").encode_images(batch).image_embeds
-            else:
-                model = self._needed_model()
-                pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"].to(model.device)
-                with torch.inference_mode():
-                    values = bare_model(model)(
-                        pixel_values, trigger_column=self.trigger_column(batch), return_dict=True
-                    ).pooler_output
-            assert values is not None
-            embeds.append(values.float().cpu())
+        preprocessing = self.preprocessing(source)
+        embeds = [
+            self.embed({name: prepare(batch) for name, prepare in preprocessing.items()}, source=source)
+            for batch in _batches(images, batch_size)
+        ]
         result = torch.cat(embeds)
         return torch.nn.functional.normalize(result, dim=1) if normalize else result
+
+    def preprocessing(self, source: str | None = None) -> dict[str, Callable[[list[Image.Image]], Tensor]]:
+        """Return what makes the inputs of [`APM.embed`] of photos, by name; it can be sent to worker processes.
+
+        Args:
+            source: as in [`APM.encode`].
+
+        Raises:
+            ValueError: for a source that was not loaded.
+        """
+        if self._source(source) == "teacher":
+            teacher = self._needed_teacher("embeddings are asked of")
+            return {"teacher_pixel_values": partial(process, teacher.image_processor)}
+        config = self._needed_model().config
+        needed: dict[str, Any] = {"pixel_values": partial(process, self.image_processor)}
+        if config.trigger_source == "conv":
+            return needed
+        teacher = self._needed_teacher("this student takes its trigger columns from")
+        reads = partial(process, teacher.image_processor)
+        if config.trigger_source == "tokens":
+            reads = partial(whole_photos, teacher.image_processor, size=(teacher.image_size, teacher.image_size))
+        return {**needed, "teacher_pixel_values": reads}
+
+    def embed(self, inputs: Mapping[str, Tensor], *, source: str | None = None) -> Tensor:
+        """Return the embeddings of prepared photos, `(B, F)` float32 on the CPU.
+
+        Args:
+            inputs: as [`APM.preprocessing`] makes them for this source.
+            source: as in [`APM.encode`].
+        """
+        seen = None
+        if (pixels := inputs.get("teacher_pixel_values")) is not None:
+            seen = self._needed_teacher("embeddings are asked of").encode_images(pixel_values=pixels)
+        if self._source(source) == "teacher":
+            assert seen is not None and seen.image_embeds is not None
+            return seen.image_embeds.float().cpu()
+        model = self._needed_model()
+        column = None
+        if seen is not None:
+            column = seen.features if model.config.trigger_source == "tokens" else seen.image_embeds
+        with torch.inference_mode():
+            embeds = bare_model(model).pooled_features(inputs["pixel_values"].to(model.device), trigger_column=column)
+        return embeds.float().cpu()
 
     def encode_dense(
         self,

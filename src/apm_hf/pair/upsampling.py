@@ -1,6 +1,5 @@
 """Write the features of a photo at any resolution to a file, row by row, in flat memory."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ..position_encoding import grid_coordinates, sample_grid
+from ..runs.files import safetensors_header, write_atomically
 from ..ttt.maps import query
 from ..ttt.photos import map_size, teacher_features
 from .apm import APM
@@ -76,25 +76,15 @@ def write_dense(
     rows, cols = map_size(photo, size)
     width = apm.feature_size
     num_bytes = rows * cols * width * torch.empty((), dtype=dtype).element_size()
-    entry = {"dtype": NAMES[dtype], "shape": [rows, cols, width], "data_offsets": [0, num_bytes]}
-    header = json.dumps({"__metadata__": {"format": "pt"}, "features": entry}).encode()
-    header += b" " * (-len(header) % 8)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file, tqdm(total=rows, desc="features", unit="row") as progress:
-            file.write(len(header).to_bytes(8, "little") + header)
+
+    def parts() -> Iterator[bytes]:
+        yield safetensors_header({"features": (NAMES[dtype], (rows, cols, width), num_bytes)})
+        with tqdm(total=rows, desc="features", unit="row") as progress:
             for band in dense_rows(apm, photo, (rows, cols)):
-                file.write(band.to(dtype).contiguous().view(torch.uint8).numpy().data)
+                yield band.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
                 progress.update(len(band))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
-    finally:
-        beside.unlink(missing_ok=True)
+
+    write_atomically(Path(path), parts())
     return {"rows": rows, "cols": cols, "feature_size": width, "bytes": num_bytes}
 
 

@@ -1,11 +1,13 @@
 """Files and folders that are there whole or not at all."""
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
@@ -33,26 +35,58 @@ def plain_name(text: str) -> str:
     return re.sub(r"[^\w.\-]", "_", text).lstrip(".") or "_"
 
 
-def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
-    """Write beside, then rename; folders are made. Text is UTF-8, and may come in parts.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside `path`, which is renamed to it when the block ends without an error; folders are made.
 
     Raises:
         OSError: names the file, also where the disk is full; what was there before is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    parts = [content] if isinstance(content, str | bytes) else content
     try:
         with open(beside, "wb") as file:
-            for part in parts:
-                file.write(part if isinstance(part, bytes) else part.encode())
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
+        if error.errno is None or error.filename not in (None, str(beside)):  # of another file
+            raise
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes | Iterable[str | bytes]) -> None:
+    """Write beside, then rename; folders are made. Text is UTF-8, and may come in parts.
+
+    Raises:
+        OSError: as [`atomic_file`] does.
+    """
+    parts = [content] if isinstance(content, str | bytes) else content
+    with atomic_file(path) as file:
+        for part in parts:
+            file.write(part if isinstance(part, bytes) else part.encode())
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Return what a safetensors file begins with, for tensors that are then written one after the other.
+
+    Args:
+        tensors: name -> dtype as safetensors names it, such as `"F32"`, shape, and number of bytes.
+        metadata: beside the entry that says what wrote the file.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    start = 0
+    for name, (dtype, shape, num_bytes) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + num_bytes]}
+        start += num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def sync(path: Path) -> None:
