@@ -66,7 +66,7 @@ def write_facts(student: APMModel, folder: str, metrics: dict[str, float], optio
         dataset=DATASET,
         command=f"{command} --seed {options.seed}",
         steps=options.steps,
-        num_parameters=student.num_parameters(),
+        num_parameters=student.num_parameters(only_trainable=True),
         metrics=metrics,
     )
     write_card(folder, facts)

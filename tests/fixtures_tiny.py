@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
+    ViTModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -53,6 +54,16 @@ def student(*, seed: int = 0, **overrides) -> APMModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return APMModel(student_config(**overrides))
+
+
+def dense_student(*, teacher_name: str | None = None) -> APMModel:
+    """A dense student with its teacher inside, a ViT of 32 pixels; `teacher_name` says where its weights lie."""
+    torch.manual_seed(0)
+    fields = {"image_size": 2 * TEACHER_SIZE, "hidden_sizes": [32], "position_size": 16}
+    model = APMModel(APMConfig.preset("dense", feature_size=FEATURE_SIZE, **fields)).eval()
+    torch.nn.init.normal_(model.decoder.feature_head.weight, std=0.3)
+    model.set_teacher(randomise(ViTModel(ViTConfig(**VISION), add_pooling_layer=False)), name=teacher_name)
+    return model
 
 
 def randomise(model: nn.Module, *, seed: int = 0) -> nn.Module:

@@ -32,9 +32,11 @@ from fixtures_pipelines import LABELS, label_map, scores  # noqa: E402
 # At its top level transformers refuses this class without torchvision in some versions.
 sys.modules["transformers"].AutoImageProcessor = AutoImageProcessor
 
-MODEL, PARTS, CLASSES, TEXTS, PHOTOS = (f"someone/{name}" for name in ("apm", "parts", "classes", "texts", "photos"))
+NAMES = ("apm", "dense", "parts", "classes", "texts", "photos")
+MODEL, DENSE, PARTS, CLASSES, TEXTS, PHOTOS = (f"someone/{name}" for name in NAMES)
 AUTO_CLASSES = {
     MODEL: AutoModel,
+    DENSE: AutoModel,  # its teacher lies elsewhere on the Hub
     PARTS: AutoModelForSemanticSegmentation,
     CLASSES: AutoModelForImageClassification,
     TEXTS: AutoModelForZeroShotImageClassification,
@@ -88,6 +90,8 @@ def main(outputs_file):
     outputs["photos"] = np.stack([np.asarray(photo) for photo in photos])
     features = pipeline("image-feature-extraction", model=MODEL, **TRUST)(photos, batch_size=2)
     outputs["features"] = np.array(features)
+    dense = pipeline("image-feature-extraction", model=DENSE, model_kwargs={"output_size": (5, 7)}, **TRUST)
+    outputs["dense"] = np.array(dense(photos))
     outputs["classes"] = scores(pipeline("image-classification", model=CLASSES, **TRUST)(photos, batch_size=2))
     parts = pipeline("image-segmentation", model=PARTS, **TRUST)(photos, subtask="semantic")
     outputs["parts"] = np.stack([label_map(row) for row in parts])

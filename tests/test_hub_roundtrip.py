@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi
+from safetensors.torch import load_file
 from transformers import AutoModel, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
@@ -27,7 +28,10 @@ from apm_hf.publishing.hub import publish
 from fixtures_hub import TOKEN, LoopbackHub, client_of
 from fixtures_pipelines import LABELS, label_map, scores
 from fixtures_tiny import (
+    FEATURE_SIZE,
     STUDENT_SIZE,
+    TEACHER_SIZE,
+    dense_student,
     photo,
     randomise,
     resampling_slack,
@@ -52,17 +56,20 @@ def hub():
 def published(hub, tmp_path_factory):
     """Folders by name; all of them are on the Hub."""
     root = tmp_path_factory.mktemp("published")
-    folders = {name: root / name for name in ("apm", "parts", "classes", "texts")}
+    folders = {name: root / name for name in ("apm", "dense", "parts", "classes", "texts")}
     models = {"apm": student()}
     models |= {name: randomise(head(student_config(**NAMES))) for name, head in HEADS.items()}
     clip = load_teacher(save_clip(root / "clip"), device="cpu").model
     models["texts"] = APMForZeroShotImageClassification.from_dual_encoder(student(seed=3), clip)
     tokenizer().save_pretrained(folders["texts"])
+    models["dense"] = dense_student(teacher_name="someone/vit")
+    models["dense"].trigger.tower.save_pretrained(root / "vit")
     facts = {"teacher": "someone/teacher", "dataset": "someone/photos", "command": "make", "steps": 1}
     with client_of(hub, root):
         for name, folder in folders.items():
             models[name].save_pretrained(folder)
-            APMImageProcessorPil(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE}).save_pretrained(folder)
+            side = 2 * TEACHER_SIZE if name == "dense" else STUDENT_SIZE
+            APMImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
             number = models[name].num_parameters()
             write_card(folder, CardFacts(repo_id=str(folder), num_parameters=number, metrics={"cosine": 0.5}, **facts))
             publish(folder, name, token=TOKEN)
@@ -71,6 +78,8 @@ def published(hub, tmp_path_factory):
         for seed in range(3):
             photo(seed).save(photos / f"{seed}.png")
         api = HfApi(token=TOKEN)
+        api.create_repo("vit")
+        api.upload_folder(folder_path=root / "vit", repo_id="someone/vit")
         for kind, name in (("dataset", "photos"), ("space", "demo")):
             api.create_repo(name, repo_type=kind, space_sdk="gradio" if kind == "space" else None)
             api.upload_folder(folder_path=photos, repo_id=f"someone/{name}", repo_type=kind)
@@ -164,6 +173,19 @@ def test_pipelines_from_the_hub_do_as_from_folders(outputs, published):
     rows = pipeline("image-segmentation", model=local["parts"], device="cpu")(photos, subtask="semantic")
     parts = np.stack([label_map(row) for row in rows])
     assert np.array_equal(outputs["parts"], parts) and len(np.unique(parts)) > 1
+
+
+def test_a_dense_student_whose_teacher_lies_elsewhere_on_the_hub_answers_from_pixels_to_the_bit(outputs, published):
+    assert not any("tower" in name for name in load_file(published["dense"] / "model.safetensors"))
+    model = dense_student()
+    inputs = APMImageProcessorPil.from_pretrained(published["dense"])(
+        [photo(seed) for seed in range(3)], return_tensors="pt"
+    )
+    model.output_size = (5, 7)
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+    assert outputs["dense"].shape == (3, 1, 35, FEATURE_SIZE) and expected.std(dim=0).min() > 1e-3
+    np.testing.assert_allclose(outputs["dense"][:, 0], expected, atol=1e-6)
 
 
 def test_the_command_of_the_hub_downloads_everything(hub, published, environment, tmp_path):

@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 HEAD_FIELDS = ("feature_size", "feature_mean", "feature_std", "pooling")
 ORIGIN_FIELDS = ("name", "license", "revision", "dataset")
+SOURCE_FIELDS = ("name", "revision", "sha256")
 POOLINGS = ("mean", "attention")
 MAX_SIZE = 2**20  # of any width or side: beyond, a file is no model's
 _SIZES = (
@@ -120,7 +121,8 @@ class APMConfig(PreTrainedConfig):
             trigger_channels * rows * cols.
         trigger_source (`str`, defaults to `"conv"`): `"conv"` folds the pixels (the paper's T_c); `"embedding"` takes
             the trigger column from the caller, usually the teacher's embedding (the paper's T_vit); `"tokens"` takes
-            the teacher's grid of features from the caller, and the network refines what is interpolated from it.
+            the teacher's grid of features, from the caller or from `teacher_config`, and the network refines what is
+            interpolated from it.
         trigger_size (`int`, *optional*): D, for `trigger_source="embedding"`, where it defaults to `feature_size`.
         local_patch (`bool`, defaults to `False`): put the image patch around each location into its query (I_xy).
         local_patch_scales (`list[int]`, defaults to `[1]`): the windows of the local patch, in patches: scale s is a
@@ -151,6 +153,10 @@ class APMConfig(PreTrainedConfig):
             SigLIP's: no).
         logit_scale_init_value (`float`, defaults to 4.6052): log of the temperature; log(100), as in the paper's
             `cosine * 100`.
+        teacher_config (`dict` or `PreTrainedConfig`, *optional*): the frozen teacher inside the model, with
+            `trigger_source="tokens"`: any vision model whose last hidden state is its features.
+        teacher_source (`dict`, *optional*): where the teacher's weights are loaded from, instead of being saved with
+            the model: `name` on the Hub, `revision` or None, and `sha256` as [`APMModel.set_teacher`] computes it.
         distilled_from (`list[dict]`, *optional*): the teachers whose licences the model inherits, each with a public
             `name` and, as far as known, `license`, `revision` and `dataset`; None means unknown.
 
@@ -166,7 +172,7 @@ class APMConfig(PreTrainedConfig):
     ```"""
 
     model_type = "apm"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs = {"text_config": AutoConfig, "teacher_config": AutoConfig}
     attribute_map = {"hidden_size": "feature_size"}  # the usual name of the width of `last_hidden_state`
 
     image_size: int = 448
@@ -195,6 +201,8 @@ class APMConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     text_projection: bool = True
     logit_scale_init_value: float | int = 4.6052
+    teacher_config: dict | PreTrainedConfig | None = None
+    teacher_source: dict | None = None
     distilled_from: list[dict] | None = None
 
     def __post_init__(self, **kwargs):
@@ -209,11 +217,12 @@ class APMConfig(PreTrainedConfig):
             self.teacher_heads = {
                 name: copy.deepcopy(head) for name, head in sorted(self.teacher_heads.items(), key=str)
             }
-        if isinstance(self.text_config, dict):
-            if "model_type" not in self.text_config:
-                raise ValueError(f"text_config: expected a key 'model_type', got {sorted(self.text_config)}")
-            text_config = dict(self.text_config)
-            self.text_config = AutoConfig.for_model(text_config.pop("model_type"), **text_config)
+        for name in self.sub_configs:
+            if isinstance(value := getattr(self, name), dict):
+                if "model_type" not in value:
+                    raise ValueError(f"{name}: expected a key 'model_type', got {sorted(value)}")
+                values = dict(value)
+                setattr(self, name, AutoConfig.for_model(values.pop("model_type"), **values))
         # Checked here as well as by @strict, so that users get a plain ValueError.
         self.validate_architecture()
         super().__post_init__(**kwargs)
@@ -264,6 +273,7 @@ class APMConfig(PreTrainedConfig):
                 f"trigger_size: expected feature_size={self.feature_size} with trigger_source='tokens', got "
                 f"{self.trigger_size}"
             )
+        check_teacher_source(self)
         if self.num_residual_blocks < 0 or (self.num_residual_blocks and len(self.hidden_sizes) != 1):
             raise ValueError(
                 "num_residual_blocks: expected 0, or more with one width in hidden_sizes, got "
@@ -490,6 +500,21 @@ def check_teacher_heads(heads: Any, pooling: str, pooling_num_heads: int) -> Non
             raise ValueError(f"{where}feature_size: expected a positive integer, got {size!r}")
         check_statistics(where, size, head.get("feature_mean"), head.get("feature_std"))
         check_pooling(where, head.get("pooling", pooling), size, pooling_num_heads)
+
+
+def check_teacher_source(config: "APMConfig") -> None:
+    """Raise a `ValueError` for a teacher inside a model that reads no tokens, or a source without its fields."""
+    if config.teacher_config is not None and config.trigger_source != "tokens":
+        raise ValueError(
+            f"teacher_config: expected None with trigger_source={config.trigger_source!r}, which reads no tokens"
+        )
+    if (source := config.teacher_source) is None:
+        return
+    if config.teacher_config is None:
+        raise ValueError("teacher_source: expected None without teacher_config")
+    if set(source) != set(SOURCE_FIELDS) or not all(source[field] for field in ("name", "sha256")):
+        raise ValueError(f"teacher_source: expected {list(SOURCE_FIELDS)}, got {source}")
+    check_origins([{"name": source["name"]}])
 
 
 def check_origins(origins: Sequence[Any]) -> None:

@@ -14,11 +14,13 @@ in [-1, 1] as in `torch.nn.functional.grid_sample(align_corners=False)`.
 """
 
 import copy
+import hashlib
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -42,6 +44,8 @@ from .position_encoding import axis_codes, axis_indices, grid_coordinates, local
 CHUNK_ELEMENTS, CACHED_ELEMENTS = 2**24, 2**21
 # Coordinates are clamped to this distance: beyond, float32 overflows and cannot resolve positions.
 FAR = 1e30
+# Pixels of the image for each of the teacher's, along a side, where a model reads a teacher's tokens.
+FINER = 2
 # Label of unlabelled pixels in segmentation maps, as in transformers' `semantic_loss_ignore_index`.
 IGNORE_INDEX = 255
 
@@ -362,6 +366,65 @@ class APMDecoder(GradientCheckpointingLayer):
         return tuple(decoded)
 
 
+class APMTeacher(nn.Module):
+    """Fold an image into the tokens of a frozen vision model, which reads it at half its side.
+
+    The teacher's features are its last hidden state: tokens, prefix tokens first, or a map. It stays in evaluation
+    mode and takes no gradients.
+    """
+
+    def __init__(self, tower: PreTrainedModel):
+        super().__init__()
+        if "add_pooling_layer" in inspect.signature(type(tower).__init__).parameters:
+            tower.pooler = None  # its output is not used, and many checkpoints have no weights for it
+        self.tower = tower.requires_grad_(False).eval()
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in the teacher's pixels; 1 for maps, whose size is known after the teacher has run."""
+        return getattr(self.tower.config, "patch_size", 1)
+
+    def train(self, mode: bool = True) -> "APMTeacher":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return tokens `(B, rows, cols, F)` for images `(B, C, H, W)`.
+
+        Raises:
+            ValueError: for sides that are not multiples of twice the teacher's patch.
+        """
+        step = FINER * self.patch_size
+        height, width = pixel_values.shape[-2:]
+        if height % step or width % step:
+            raise ValueError(f"pixel_values: expected sides that are multiples of {step}, got {height} x {width}")
+        options: dict[str, Any] = {"return_dict": True}
+        if "interpolate_pos_encoding" in inspect.signature(self.tower.forward).parameters:
+            options["interpolate_pos_encoding"] = True
+        state = self.tower(pixel_values=F.avg_pool2d(pixel_values, FINER), **options).last_hidden_state
+        if state.ndim == 4:
+            return state.movedim(1, -1)  # (B, F, rows, cols)
+        rows, cols = height // step, width // step
+        return state[:, -rows * cols :].unflatten(1, (rows, cols))  # prefix tokens come first
+
+
+def weights_digest(module: nn.Module, *, dtype: torch.dtype | None = None) -> str:
+    """Return the SHA-256 of all weights and buffers of a module, by their names, types and bytes.
+
+    About a second per gigabyte; it is computed anew each time, so that it can never be of weights that were changed.
+
+    Args:
+        dtype: to which floating-point tensors are rounded first, so that the precision they are in does not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 # --- models ---
 
 
@@ -383,11 +446,14 @@ class APMPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load a model as in transformers, but only from safetensors unless `use_safetensors=False`.
 
+        Args:
+            teacher: the teacher's tower, where `config.teacher_source` names it; by default it is loaded from there.
+
         Raises:
-            ValueError: for weights whose shapes do not match the configuration.
+            ValueError: for weights whose shapes do not match the configuration, or another teacher's.
             OSError: for missing or damaged files.
         """
-        name = pretrained_model_name_or_path
+        name, teacher = pretrained_model_name_or_path, kwargs.pop("teacher", None)
         wants_info, strict = kwargs.get("output_loading_info"), not kwargs.get("ignore_mismatched_sizes")
         options = {"use_safetensors": True, **kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
@@ -400,16 +466,43 @@ class APMPreTrainedModel(PreTrainedModel):
                 f"{name}: expected weights of the shapes that its configuration describes, "
                 f"{key} of {tuple(expected)}, got {tuple(found)}"
             )
+        if isinstance(fold := getattr(model, "apm", model).trigger, APMTeacher):
+            fold.requires_grad_(False)  # loaded weights are trainable
+        if model.config.teacher_source is not None:
+            shared = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+            model._load_teacher(teacher, {key: kwargs[key] for key in shared if key in kwargs})
         return (model, info) if wants_info else model
+
+    def _load_teacher(self, tower: PreTrainedModel | None, options: dict[str, Any]) -> None:
+        """Put the teacher that the configuration names into the model."""
+        source, apm = self.config.teacher_source, cast(APMModel, getattr(self, "apm", self))
+        if tower is None:
+            tower = AutoModel.from_pretrained(
+                source["name"], revision=source["revision"], dtype="auto", use_safetensors=True, **options
+            )
+        # Rounded to bfloat16, so that the precision in which they were saved does not count.
+        fold = APMTeacher(tower)
+        if (found := weights_digest(fold.tower, dtype=torch.bfloat16)) != source["sha256"]:
+            raise ValueError(
+                f"teacher_source: expected the weights of {source['name']} with SHA-256 {source['sha256']}, got "
+                f"{found}: features would be another teacher's"
+            )
+        apm.trigger = fold.to(apm.device, apm.dtype)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save a model as in transformers, together with its code for every Auto class.
+
+        The teacher's weights are left out where `config.teacher_source` says where they are.
 
         Raises:
             OSError: if the weights cannot be written, e.g. on a full disk.
         """
         if type(self).__module__ == __name__:
             self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | _AUTO_MAP
+        if self.config.teacher_source is not None:
+            state = kwargs.get("state_dict") or self.state_dict()
+            inside = ("trigger.tower.", "apm.trigger.tower.")
+            kwargs["state_dict"] = {key: value for key, value in state.items() if not key.startswith(inside)}
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         except SafetensorError as error:
@@ -442,6 +535,11 @@ class APMPreTrainedModel(PreTrainedModel):
 class APMModel(APMPreTrainedModel):
     """Run the bare model: `fold` an image into its trigger column, `query` any locations of it.
 
+    Args:
+        output_size: (rows, cols) of the map that is queried where no coordinates are given; None is the grid. It is
+            not part of the configuration and is not saved: `from_pretrained(..., output_size=(64, 96))` sets it, and
+            `pipeline("image-feature-extraction", folder, model_kwargs={"output_size": (64, 96)})`.
+
     Source: arXiv:2410.20535, Fig. 1.
 
     Example:
@@ -457,8 +555,11 @@ class APMModel(APMPreTrainedModel):
     torch.Size([1, 2, 144])
     ```"""
 
-    def __init__(self, config: APMConfig):
+    def __init__(self, config: APMConfig, *, output_size: tuple[int, int] | None = None):
         super().__init__(config)
+        self.output_size = output_size
+        if config.teacher_source is not None:  # `from_pretrained` loads them from there
+            self._keys_to_ignore_on_load_missing = [r"trigger\.tower\."]
         self.grid_size = config.grid_size
         widths = [head["feature_size"] for head in (config.teacher_heads or {}).values()]
         self.widest = max(*config.hidden_sizes, config.feature_size, config.local_patch_width, *widths)
@@ -467,6 +568,8 @@ class APMModel(APMPreTrainedModel):
             self.trigger = nn.Conv2d(
                 config.num_channels, config.trigger_channels, config.patch_size, stride=config.patch_size
             )
+        elif config.teacher_config is not None:
+            self.trigger = APMTeacher(AutoModel.from_config(config.teacher_config))
         self.decoder = APMDecoder(config)
         self.pooler = _pooling(config, config.pooling, config.feature_size)
         self.feature_space = _feature_space(config.feature_mean, config.feature_std)
@@ -479,14 +582,47 @@ class APMModel(APMPreTrainedModel):
             pixel_values: `(B, C, S, S)`, S = `config.image_size`.
 
         Returns:
-            `(B, D)`: the convolution's channels, each flattened row-major.
+            `(B, D)`: the convolution's channels, each flattened row-major; or the tokens of the teacher inside,
+            `(B, rows, cols, F)`.
 
         Raises:
             ValueError: for another shape, or if the trigger column comes from the caller.
         """
-        if (source := self.config.trigger_source) != "conv":
+        if not self.folds:
+            source = self.config.trigger_source
             raise ValueError(f"fold: trigger_source={source!r} has nothing to fold; pass trigger_column instead")
-        return self.trigger(self._check_pixels(pixel_values)).flatten(1)  # (B, channels, rows, cols) -> (B, D)
+        folded = self.trigger(self._check_pixels(pixel_values))
+        return folded if self.config.trigger_source == "tokens" else folded.flatten(1)  # (B, 1, rows, cols) -> (B, D)
+
+    @property
+    def folds(self) -> bool:
+        """Return whether pixels suffice: the trigger column is made here, not by the caller."""
+        return not isinstance(self.trigger, nn.Identity)
+
+    def set_teacher(self, tower: PreTrainedModel, *, name: str | None = None, revision: str | None = None) -> None:
+        """Put a frozen teacher inside, so that the model answers from pixels alone.
+
+        Args:
+            tower: a vision model whose last hidden state is its features, of width F; it is frozen.
+            name: its name on the Hub: saved models then say where its weights are, instead of holding them.
+            revision: of `name`.
+
+        Raises:
+            ValueError: for a model that reads no tokens, or another width.
+        """
+        config = copy.deepcopy(tower.config)
+        width = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
+        if width != self.config.feature_size:
+            raise ValueError(f"tower: expected features of width {self.config.feature_size}, got {width}")
+        config.num_labels = 2  # names of classes are of no use here
+        fold = APMTeacher(tower)
+        source = None
+        if name is not None:
+            digest = weights_digest(fold.tower, dtype=torch.bfloat16)
+            source = {"name": name, "revision": revision, "sha256": digest}
+        self.config.teacher_config, self.config.teacher_source = config, source
+        self.config.validate_architecture()
+        self.trigger = fold.to(self.device, self.dtype)
 
     @can_return_tuple
     def forward(
@@ -642,8 +778,8 @@ class APMModel(APMPreTrainedModel):
     def _trigger_column(self, trigger_column: Tensor | None, pixel_values: Tensor | None) -> Tensor:
         """Return the trigger column `(B, D)`, given or folded, in the model's dtype."""
         if trigger_column is None:
-            if pixel_values is None or self.config.trigger_source != "conv":
-                needed = "pixel_values or trigger_column" if self.config.trigger_source == "conv" else "trigger_column"
+            if pixel_values is None or not self.folds:
+                needed = "pixel_values or trigger_column" if self.folds else "trigger_column"
                 source = self.config.trigger_source
                 raise ValueError(f"forward: expected {needed}, got none (trigger_source={source!r})")
             return self.fold(pixel_values)
@@ -748,6 +884,8 @@ class APMModel(APMPreTrainedModel):
 
         With `trigger_source="tokens"`, None becomes the centres of the image's cells.
         """
+        if coordinates is None and self.output_size is not None:
+            return grid_coordinates(*self.output_size, device=trigger_column.device)[None]
         if coordinates is None:
             if self.config.trigger_source != "tokens":
                 return None

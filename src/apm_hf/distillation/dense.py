@@ -1,7 +1,7 @@
 """Distil a decoder of a frozen teacher's tokens: its features at any coordinate, sharper than its own grid.
 
-The student reads the teacher's tokens of a photo at the usual side, and the photo itself at twice that side; it learns
-what the teacher says of the same photo at twice the side, in windows that are moved, so that coordinates are
+The student reads a photo at twice the teacher's usual side, and the teacher's tokens of the same photo at half that.
+It learns what the teacher outputs for the photo at twice the side, in windows that are moved, so that coordinates are
 continuous. What it is compared with is always there: interpolation of the same tokens, and a ridge regression from the
 same inputs to the same targets.
 
@@ -11,7 +11,9 @@ Legend: N photos, V windows of a photo, B photos of a batch, L locations, F feat
 pixels, (rows, cols) the teacher's grid at S.
 """
 
+import copy
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,23 +31,23 @@ from transformers.utils.logging import tqdm
 
 from ..configuration_apm import APMConfig
 from ..image_processing_apm import APMImageProcessor
-from ..modeling_apm import APMModel
+from ..modeling_apm import FINER, APMModel
 from ..position_encoding import grid_coordinates, sample_grid
 from ..runs.files import write_atomically
 from ..runs.processes import on_cpu, process_state
 from ..runs.progress import no_loading_bars
 from ..runs.run import Run
 from ..teachers import Teacher
-from ..teachers.dense_grids import moved
+from ..teachers.dense_grids import moved, tokens_at_half
 from ..teachers.licenses import inherit
-from ..ttt.photos import photo_image_processor, whole_photos
+from ..teachers.matching import dense_image_processor
 
 logger = logging.get_logger(__name__)
 
-FINER = 2  # times the teacher's side, of the photo that the student reads and of its targets
 MAX_SHIFT = 16  # pixels of that photo by which windows are moved
 RIDGE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal of the inputs' covariance
 CHUNK = 32  # photos evaluated at a time
+PHOTOS = 8  # that the teacher reads at a time
 RIDGE = "ridge.safetensors"
 MADE = (RIDGE, "config.json", "model.safetensors", "preprocessor_config.json", "metrics.json", "README.md")
 
@@ -96,15 +98,17 @@ class DenseConfig:
 
 @dataclass(frozen=True, eq=False)
 class DensePairs:
-    """Inputs and targets of N photos, in memory.
+    """Inputs and targets of N photos, in memory or in files that are mapped into it.
 
     Args:
+        image_processor: the student's.
         pixels: `(N, 3, 2S, 2S)` uint8, whole photos.
         tokens: `(N, rows, cols, F)` float16, the teacher's features at its usual side.
         targets: `(N, V, 2 rows, 2 cols, F)` float16, its features of moved windows at twice the side.
         shifts: `(N, V, 2)`, (down, right), in units of coordinates, by which targets lie beside the plain grid.
     """
 
+    image_processor: APMImageProcessor
     pixels: Tensor
     tokens: Tensor
     targets: Tensor
@@ -122,6 +126,7 @@ class DensePairs:
         num_windows: int = 1,
         shifted: bool = True,
         seed: int = 0,
+        folder: str | os.PathLike[str] | None = None,
         description: str | None = None,
     ) -> "DensePairs":
         """Run the teacher on every photo, once at its usual side and once per window at twice the side.
@@ -129,6 +134,7 @@ class DensePairs:
         Args:
             photos: N 8-bit RGB pictures, or functions that return one.
             shifted: whether windows are moved; else V is 1, on the plain grid.
+            folder: of files that hold the tensors, where memory does not: about 1.2 MB a photo for 192 features.
             description: of the progress bar; None shows none.
 
         Raises:
@@ -136,34 +142,55 @@ class DensePairs:
         """
         if not len(photos):
             raise ValueError("photos: expected at least one, got none")
-        side, generator = teacher.image_size, torch.Generator().manual_seed(seed)
-        large = photo_image_processor(FINER * side)
-        columns: list[list[Tensor]] = [[], [], [], []]
-        for photo in tqdm(photos, desc=description, disable=description is None):
-            picture = photo() if callable(photo) else photo
-            plain, fine = (
-                whole_photos(teacher.image_processor, [picture], (size, size)) for size in (side, FINER * side)
-            )
-            windows = num_windows if shifted else 1
-            shift = torch.zeros(windows, 2)
-            if shifted:
-                shift = (2 * torch.rand(windows, 2, generator=generator) - 1) * MAX_SHIFT
-            targets = [_features(teacher, moved(fine, *one.tolist())) for one in shift]
-            pixels = large([picture], return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
-            values = (
-                pixels.round().clamp(0, 255).to(torch.uint8),
-                _features(teacher, plain),
-                torch.stack(targets, dim=1),
-                (shift * 2 / (FINER * side))[None],
-            )
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
-        return cls(*(torch.cat(column) for column in columns))
+        side, generator = FINER * teacher.image_size, torch.Generator().manual_seed(seed)
+        windows, image_processor = num_windows if shifted else 1, dense_image_processor(teacher)
+        shifts = torch.zeros(len(photos), windows, 2)
+        if shifted:
+            shifts = (2 * torch.rand(len(photos), windows, 2, generator=generator) - 1) * MAX_SHIFT  # in pixels
+        stored: dict[str, Tensor] = {}
+        with tqdm(total=len(photos), desc=description, disable=description is None) as progress:
+            for start in range(0, len(photos), PHOTOS):
+                batch = [photos[row] for row in range(start, min(start + PHOTOS, len(photos)))]
+                pictures = [photo() if callable(photo) else photo for photo in batch]
+                pixels = image_processor(pictures, return_tensors="pt", do_rescale=False, do_normalize=False)
+                pixels = pixels["pixel_values"].round().clamp(0, 255).to(torch.uint8)
+                plain = normalised(pixels, image_processor)
+                targets = [
+                    _features(
+                        teacher, torch.cat([moved(one[None], *shift) for one, shift in zip(plain, row, strict=True)])
+                    )
+                    for row in shifts[start : start + len(batch)].transpose(0, 1).tolist()
+                ]
+                values = {
+                    "pixels": pixels,
+                    "tokens": tokens_at_half(teacher, plain).half().cpu(),
+                    "targets": torch.stack(targets, dim=1),
+                }
+                for name, value in values.items():
+                    if name not in stored:
+                        stored[name] = _storage(folder, name, (len(photos), *value.shape[1:]), value.dtype)
+                    stored[name][start : start + len(batch)] = value
+                progress.update(len(batch))
+        return cls(image_processor, **stored, shifts=shifts * 2 / side)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation `(F,)` of the tokens, over photos and places."""
-        flat = self.tokens.flatten(0, 2).float()
-        return flat.mean(dim=0), flat.std(dim=0).clamp(min=1e-6)
+        count, sums = 0, torch.zeros(2, self.tokens.shape[-1], dtype=torch.float64)
+        for part in self.tokens.split(CHUNK):
+            flat = part.flatten(0, 2).double()
+            sums += torch.stack([flat.sum(dim=0), flat.square().sum(dim=0)])
+            count += len(flat)
+        mean, square = sums / count
+        return mean.float(), (square - mean.square()).clamp(min=1e-12).sqrt().float()
+
+
+def _storage(folder: str | os.PathLike[str] | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor, in a file of this name if there is a folder."""
+    if folder is None:
+        return torch.empty(shape, dtype=dtype)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / f"{name}.bin"
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 def _features(teacher: Teacher, pixel_values: Tensor) -> Tensor:
@@ -217,6 +244,7 @@ def distill_dense(
         mean, std = train.statistics()
         student = _fit(teacher, train, mean, std, config, architecture)
         student.config.validate_architecture()
+        keep_teacher(student, teacher)
         inherit(student.config, [teacher], dataset=dataset)
         ridge = Ridge.fit(train, mean, std)
         metrics = evaluate_dense(student, ridge, validation)
@@ -226,7 +254,7 @@ def distill_dense(
         if run.state.is_main_process:
             with no_loading_bars():
                 student.save_pretrained(run.folder)
-            photo_image_processor(student.config.image_size).save_pretrained(run.folder)
+            train.image_processor.save_pretrained(run.folder)
             ridge.save(run.folder)
             settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
             facts = {"r2": metrics, "num_photos": len(train), "settings": settings}
@@ -236,13 +264,44 @@ def distill_dense(
     return DenseResult(student, metrics, run.folder)
 
 
+def keep_teacher(student: APMModel, teacher: Teacher) -> None:
+    """Put the teacher inside the student, so that it answers from pixels alone, where its tower alone is enough.
+
+    A teacher from the Hub is named in the configuration, another one's weights are saved with the student. Where a
+    teacher's features are more than its tower's last hidden state, as a dual encoder's, it stays beside the student.
+    """
+    tower = teacher.tower
+    if tower is None:
+        return
+    side = student.config.image_size
+    pixels = torch.rand(1, student.config.num_channels, side, side, generator=torch.Generator().manual_seed(0))
+    expected = tokens_at_half(teacher, pixels).cpu()
+    trial = copy.deepcopy(student)
+    try:
+        trial.set_teacher(copy.deepcopy(tower).float().cpu())
+        fits = torch.allclose(trial.fold(pixels), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+    except (TypeError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        logger.info(f"the teacher stays beside the student: the features of {teacher.name} are not its tower's alone")
+        return
+    is_local = os.path.exists(teacher.name)
+    revision = getattr(tower.config, "_commit_hash", None)
+    student.set_teacher(copy.deepcopy(tower).cpu(), name=None if is_local else teacher.name, revision=revision)
+
+
 def normalised(pixels: Tensor, processor: APMImageProcessor) -> Tensor:
     """Return `pixel_values` of `(B, 3, H, W)` uint8, as the image processor makes them."""
-    mean, std = (
-        torch.tensor(values, device=pixels.device)[:, None, None]
-        for values in (processor.image_mean, processor.image_std)
-    )
-    return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)  # in place: images are large
+    values = pixels.float()
+    if processor.do_rescale:
+        values.mul_(processor.rescale_factor)  # in place: images are large
+    if processor.do_normalize:
+        mean, std = (
+            torch.tensor(numbers, device=pixels.device)[:, None, None]
+            for numbers in (processor.image_mean, processor.image_std)
+        )
+        values.sub_(mean).div_(std)
+    return values
 
 
 def _fit(
@@ -260,7 +319,7 @@ def _fit(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 20, config.steps)
     model, optimizer = accelerator.prepare(student, optimizer)
-    processor, device = photo_image_processor(student.config.image_size), accelerator.device
+    device = accelerator.device
     rows, cols = train.targets.shape[2:4]
     centres, mean, std = grid_coordinates(rows, cols), mean.to(device), std.to(device)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + accelerator.process_index)
@@ -272,7 +331,7 @@ def _fit(
         places = torch.randint(rows * cols, (config.batch_size, config.num_locations), generator=generator)
         targets = train.targets[photos, windows].flatten(1, 2).take_along_dim(places[..., None], dim=1)  # (B, L, F)
         coordinates = centres[places] + train.shifts[photos, windows][:, None]  # (B, L, 2)
-        pixel_values = normalised(train.pixels[photos].to(device), processor)
+        pixel_values = normalised(train.pixels[photos].to(device), train.image_processor)
         with accelerator.autocast():
             outputs = model(
                 pixel_values, coordinates.to(device), trigger_column=train.tokens[photos].to(device, torch.float32)
@@ -297,7 +356,7 @@ def _fit(
 @torch.inference_mode()
 def decode(student: APMModel, pairs: DensePairs, photos: Tensor, coordinates: Tensor) -> Tensor:
     """Return the student's features `(B, L, F)` of photos by number, at coordinates `(1 or B, L, 2)`."""
-    pixel_values = normalised(pairs.pixels[photos], photo_image_processor(student.config.image_size))
+    pixel_values = normalised(pairs.pixels[photos], pairs.image_processor)
     coordinates = coordinates.expand(len(photos), -1, -1)
     outputs = student(pixel_values, coordinates, trigger_column=pairs.tokens[photos].float(), return_dict=True)
     return outputs.last_hidden_state

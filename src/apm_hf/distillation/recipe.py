@@ -282,7 +282,7 @@ def _facts(
         dataset=training.dataset,
         command=command,
         steps=config.max_steps,
-        num_parameters=result.student.num_parameters(),
+        num_parameters=result.student.num_parameters(only_trainable=True),
         metrics=last,
     )
 

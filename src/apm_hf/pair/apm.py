@@ -14,7 +14,7 @@ locations, row-major; coordinates are (y, x) in [-1, 1].
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -29,10 +29,11 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..assets import DEMO_MODEL, DEMO_TEACHER
 from ..data.images import read_rgb
-from ..modeling_apm import APMModel, APMPreTrainedModel
-from ..runs.identity import processor_settings, weights_digest
+from ..modeling_apm import APMModel, APMPreTrainedModel, weights_digest
+from ..runs.identity import processor_settings
 from ..runs.progress import no_loading_bars
 from ..teachers import DEFAULT_TEMPLATES, Teacher, load_teacher
+from ..teachers.dense_grids import tokens_at_half
 from ..teachers.images import process, rgb_images
 from ..teachers.matching import matching_image_processor
 from ..ttt import TTTConfig
@@ -137,9 +138,11 @@ class APM:
             teacher = load_teacher(teacher, device=device, dtype=dtype)
         student, image_processor = model, None
         if isinstance(model, str | os.PathLike):
-            name = os.fspath(model)
+            options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+            if teacher is not None:
+                options["teacher"] = teacher.tower
             with no_loading_bars():
-                student = AutoModel.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
+                student = AutoModel.from_pretrained(os.fspath(model), **options)
         pair = cls(cast(APMPreTrainedModel | None, student), None, teacher)
         if isinstance(model, str | os.PathLike):
             image_processor = AutoImageProcessor.from_pretrained(os.fspath(model))
@@ -222,17 +225,25 @@ class APM:
         return self._needed_teacher("features are asked of").feature_size
 
     def trigger_column(self, images: Any) -> Tensor | None:
-        """Return what the student takes from its teacher: embeddings `(B, D)`, a grid `(B, rows, cols, F)`, or None.
+        """Return what the student's queries begin with, where it is more than a convolution of the pixels.
+
+        Returns:
+            The teacher's embeddings `(B, D)`; or its tokens `(B, rows, cols, F)`, of the teacher inside the student or
+            of the one beside it; or None.
 
         Raises:
             ValueError: where they are needed and there is no teacher.
         """
-        source = self._needed_model().config.trigger_source
+        model = self.bare_model
+        source = model.config.trigger_source
         if source == "conv":
             return None
+        if model.folds:
+            with torch.no_grad():
+                return model.fold(self.pixel_values(images))
         teacher = self._needed_teacher("this student takes its trigger columns from")
         if source == "tokens":
-            return teacher_features(teacher, pictures(images), fine=False)
+            return tokens_at_half(teacher, self.pixel_values(images))
         return teacher.encode_images(pictures(images)).image_embeds
 
     def encode(
@@ -332,8 +343,9 @@ class APM:
             raise ValueError("size, coordinates: expected one of them, got both")
         source, features, where = self._source(source), [], None
         for batch in _batches(images, batch_size):
-            where = where or _map_size(batch, size)
-            if isinstance(size, int) and _map_size(batch, size) != where:
+            here = _map_size(batch, size)
+            where = where or here
+            if here != where:
                 raise ValueError(f"size: expected (rows, cols) for images of different shapes, got {size}")
             if source == "teacher":
                 if coordinates is not None:
@@ -503,8 +515,7 @@ def _batches(images: Any, batch_size: int) -> Iterator[list[Image.Image]]:
     """Read images batch by batch, so that a long list of paths never lies in memory as a whole."""
     if batch_size < 1:
         raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
-    many: Iterable[Any] = images if isinstance(images, list | tuple) else pictures(images)
-    many = list(many)
+    many: Sequence[Any] = images if isinstance(images, list | tuple) else pictures(images)
     if not many:
         raise ValueError("images: expected at least one, got none")
     for start in range(0, len(many), batch_size):

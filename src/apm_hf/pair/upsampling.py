@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..position_encoding import grid_coordinates, sample_grid
+from ..position_encoding import cell_centres, sample_grid
 from ..runs.files import safetensors_header, write_atomically
 from ..ttt.maps import query
 from ..ttt.photos import map_size, teacher_features
@@ -29,27 +29,19 @@ def dense_rows(apm: APM, photo: Image.Image, size: tuple[int, int]) -> Iterator[
         size: (rows, cols) of the map.
     """
     rows, cols = size
-    band = max(1, BAND_LOCATIONS // cols)
     if apm.model is None:
         assert apm.teacher is not None
-        grid = teacher_features(apm.teacher, [photo], fine=False).float()
-        for start in range(0, rows, band):
-            yield _interpolated(grid, rows, cols, start, min(start + band, rows))
-        return
-    pixel_values, column = apm.pixel_values(photo), apm.trigger_column(photo)
-    y, x = grid_coordinates(rows, 1)[:, 0], grid_coordinates(1, cols)[:, 1]
-    for start in range(0, rows, band):
-        part = y[start : start + band]
+        grid = teacher_features(apm.teacher, [photo], fine=False).float().cpu()
+    else:
+        pixel_values, column = apm.pixel_values(photo), apm.trigger_column(photo)
+    y, x = cell_centres(rows), cell_centres(cols)
+    for part in y.split(max(1, BAND_LOCATIONS // cols)):
         places = torch.stack(torch.meshgrid(part, x, indexing="ij"), dim=-1).flatten(0, 1)  # (L, 2)
-        outputs = query(apm.bare_model, pixel_values, places, trigger_column=column).last_hidden_state
-        assert outputs is not None
-        yield outputs[0].unflatten(0, (len(part), cols)).float().cpu()
-
-
-def _interpolated(grid: Tensor, rows: int, cols: int, start: int, stop: int) -> Tensor:
-    y, x = grid_coordinates(rows, 1)[start:stop, 0], grid_coordinates(1, cols)[:, 1]
-    places = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)[None]
-    return sample_grid(grid.cpu(), places)[0].unflatten(0, (stop - start, cols))
+        if apm.model is None:
+            features: Any = sample_grid(grid, places[None])
+        else:
+            features = query(apm.bare_model, pixel_values, places, trigger_column=column).last_hidden_state
+        yield features[0].unflatten(0, (len(part), cols)).float().cpu()
 
 
 def write_dense(

@@ -8,26 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-import torch
-from torch import nn
 
 EDGE = 4096  # bytes at either end of an encoded image that are read
-
-
-def weights_digest(module: nn.Module, *, dtype: torch.dtype | None = None) -> str:
-    """Return the SHA-256 of all weights and buffers of a module, by their names, types and bytes.
-
-    About a second per gigabyte; it is computed anew each time, so that it can never be of weights that were changed.
-
-    Args:
-        dtype: to which floating-point tensors are rounded first, so that the precision they are in does not count.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def processor_settings(image_processor: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..modeling_apm import FINER
 from ..position_encoding import cell_centres
 from . import Teacher, TeacherOutput
 
@@ -50,6 +51,17 @@ def encode_densely(
             for name, values in finer.items():  # (..., rows, cols, width)
                 values[..., row::factor, column::factor, :] = outputs[name]
     return TeacherOutput(image_embeds=plain.image_embeds, **finer)
+
+
+def tokens_at_half(teacher: Teacher, pixel_values: Tensor) -> Tensor:
+    """Return a teacher's features `(B, rows, cols, F)` of images at half their side, as [`APMModel.fold`] does.
+
+    Args:
+        pixel_values: `(B, 3, H, W)`, what a dense student sees; normalised as the teacher's are.
+    """
+    features = teacher.encode_images(pixel_values=F.avg_pool2d(pixel_values, FINER)).features
+    assert features is not None
+    return features
 
 
 def moved(pixel_values: Tensor, down: float, right: float) -> Tensor:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..image_processing_apm import APMImageProcessor
+from ..modeling_apm import FINER
 from . import Teacher
 
 
@@ -30,6 +31,16 @@ def matching_image_processor(teacher: Teacher, image_size: int, **options: Any) 
         size = {name: round(side * scale) for name, side in dict(reference.size).items() if side}
         options = {"do_center_crop": True, "crop_size": {"height": image_size, "width": image_size}, **options}
     return APMImageProcessor(size=size, **options)
+
+
+def dense_image_processor(teacher: Teacher) -> APMImageProcessor:
+    """Return a dense student's image processor: whole photos at twice the teacher's side, normalised as for it."""
+    reference, side = teacher.image_processor, FINER * teacher.image_size
+    options: dict[str, Any] = {"size": {"height": side, "width": side}}
+    for name in ("resample", "rescale_factor", "do_rescale", "do_normalize", "image_mean", "image_std"):
+        if (value := getattr(reference, name, None)) is not None:
+            options[name] = value
+    return APMImageProcessor(**options)
 
 
 def same_view(teacher: Teacher, main: Teacher) -> Callable[..., Any]:

@@ -25,8 +25,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import ModelOutput, logging
 
+from ..modeling_apm import weights_digest
 from ..runs.devices import default_device
-from ..runs.identity import processor_settings, weights_digest
+from ..runs.identity import processor_settings
 from ..runs.progress import no_loading_bars
 from .families import DUAL_ENCODERS, VISION_TOWERS
 from .images import fitted, plain_image_processor, process, rgb_images, square_side
@@ -170,6 +171,11 @@ class Teacher:
             classes=classes,
             logit_scale=logit_scale,
         )
+
+    @property
+    def tower(self) -> Any:
+        """The transformers model that reads images, without its head; None for other modules."""
+        return self._vision.tower if isinstance(self._vision, FamilyVision) else None
 
     @property
     def device(self) -> torch.device:

@@ -121,11 +121,9 @@ class Models:
     def inputs(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """Return an APM's inputs: pixels `(B, 3, S, S)`, and a trigger column `(B, D)` if it does not compute one."""
         pixels = self.apm.pixel_values(list(images))
-        source = self.model.config.trigger_source
-        if source == "conv":
-            return pixels, None
-        outputs = self.encode(images)  # of the complete image, as for the student
-        return pixels, (outputs.features if source == "tokens" else outputs.image_embeds).to(pixels.device)
+        if self.model.config.trigger_source == "embedding":
+            return pixels, self.encode(images).image_embeds.to(pixels.device)  # of the complete image
+        return pixels, self.apm.trigger_column(list(images))
 
     def teacher_maps(self, images: Images, size: Size, *, factor: int = 1) -> Tensor:
         return upsample(self.encode(images, factor=factor).features, size)
@@ -140,8 +138,9 @@ class Models:
 
     def ridge_maps(self, images: Images, size: Size) -> Tensor:
         assert self.ridge is not None
-        tokens = self.encode(images).features.cpu()
-        return self.ridge(tokens, grid_coordinates(*size)[None]).unflatten(1, size)
+        tokens = self.apm.trigger_column(list(images))
+        assert tokens is not None
+        return self.ridge(tokens.cpu(), grid_coordinates(*size)[None]).unflatten(1, size)
 
     def teacher_level_maps(self, images: Images, size: Size, *, layer: int) -> Tensor:
         return upsample(normalise_levels(self.encode(images, layers=[layer]).levels[:, 0]), size)
