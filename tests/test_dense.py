@@ -27,7 +27,8 @@ from apm_hf.commands.main import main
 from apm_hf.data.images import decode_image, eight_bit_rgb
 from apm_hf.data.loading import load_images
 from apm_hf.distillation import DenseConfig, DensePairs, distill_dense
-from apm_hf.distillation.dense import Ridge, evaluate_dense, keep_teacher
+from apm_hf.distillation.dense import evaluate_dense, fit_attention, keep_teacher
+from apm_hf.distillation.rivals import AttentionUpsampler, Bilateral, Ridge, bicubic, bilinear, fitted_rivals
 from apm_hf.evaluation.masks import evaluate_islands
 from apm_hf.pair.upsampling import dense_rows, write_dense
 from apm_hf.position_encoding import grid_coordinates, sample_grid
@@ -314,6 +315,65 @@ def test_a_student_learns_what_no_linear_map_can(teacher, pairs, tmp_path, seed)
         distill_dense(teacher, train, held_out, config, **SMALL)
 
 
+# --- its rivals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_interpolation_at_places_is_that_of_whole_maps(mode):
+    tokens = torch.randn(2, 5, 6, 3, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(tokens.movedim(-1, 1), (15, 12), mode=mode).flatten(2).mT
+    found = {"bilinear": bilinear, "bicubic": bicubic}[mode](tokens, grid_coordinates(15, 12)[None], tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bilateral_upsampling_keeps_to_the_side_of_an_edge_in_the_picture():
+    """Tokens 0 on the left, 1 on the right; the picture's edge lies beyond the border between them."""
+    tokens = torch.zeros(1, 4, 4, 1)
+    tokens[:, :, 2:] = 1
+    pixels = torch.zeros(1, 3, 32, 32)
+    pixels[..., 13:] = 4.0  # three pixels left of the middle
+    place = torch.tensor([[[0.0, -0.1]]])  # bright, though left of the middle
+    follows, ignores = (Bilateral(0.7, colour)(tokens, place, pixels) for colour in (0.5, 1e3))
+    assert bilinear(tokens, place, pixels) < 0.5 > ignores and follows > 0.9
+
+
+def test_fitted_rivals_are_measured_saved_and_found_beside_a_student(teacher, pairs, tmp_path):
+    train, held_out = pairs
+    config = DenseConfig(output_dir=str(tmp_path), steps=3, batch_size=2, num_locations=8)
+    mean, std = train.statistics()
+    ridge = Ridge.fit(train, mean, std)
+    rivals = {"ridge": ridge, "bilateral": Bilateral.fit(train), "attention": fit_attention(train, config)}
+    student = APMModel(APMConfig.preset("dense", image_size=64, feature_size=len(mean), **SMALL)).eval()
+    metrics = evaluate_dense(student, ridge, held_out, rivals)
+    assert fitted_rivals(tmp_path) == {}
+    for rival in rivals.values():
+        rival.save(tmp_path)
+    again = fitted_rivals(tmp_path)
+    assert evaluate_dense(student, ridge, held_out, again) == pytest.approx(metrics, abs=1e-6)
+    assert isinstance(again["attention"], AttentionUpsampler) and len({*metrics.values()}) >= 4
+
+
+def test_an_attention_upsampler_learns_to_follow_the_pixels():
+    """Features that are the picture's brightness: attention to tokens of that brightness explains them."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(64, 1, 8, 8, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    tokens = torch.nn.functional.avg_pool2d(pixels, 16).movedim(1, -1).expand(-1, -1, -1, 4)
+    pixels, places = pixels.expand(-1, 3, -1, -1), grid_coordinates(8, 8)[None]
+    wanted = sample_grid(pixels[:, :1].movedim(1, -1), places)
+    torch.manual_seed(0)
+    model = AttentionUpsampler(4, width=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def error():
+        return (model(tokens, places, pixels)[..., :1] - wanted).square().mean()
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        error().backward()
+        optimizer.step()
+    assert error() < 0.8 * (bilinear(tokens, places, pixels)[..., :1] - wanted).square().mean()
+
+
 # --- from the command line to a file ------------------------------------------------------------------------------
 
 
@@ -383,7 +443,9 @@ def test_an_evaluation_holds_it_against_interpolation_ridge_and_the_teacher_at_t
         output_dir=tmp_path, teacher=teacher.name, model=str(place / "dense"), data="scenes", max_images=4, map_size=12
     )
     rows = json.loads((folder / "results.json").read_text())["data"]["scenes"]["rows"]
-    assert {"teacher", "teacher_moved", "teacher_twice", "ridge", "apm", "apm_random", "position_only"} <= set(rows)
+    assert {"teacher", "teacher_moved", "teacher_twice", "apm", "apm_random", "position_only"} <= set(rows)
+    assert {"bicubic", "ridge"} <= set(rows) and not {"bilateral", "attention"} & set(rows)
+    assert "The APM above the ridge regression" in (folder / "report.md").read_text()
     assert not {"apm_ttt", "apm_ttt_alone"} & set(rows)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from apm_hf.islands.scores import boundaries, resize_labels, segmentation_scores
+from apm_hf.islands.scores import boundaries, near_boundaries, resize_labels, segmentation_scores
 
 
 def blocks(generator, rows, cols, num_labels, *, cell=4):
@@ -187,3 +187,12 @@ def test_resizing_to_multiples_and_back_changes_nothing():
     for bad in ((labels, (0, 3)), (np.zeros((0, 3), int), (2, 2)), (np.zeros(3, int), (2, 2))):
         with pytest.raises(ValueError, match="expected a label map"):
             resize_labels(*bad)
+
+
+def test_pixels_near_boundaries_are_within_reach_and_valid():
+    labels, valid = np.zeros((5, 20), dtype=int), np.ones((5, 20), dtype=bool)
+    labels[:, 10:] = 1  # the boundary is column 9
+    valid[0] = False
+    near = near_boundaries(labels, valid, 3)
+    assert near[1:].any(axis=0).nonzero()[0].tolist() == [*range(6, 13)] and not near[0].any()
+    assert not near_boundaries(np.zeros((5, 20), dtype=int), valid, 3).any()

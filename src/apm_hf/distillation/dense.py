@@ -15,15 +15,14 @@ import copy
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
@@ -32,7 +31,7 @@ from transformers.utils.logging import tqdm
 from ..configuration_apm import APMConfig
 from ..image_processing_apm import APMImageProcessor
 from ..modeling_apm import FINER, APMModel
-from ..position_encoding import grid_coordinates, sample_grid
+from ..position_encoding import grid_coordinates
 from ..runs.files import write_atomically
 from ..runs.processes import on_cpu, process_state
 from ..runs.progress import no_loading_bars
@@ -41,15 +40,22 @@ from ..teachers import Teacher
 from ..teachers.dense_grids import moved, tokens_at_half
 from ..teachers.licenses import inherit
 from ..teachers.matching import dense_image_processor
+from .rivals import ATTENTION, BILATERAL, CHUNK, RIDGE, AttentionUpsampler, Ridge, Upsampler, bilinear
 
 logger = logging.get_logger(__name__)
 
 MAX_SHIFT = 16  # pixels of that photo by which windows are moved
-RIDGE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal of the inputs' covariance
-CHUNK = 32  # photos evaluated at a time
 PHOTOS = 8  # that the teacher reads at a time
-RIDGE = "ridge.safetensors"
-MADE = (RIDGE, "config.json", "model.safetensors", "preprocessor_config.json", "metrics.json", "README.md")
+MADE = (
+    RIDGE,
+    BILATERAL,
+    ATTENTION,
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "metrics.json",
+    "README.md",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +178,10 @@ class DensePairs:
                     stored[name][start : start + len(batch)] = value
                 progress.update(len(batch))
         return cls(image_processor, **stored, shifts=shifts * 2 / side)
+
+    def pixel_values(self, photos: Tensor) -> Tensor:
+        """Return what the student sees of photos by number: `(B, 3, 2S, 2S)`, normalised."""
+        return normalised(self.pixels[photos], self.image_processor)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation `(F,)` of the tokens, over photos and places."""
@@ -311,20 +321,56 @@ def _fit(
     fields = {"image_size": FINER * teacher.image_size, "feature_size": teacher.feature_size, **architecture}
     student = APMModel(APMConfig.preset("dense", **fields))
     student.set_feature_statistics(mean, std)
+
+    def call(model: Any, tokens: Tensor, coordinates: Tensor, pixel_values: Tensor) -> Tensor:
+        return model(pixel_values, coordinates, trigger_column=tokens).last_hidden_state
+
+    return cast(APMModel, _minimise(student, call, train, mean, std, config, description="distil"))
+
+
+def fit_attention(train: DensePairs, config: DenseConfig) -> AttentionUpsampler:
+    """Fit a rival of the student's with the same photos, steps and loss."""
+    torch.manual_seed(config.seed)
+    rival, (mean, std) = AttentionUpsampler(train.tokens.shape[-1]), train.statistics()
+    rival.mean.copy_(mean)
+    rival.std.copy_(std)
+
+    def call(model: Any, *inputs: Tensor) -> Tensor:
+        return model(*inputs)
+
+    return cast(AttentionUpsampler, _minimise(rival, call, train, mean, std, config, description="attention"))
+
+
+def _minimise(
+    module: nn.Module,
+    call: Callable[..., Tensor],
+    train: DensePairs,
+    mean: Tensor,
+    std: Tensor,
+    config: DenseConfig,
+    *,
+    description: str,
+) -> nn.Module:
+    """Fit a module to the targets at random places of random photos.
+
+    Args:
+        call: `(module, tokens, coordinates, pixel_values)` -> `(B, L, F)`.
+        mean, std: in units of which errors are measured.
+    """
     precision = config.mixed_precision or ("no" if on_cpu() else "bf16")
     accelerator = Accelerator(cpu=on_cpu(), mixed_precision=precision)
-    decay = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim <= 1]
+    decay = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 20, config.steps)
-    model, optimizer = accelerator.prepare(student, optimizer)
+    model, optimizer = accelerator.prepare(module, optimizer)
     device = accelerator.device
     rows, cols = train.targets.shape[2:4]
     centres, mean, std = grid_coordinates(rows, cols), mean.to(device), std.to(device)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + accelerator.process_index)
     model.train()
-    progress = tqdm(range(config.steps), desc="distil", disable=not accelerator.is_local_main_process)
+    progress = tqdm(range(config.steps), desc=description, disable=not accelerator.is_local_main_process)
     for step in progress:
         photos = torch.randint(len(train), (config.batch_size,), generator=generator)
         windows = torch.randint(train.targets.shape[1], (config.batch_size,), generator=generator)
@@ -333,10 +379,8 @@ def _fit(
         coordinates = centres[places] + train.shifts[photos, windows][:, None]  # (B, L, 2)
         pixel_values = normalised(train.pixels[photos].to(device), train.image_processor)
         with accelerator.autocast():
-            outputs = model(
-                pixel_values, coordinates.to(device), trigger_column=train.tokens[photos].to(device, torch.float32)
-            )
-        features = (outputs.last_hidden_state.float() - mean) / std
+            outputs = call(model, train.tokens[photos].to(device, torch.float32), coordinates.to(device), pixel_values)
+        features = (outputs.float() - mean) / std
         wanted = (targets.to(device, torch.float32) - mean) / std
         cosine = F.cosine_similarity(features, wanted, dim=-1).mean()
         loss = F.smooth_l1_loss(features, wanted) + 1 - cosine
@@ -353,119 +397,47 @@ def _fit(
     return accelerator.unwrap_model(model).cpu().float().eval()
 
 
-@torch.inference_mode()
-def decode(student: APMModel, pairs: DensePairs, photos: Tensor, coordinates: Tensor) -> Tensor:
-    """Return the student's features `(B, L, F)` of photos by number, at coordinates `(1 or B, L, 2)`."""
-    pixel_values = normalised(pairs.pixels[photos], pairs.image_processor)
-    coordinates = coordinates.expand(len(photos), -1, -1)
-    outputs = student(pixel_values, coordinates, trigger_column=pairs.tokens[photos].float(), return_dict=True)
-    return outputs.last_hidden_state
+def as_upsampler(student: APMModel) -> Upsampler:
+    """Return a function that calls the student as its rivals are called."""
+
+    def call(tokens: Tensor, coordinates: Tensor, pixel_values: Tensor) -> Tensor:
+        coordinates = coordinates.expand(len(tokens), -1, -1)
+        return student(pixel_values, coordinates, trigger_column=tokens, return_dict=True).last_hidden_state
+
+    return call
 
 
-def evaluate_dense(student: APMModel, ridge: "Ridge", validation: DensePairs) -> dict[str, float]:
-    """Return R² after position means, of held-out photos: the decoder, interpolation and ridge regression.
+def evaluate_dense(
+    student: APMModel, ridge: Ridge, validation: DensePairs, rivals: Mapping[str, Upsampler] | None = None
+) -> dict[str, float]:
+    """Return R² after position means, of held-out photos: of the decoder, interpolation, ridge regression and others.
 
     Args:
         ridge: fitted to the photos that the student learnt from.
         validation: with plain windows.
+        rivals: more of them, by name.
     """
-    rows, cols = validation.targets.shape[2:4]
-    centres = grid_coordinates(rows, cols)[None]
-    methods = {
-        "decoder": lambda numbers: decode(student, validation, numbers, centres),
-        "bilinear": lambda numbers: sample_grid(validation.tokens[numbers].float(), centres),
-        "ridge": lambda numbers: ridge(validation.tokens[numbers].float(), centres),
+    methods: dict[str, Upsampler] = {
+        "decoder": as_upsampler(student),
+        "bilinear": bilinear,
+        "ridge": ridge,
+        **(rivals or {}),
     }
-    return {name: _r2(validation, predict, ridge.std) for name, predict in methods.items()}
+    return {name: _r2(validation, method, ridge.std) for name, method in methods.items()}
 
 
-def _r2(pairs: DensePairs, predict: Any, std: Tensor) -> float:
+@torch.inference_mode()
+def _r2(pairs: DensePairs, method: Upsampler, std: Tensor) -> float:
     """Share of the targets' variance around the mean of each position that is explained, in standardised units."""
-    targets = pairs.targets[:, 0].flatten(1, 2)  # (N, L, F)
-    centre = targets.float().mean(dim=0)
+    rows, cols = pairs.targets.shape[2:4]
+    centres = grid_coordinates(rows, cols)[None]
+    centre = torch.stack([part[:, 0].float().sum(dim=0) for part in pairs.targets.split(CHUNK)]).sum(dim=0) / len(
+        pairs
+    )
     error = total = 0.0
-    for start in range(0, len(pairs), CHUNK):
-        numbers = torch.arange(start, min(start + CHUNK, len(pairs)))
-        wanted = targets[numbers].float()
-        error += float((((predict(numbers) - wanted) / std) ** 2).sum())
+    for numbers in torch.arange(len(pairs)).split(CHUNK):
+        wanted = pairs.targets[numbers, 0].float()
+        found = method(pairs.tokens[numbers].float(), centres, pairs.pixel_values(numbers)).unflatten(1, (rows, cols))
+        error += float((((found - wanted) / std) ** 2).sum())
         total += float((((wanted - centre) / std) ** 2).sum())
     return 1 - error / total
-
-
-@dataclass(frozen=True, eq=False)
-class Ridge:
-    """Linear regression with an L2 penalty from [token at the place ; mean token] to the teacher's fine features.
-
-    Args:
-        weight: `(2 F + 1, F)`, of standardised inputs with a one behind them.
-        mean, std: `(F,)`, of the tokens.
-    """
-
-    weight: Tensor
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def fit(cls, pairs: DensePairs, mean: Tensor, std: Tensor) -> "Ridge":
-        """Solve the normal equations; the penalty is chosen on every tenth photo, which is then fitted to as well."""
-        width = 2 * len(mean) + 1
-        held = torch.arange(len(pairs)) % 10 == 0 if len(pairs) >= 20 else torch.zeros(len(pairs), dtype=torch.bool)
-        sums = {}
-        for name, numbers in (("fitted", (~held).nonzero()[:, 0]), ("held", held.nonzero()[:, 0])):
-            gram, cross = (
-                torch.zeros(width, width, dtype=torch.float64),
-                torch.zeros(width, len(mean), dtype=torch.float64),
-            )
-            squares = 0.0
-            for part in numbers.split(CHUNK):
-                inputs, targets = cls._inputs(pairs, part, mean, std)
-                gram += (inputs.T @ inputs).double()
-                cross += (inputs.T @ targets).double()
-                squares += float((targets**2).sum())
-            sums[name] = gram, cross, squares
-        (gram, cross, _), (held_gram, held_cross, squares) = sums["fitted"], sums["held"]
-
-        def solve(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
-            eye = torch.eye(width, dtype=torch.float64) * penalty * gram.diagonal().mean()
-            return torch.linalg.solve(gram + eye, cross)
-
-        def error(penalty: float) -> float:
-            weight = solve(gram, cross, penalty)
-            return float(squares - 2 * (weight * held_cross).sum() + (weight * (held_gram @ weight)).sum())
-
-        best = min(RIDGE_PENALTIES, key=error) if held.any() else RIDGE_PENALTIES[1]
-        return cls(solve(gram + held_gram, cross + held_cross, best).float(), mean, std)
-
-    @staticmethod
-    def _inputs(pairs: DensePairs, numbers: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        rows, cols = pairs.targets.shape[2:4]
-        tokens = (pairs.tokens[numbers].float() - mean) / std
-        inputs, targets = [], []
-        for window in range(pairs.targets.shape[1]):
-            coordinates = grid_coordinates(rows, cols)[None] + pairs.shifts[numbers, window][:, None]
-            inputs.append(_with_mean(tokens, coordinates).flatten(0, 1))
-            targets.append(((pairs.targets[numbers, window].float() - mean) / std).flatten(0, 2))
-        return torch.cat(inputs), torch.cat(targets)
-
-    def save(self, folder: Path) -> None:
-        """Write the weights beside a model, as `ridge.safetensors`, for comparison."""
-        values = {"weight": self.weight, "mean": self.mean, "std": self.std}
-        save_file({name: value.contiguous() for name, value in values.items()}, folder / RIDGE)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "Ridge | None":
-        """Read the weights that lie beside a model; None where there are none."""
-        path = Path(folder) / RIDGE
-        return cls(**load_file(path)) if path.is_file() else None
-
-    def __call__(self, tokens: Tensor, coordinates: Tensor) -> Tensor:
-        """Return features `(B, L, F)` for tokens `(B, rows, cols, F)` at coordinates `(1 or B, L, 2)`."""
-        inputs = _with_mean((tokens - self.mean) / self.std, coordinates)
-        return inputs @ self.weight * self.std + self.mean
-
-
-def _with_mean(tokens: Tensor, coordinates: Tensor) -> Tensor:
-    """Return `(B, L, 2 F + 1)`: token at each place, mean token, one."""
-    sampled = sample_grid(tokens, coordinates)
-    shared = tokens.mean(dim=(1, 2))[:, None].expand_as(sampled)
-    return torch.cat([sampled, shared, torch.ones_like(sampled[..., :1])], dim=-1)

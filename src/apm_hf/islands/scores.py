@@ -130,6 +130,16 @@ def boundary_f(predicted: NDArray, truth: NDArray, *, valid: NDArray[np.bool_], 
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
+def near_boundaries(labels: NDArray, valid: NDArray[np.bool_], reach: float) -> NDArray[np.bool_]:
+    """Return `(H, W)` bool, true for valid pixels at most `reach` pixels from a boundary of a map `(H, W)`."""
+    try:
+        from scipy.ndimage import distance_transform_edt
+    except ImportError as error:
+        raise ImportError('scoring boundaries needs SciPy: pip install "apm_hf[eval]"') from error
+    edges = boundaries(labels, valid)
+    return valid & (distance_transform_edt(~edges) <= reach) if edges.any() else edges
+
+
 def boundaries(labels: NDArray, valid: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
     """Return `(H, W)` bool, true if the pixel to the right, below, or below to the right has another label.
 

@@ -7,7 +7,7 @@ Legend: B images, F width of the features, (rows, cols) a map of locations, row-
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...distillation.dense import Ridge
+from ...distillation.rivals import Upsampler, bicubic
 from ...modeling_apm import APMModel
 from ...pair import APM
 from ...position_encoding import grid_coordinates
@@ -39,7 +39,10 @@ TITLES = {
     "teacher": "teacher, upsampled",
     "teacher_moved": "teacher on moved images, upsampled",
     "teacher_twice": "teacher at twice the side",
+    "bicubic": "teacher, bicubic",
     "ridge": "ridge regression from the same photos",
+    "bilateral": "joint bilateral upsampling, tuned on them",
+    "attention": "attention upsampler, fitted to them",
     "apm": "APM distilled",
     "apm_ttt": "APM distilled + TTT",
     "apm_ttt_alone": "APM TTT alone",
@@ -52,7 +55,13 @@ TITLES = {
     "random": "random segments",
 }
 OF_ADAPTED = ("apm_ttt", "apm_ttt_alone")
-OF_DENSE = ("teacher_twice", "ridge")  # beside a student that reads the teacher's tokens
+OF_DENSE = (
+    "teacher_twice",
+    "bicubic",
+    "ridge",
+    "bilateral",
+    "attention",
+)  # beside a student that reads the teacher's tokens
 OF_DISTILLED = ("apm", "apm_ttt", "image_shuffled", "position_only", "shuffled_masks")
 # Rows computed from the distilled APM's maps; they differ in the input image or in what the maps are used for.
 OF_SAME_MAPS = ("apm", "image_shuffled", "position_only", "shuffled_masks")
@@ -89,6 +98,7 @@ class Models:
         ttt: how the student is adapted to the teacher's features of an image.
         ttt_factor: refinement of the teacher's grid for these features.
         seed: random seed of the controls' weights.
+        rivals: what was fitted to the same photos as a dense student, by name.
     """
 
     apm: APM
@@ -96,7 +106,7 @@ class Models:
     ttt: TTTConfig
     ttt_factor: int
     seed: int
-    ridge: Ridge | None = None
+    rivals: Mapping[str, Upsampler] = field(default_factory=dict)
 
     @property
     def teacher(self) -> Teacher:
@@ -106,6 +116,11 @@ class Models:
     @property
     def model(self) -> APMModel:
         return self.apm.bare_model
+
+    @property
+    def all_rivals(self) -> dict[str, Upsampler]:
+        """Return what stands beside a student that reads the teacher's tokens, by name."""
+        return {"bicubic": bicubic, **self.rivals} if _reads_tokens(self) else {}
 
     @property
     def teacher_grid(self) -> Size:
@@ -136,11 +151,12 @@ class Models:
         assert features is not None
         return upsample(features, size)
 
-    def ridge_maps(self, images: Images, size: Size) -> Tensor:
-        assert self.ridge is not None
-        tokens = self.apm.trigger_column(list(images))
+    def rival_maps(self, images: Images, size: Size, *, rival: Upsampler) -> Tensor:
+        """Upsample the tokens that a dense student reads in another way."""
+        pixels, tokens = self.inputs(images)
         assert tokens is not None
-        return self.ridge(tokens.cpu(), grid_coordinates(*size)[None]).unflatten(1, size)
+        with torch.inference_mode():
+            return rival(tokens.cpu(), grid_coordinates(*size)[None], pixels.cpu()).unflatten(1, size)
 
     def teacher_level_maps(self, images: Images, size: Size, *, layer: int) -> Tensor:
         return upsample(normalise_levels(self.encode(images, layers=[layer]).levels[:, 0]), size)
@@ -224,7 +240,9 @@ def titles(models: Models) -> dict[str, str]:
     for name, title in TITLES.items():
         if name in OF_DISTILLED and not models.apm.is_fitted:
             continue
-        if (name == "ridge" and models.ridge is None) or (name == "teacher_twice" and not _reads_tokens(models)):
+        if name in OF_DENSE and name != "teacher_twice" and name not in models.all_rivals:
+            continue
+        if name == "teacher_twice" and not _reads_tokens(models):
             continue
         if name in OF_ADAPTED and _reads_tokens(models):
             continue  # it reads what the others are adapted to
@@ -234,6 +252,15 @@ def titles(models: Models) -> dict[str, str]:
             layer = f" (layer {models.level_layers[number - 1]})" if name == "teacher" else ""
             found[f"{name}_level_{number}"] = f"{title.split(',')[0]}, level {number}{layer}"
     return found
+
+
+def _digest(rival: Upsampler) -> str:
+    """Return the SHA-256 of a rival's numbers."""
+    values = rival.state_dict() if isinstance(rival, torch.nn.Module) else getattr(rival, "__dict__", {})
+    digest = hashlib.sha256(str(sorted(values)).encode())
+    for name in sorted(values):
+        digest.update(torch.as_tensor(values[name]).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _reads_tokens(models: Models) -> bool:
@@ -252,9 +279,9 @@ def make_jobs(models: Models, rows: Sequence[str]) -> list[Job]:
     moved = partial(models.teacher_maps, factor=MOVED_FACTOR)
     jobs.append(Job("teacher_moved", ("teacher_moved",), moved))
     jobs.append(Job("teacher_twice", ("teacher_twice",), models.twice_maps))
-    if models.ridge is not None:
-        digest = hashlib.sha256(models.ridge.weight.numpy().tobytes()).hexdigest()
-        jobs.append(Job("ridge", ("ridge",), models.ridge_maps, depends_on={"ridge": digest}))
+    for name, rival in models.all_rivals.items():
+        maps = partial(models.rival_maps, rival=rival)
+        jobs.append(Job(name, (name,), maps, depends_on={"rival": _digest(rival)}))
     if same_maps:
         subject = ("APM", "features") if "apm" in rows else None
         jobs.append(Job("apm", same_maps, partial(models.apm_maps, model=model), subject=subject))

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...islands.scores import near_boundaries
 from .datasets import VOID
 from .probes import KNNProbe, LinearProbe, MeanIoU, sample_locations
 
+BOUNDARY = 6  # pixels of the mask: the reach of "near a boundary"
 PROBES = {"linear": "linear probe", "knn": "k-NN probe"}
 
 
@@ -57,10 +59,14 @@ class StreamedProbes:
         linear, nearest = self.fitted
         logits = linear.logits(features).movedim(-1, 0)  # (rows, cols, K) -> (K, rows, cols)
         logits = F.interpolate(logits[None], size=mask.shape, mode="bilinear", align_corners=False)[0]
-        self._count("linear", index, logits.argmax(dim=0).numpy(), mask)
+        predicted = logits.argmax(dim=0).numpy()
+        self._count("linear", index, predicted, mask)
+        near = near_boundaries(mask, mask != VOID, BOUNDARY)
+        hits = int((predicted[near] == mask[near]).sum())
+        self.counts["linear"][-1] |= {"near": int(near.sum()), "near_hits": hits}
         pixels = self._pixels(index, mask, self.num_query_pixels)
-        predicted = nearest.predict(_at(features, mask.shape, pixels))
-        self._count("knn", index, predicted.numpy(), mask.ravel()[pixels])
+        votes = nearest.predict(_at(features, mask.shape, pixels))
+        self._count("knn", index, votes.numpy(), mask.ravel()[pixels])
 
     def _pixels(self, index: int, mask: NDArray[np.int32], number: int) -> NDArray[np.int64]:
         (seed,) = np.random.SeedSequence([self.seed, index]).generate_state(1)

@@ -10,8 +10,8 @@ from ...runs.files import write_atomically
 from ..plots import COLOURS
 from ..tables import NOTHING, markdown_table
 from .datasets import LEVELS
-from .probing import PROBES
-from .summary import CONTROLS, MEASURES
+from .probing import BOUNDARY, PROBES
+from .summary import CONTROLS, MEASURES, NEAR
 
 REPORT, RESULTS = "report.md", "results.json"
 _PALE = ("apm_random", "image_shuffled", "position_only", "shuffled_masks", "random")  # controls, drawn pale
@@ -143,18 +143,23 @@ def _scores(summary: Mapping[str, Any], level: str) -> str:
 
 def _probes(summary: Mapping[str, Any]) -> str:
     rows = [
-        [row["title"], *(text for kind in PROBES for text in (_interval(row.get(kind)), _accuracy(row.get(kind))))]
+        [
+            row["title"],
+            *(text for kind in PROBES for text in (_interval(row.get(kind)), _accuracy(row.get(kind)))),
+            _interval(row.get(NEAR)),
+        ]
         for row in summary["rows"].values()
         if any(kind in row for kind in PROBES)
     ]
     header = [f"{title}, {what}" for title in PROBES.values() for what in ("mIoU", "pixel accuracy")]
-    return markdown_table(["", *header], rows)
+    return markdown_table(["", *header, f"linear probe, accuracy within {BOUNDARY} pixels of a boundary"], rows)
 
 
 def _comparisons(summary: Mapping[str, Any]) -> str:
     levels = [level for level in LEVELS if level in summary["levels"]]
     differences = {f"{level} {measure}": f"{level}: {MEASURES[measure]}" for level in levels for measure in MEASURES}
     differences |= {kind: f"{title}: mIoU" for kind, title in PROBES.items()}
+    differences[NEAR] = "linear probe: accuracy near boundaries"
     ratios = {
         f"{level} ari to {control}": f"{level}: times the ARI of {control.replace('_', ' ')}"
         for level in levels
@@ -169,7 +174,11 @@ def _comparisons(summary: Mapping[str, Any]) -> str:
         multiples = [found["ratios"].get(key) for found in compared.values()]
         rows.append([title, *(NOTHING if multiple is None else f"{multiple:.2f}" for multiple in multiples)])
     known = [row for row in rows if set(row[1:]) != {NOTHING}]
-    return markdown_table(["", *(summary["rows"][name]["title"] for name in compared)], known)
+    table = markdown_table(["", *(summary["rows"][name]["title"] for name in compared)], known)
+    if not (above := compared.get("apm", {}).get("above_ridge")):
+        return table
+    rows = [[title, _interval(above[key], signed=True)] for key, title in differences.items() if key in above]
+    return f"{table}\nThe APM above the ridge regression:\n\n{markdown_table(['', 'APM above ridge'], rows)}"
 
 
 def _agreement(summary: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from transformers.utils.logging import tqdm
 
 from ...assets import DEMO_MODEL
 from ...demo.story import demo_layers
-from ...distillation.dense import Ridge
+from ...distillation.rivals import fitted_rivals
 from ...modeling_apm import IGNORE_INDEX, weights_digest
 from ...pair import APM
 from ...runs import provenance
@@ -194,8 +194,8 @@ def _load_models(
     if apm.model is None:
         logger.info("no model: rows of a distilled one are omitted, and a fresh student is adapted")
         apm = apm.fresh(seed=seed)
-    ridge = None if model is None else Ridge.load(model)
-    models = Models(apm, tuple(level_layers), ttt, ttt_factor, seed, ridge)
+    rivals = {} if model is None else fitted_rivals(model)
+    models = Models(apm, tuple(level_layers), ttt, ttt_factor, seed, rivals)
     num_levels, num_layers = models.model.config.num_levels, models.teacher.num_layers
     if num_levels and level_layers and len(level_layers) != num_levels:
         raise ValueError(f"level_layers: expected one per level, {num_levels}, got {list(level_layers)}")

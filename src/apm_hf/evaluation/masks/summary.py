@@ -15,12 +15,14 @@ import numpy as np
 
 from ..statistics import Interval, mean_interval, paired_interval
 from .datasets import MaskedImages
+from .methods import OF_DENSE
 from .probing import PROBES
 
 MEASURES = {"ari": "ARI", "nmi": "NMI", "miou": "matched mIoU", "boundary_f": "boundary F"}
 REFERENCE = "teacher"  # row that others are compared with
+NEAR = "linear near boundaries"  # the linear probe's accuracy near boundaries, per image
 CONTROLS = ("image_shuffled", "position_only")  # rows whose ARI the APM's is divided by
-COMPARED = ("teacher_moved", "apm", "apm_ttt", "apm_ttt_alone")  # compared rows, besides the levels
+COMPARED = ("teacher_moved", *OF_DENSE, "apm", "apm_ttt", "apm_ttt_alone")  # compared rows, besides the levels
 NUM_RESAMPLES = 1000
 
 
@@ -51,6 +53,8 @@ def summarise(
         for kind, repeats in probes.get(name, {}).items():
             estimate, draws = _mean_iou(repeats, seed)
             entry[kind] = asdict(_interval(estimate, draws)) | {"accuracy": _accuracy(repeats)}
+            if kind == "linear" and (near := _near(repeats)):
+                entry[NEAR] = asdict(_mean(near, seed))
         rows[name] = entry
     return {
         "images": len(data),
@@ -94,26 +98,55 @@ def _comparisons(
     for name in titles:
         if name not in COMPARED and not name.startswith("apm_level_"):
             continue
-        entry: dict[str, Any] = {"differences": {}, "ratios": {}}
+        entry: dict[str, Any] = {
+            "differences": _differences(data, name, REFERENCE, scores, probes, seed),
+            "ratios": {},
+        }
+        if name == "apm" and "ridge" in titles:
+            entry["above_ridge"] = _differences(data, name, "ridge", scores, probes, seed)
         for level in data.levels:
-            for measure in MEASURES:
-                ours, theirs = scores.get((name, level, measure)), scores.get((REFERENCE, level, measure))
-                if ours and theirs:
-                    pairs = np.array([(ours[image], theirs[image]) for image in ours])
-                    difference = paired_interval(pairs[:, 0], pairs[:, 1], seed=seed)
-                    entry["differences"][f"{level} {measure}"] = asdict(difference)
             for control in CONTROLS:
                 ours, theirs = scores.get((name, level, "ari")), scores.get((control, level, "ari"))
                 # A ratio to a score no better than chance is meaningless.
                 if ours and theirs and (least := np.mean([*theirs.values()])) > 0.01:
                     entry["ratios"][f"{level} ari to {control}"] = float(np.mean([*ours.values()]) / least)
-        for kind in PROBES:
-            if kind in probes.get(name, {}) and kind in probes.get(REFERENCE, {}):
-                estimate, draws = _mean_iou(probes[name][kind], seed)
-                theirs_estimate, theirs_draws = _mean_iou(probes[REFERENCE][kind], seed)
-                entry["differences"][kind] = asdict(_interval(estimate - theirs_estimate, draws - theirs_draws))
         found[name] = entry
     return found
+
+
+def _differences(
+    data: MaskedImages, name: str, reference: str, scores: Scores, probes: Mapping[str, Mapping], seed: int
+) -> dict[str, Any]:
+    """Return how much one row lies above another, paired by image, by measure."""
+    found = {}
+    for level in data.levels:
+        for measure in MEASURES:
+            ours, theirs = scores.get((name, level, measure)), scores.get((reference, level, measure))
+            if ours and theirs:
+                found[f"{level} {measure}"] = _paired(ours, theirs, seed)
+    for kind in PROBES:
+        if kind in probes.get(name, {}) and kind in probes.get(reference, {}):
+            estimate, draws = _mean_iou(probes[name][kind], seed)
+            theirs_estimate, theirs_draws = _mean_iou(probes[reference][kind], seed)
+            found[kind] = asdict(_interval(estimate - theirs_estimate, draws - theirs_draws))
+            if kind == "linear" and (near := _near(probes[name][kind])):
+                found[NEAR] = _paired(near, _near(probes[reference][kind]), seed)
+    return found
+
+
+def _paired(ours: Mapping[int, float], theirs: Mapping[int, float], seed: int) -> dict[str, float]:
+    pairs = np.array([(ours[image], theirs[image]) for image in ours])
+    return asdict(paired_interval(pairs[:, 0], pairs[:, 1], seed=seed))
+
+
+def _near(repeats: Sequence[Sequence[Mapping[str, Any]]]) -> dict[int, float]:
+    """Return the share of correct pixels near boundaries, by image that has any, averaged over repetitions."""
+    found: defaultdict[int, list[float]] = defaultdict(list)
+    for counts in repeats:
+        for image in counts:
+            if image["near"]:
+                found[image["image"]].append(image["near_hits"] / image["near"])
+    return {image: float(np.mean(shares)) for image, shares in found.items()}
 
 
 def _mean_iou(repeats: Sequence[Sequence[Mapping[str, Any]]], seed: int) -> tuple[float, np.ndarray]:
