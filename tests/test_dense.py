@@ -449,6 +449,27 @@ def test_an_evaluation_holds_it_against_interpolation_ridge_and_the_teacher_at_t
     assert not {"apm_ttt", "apm_ttt_alone"} & set(rows)
 
 
+def test_features_between_tokens_are_compared_with_the_teacher_at_twice_the_side(place, teacher, tmp_path, capsys):
+    words = ["evaluate", "--task", "dense", "--data", str(place / "photos"), "--teacher", teacher.name, "--json"]
+    words += ["--model", str(place / "dense"), "--max_images", "6", "--output_dir", str(tmp_path / "compared")]
+    assert main(words) == 0
+    rows = json.loads(capsys.readouterr().out)["scores"]
+    assert list(rows) == ["mean", "position_only", "bilinear", "bicubic", "moved", "ridge", "apm"]
+    assert rows["mean"]["r2"]["mean"] == 0
+    data = load_images(place / "photos", max_images=6, seed=0)
+    pictures = [eight_bit_rgb(decode_image(row["image"])) for row in data.dataset]
+    pairs = DensePairs.build(pictures, teacher, shifted=False)
+    ridge = Ridge.load(place / "dense")
+    expected = evaluate_dense(AutoModel.from_pretrained(place / "dense"), ridge, pairs)
+    for name, other in (("apm", "decoder"), ("bilinear", "bilinear"), ("ridge", "ridge")):
+        assert rows[name]["r2"]["mean"] == pytest.approx(expected[other], abs=0.05)  # other photos' deviations
+    for row in ("ridge", "apm"):
+        above = rows[row]["above"]["bilinear"]
+        assert above["mean"] == pytest.approx(rows[row]["r2"]["mean"] - rows["bilinear"]["r2"]["mean"])
+        assert above["low"] <= above["mean"] <= above["high"] and rows[row]["seconds"] > 0
+    assert "| dense student |" in (tmp_path / "compared/report.md").read_text()
+
+
 # --- the one that travels with the package ------------------------------------------------------------------------
 
 

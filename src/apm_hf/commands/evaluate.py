@@ -1,4 +1,4 @@
-"""`apm evaluate`: a report, on labels or on masks."""
+"""`apm evaluate`: a report, on labels, masks or features."""
 
 import argparse
 import json
@@ -10,27 +10,30 @@ from .options import add
 
 logger = logging.getLogger("apm_hf")
 
-HELP = "an APM beside its teacher, its rivals and its controls: a report, on labels or on masks"
+HELP = "an APM beside its teacher, its rivals and its controls: a report, on labels, masks or features"
 DESCRIPTION = """
 Measure an APM beside its teacher, with the same prompts and views, beside other label-free methods and beside
-controls, and write a report: on labels, clean and corrupted (--task zero-shot), or on masks of parts and wholes
-(--task islands). By default everything is embedded, and needs no network. A run that was interrupted goes on.
+controls, and write a report: on labels, clean and corrupted (--task zero-shot), on masks of parts and wholes
+(--task islands), or on how close a dense student comes to its teacher at twice the side (--task dense). By default
+everything is embedded, and needs no network. A run that was interrupted goes on; --task dense begins again.
 """
 EXAMPLES = (
     "apm evaluate --output_dir runs/smoke",
     "apm evaluate --suite photos --data photos/ --teacher openai/clip-vit-base-patch16 --output_dir runs/photos",
     "apm evaluate --task islands --data scenes --max_images 20 --output_dir runs/islands",
+    "apm evaluate --task dense --data photos/ --teacher user/vit --model runs/dense --output_dir runs/compared",
 )
 RESULT = {
-    "task": "zero-shot or islands",
+    "task": "zero-shot, islands or dense",
     "output_dir": "folder of results and report; the same command goes on there",
     "report": "the report's file",
     "scores": "of zero-shot, a list of cells: benchmark, corruption, severity, teacher, seed, method, top1 with its "
-    "95 % interval low and high, images; of islands, data set -> its summary, as in results.json",
+    "95 % interval low and high, images; of islands, data set -> its summary, and of dense, method -> its row, as in "
+    "results.json",
 }
 INTERRUPTED = "the same command goes on where it was"
 SMALLER = "a smaller --batch_size"
-TASKS = ("zero-shot", "islands")
+TASKS = ("zero-shot", "islands", "dense")
 _OF_ALL = {"output_dir", "data", "teacher", "model", "methods", "max_images", "max_bad_images", "batch_size"}
 
 
@@ -38,7 +41,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # What is not given is left to the functions that do the work.
     parser.argument_default = argparse.SUPPRESS
     add(parser, "--config")
-    parser.add_argument("--task", default=TASKS[0], choices=TASKS, help="classify, or find parts and wholes")
+    parser.add_argument(
+        "--task",
+        default=TASKS[0],
+        choices=TASKS,
+        help="classify, find parts and wholes, or compare features between tokens",
+    )
     add(parser, "--output_dir", "results and report; an interrupted run goes on there", required=True)
     parser.add_argument(
         "--data", nargs="+", metavar="NAME", help="benchmarks or data sets with masks, folders, or scenes"
@@ -71,7 +79,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     masks.add_argument("--ttt_steps", type=int, help="gradient steps of the rows that adapt")
     masks.add_argument("--ttt_factor", type=int, help="how many times finer than the teacher's their targets are")
     add(masks, "--seed", "0 by default")
-    parser.set_defaults(groups={"zero-shot": _names(labels), "islands": _names(masks)})
+    dense = {"split", "image_column", "seed"}
+    parser.set_defaults(groups={"zero-shot": _names(labels), "islands": _names(masks), "dense": dense})
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -79,15 +88,17 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
 
     given = dict(vars(options))
     groups, task, command = given.pop("groups"), given.pop("task"), command_line("apm", given.pop("arguments"))
-    wrong = [name for name in given.keys() & (groups["zero-shot"] | groups["islands"]) if name not in groups[task]]
+    wrong = [name for name in given.keys() & set().union(*groups.values()) if name not in groups[task]]
     if wrong:
         raise ValueError(f"--task {task}: expected no --{sorted(wrong)[0]}, which is of another task")
     given = {name: value for name, value in given.items() if name in _OF_ALL | groups[task]}
-    folder = (_islands if task == "islands" else _zero_shot)(given, command)
+    folder = {"islands": _islands, "dense": _dense, "zero-shot": _zero_shot}[task](given, command)
     if not process_state().is_main_process:
         return None
     logger.info(f"report: {folder / 'report.md'}")
-    scores = (_island_scores if task == "islands" else _zero_shot_scores)(folder) if options.json else None
+    scores = None
+    if options.json:
+        scores = _zero_shot_scores(folder) if task == "zero-shot" else _written_scores(folder, task)
     return {"task": task, "output_dir": folder, "report": folder / "report.md", "scores": scores}
 
 
@@ -109,6 +120,22 @@ def _islands(given: dict[str, Any], command: str) -> Path:
     return evaluate_islands(**given, teacher=teachers[0], ttt=replace(GRID_TTT, steps=steps), command=command)
 
 
+def _dense(given: dict[str, Any], command: str) -> Path:
+    from ..evaluation.dense import evaluate_features
+
+    single = {}
+    for name in ("data", "teacher"):
+        values = given.pop(name, [])
+        if len(values) != 1:
+            raise ValueError(f"--{name}: expected one with --task dense, got {values or 'none'}")
+        single[name] = values[0]
+    if "model" not in given:
+        raise ValueError("--model: expected a dense student with --task dense, got none")
+    if names := sorted(given.keys() & {"max_bad_images", "batch_size"}):
+        raise ValueError(f"--task dense: expected no --{names[0]}, which is of another task")
+    return evaluate_features(**given, **single, command=command)
+
+
 def _zero_shot_scores(folder: Path) -> list[dict[str, Any]]:
     from ..evaluation.results import read_run
 
@@ -123,8 +150,8 @@ def _zero_shot_scores(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _island_scores(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text())["data"]
+def _written_scores(folder: Path, task: str) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())["rows" if task == "dense" else "data"]
 
 
 def _names(group: Any) -> set[str]:
