@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from apm_hf.modeling_apm import weights_digest
 from apm_hf.runs.files import write_atomically
-from apm_hf.runs.identity import images_digest
+from apm_hf.runs.identity import images_digest, weights_digest
 from apm_hf.runs.processes import process_state
 from apm_hf.runs.run import LOCK, MANIFEST, PREVIOUS, RUN, Run, check_manifest, differences, separate_folder
 from fixtures_runs import forget_accelerate

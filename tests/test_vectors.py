@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from apm_hf import APM, load_teacher
+from apm_hf import APM, APMImageProcessorPil, load_teacher
 from apm_hf.commands.main import main
 from apm_hf.distillation import matching_image_processor
 from apm_hf.pair import vectors
@@ -190,9 +190,9 @@ def test_processes_that_read_photos_and_the_size_of_batches_change_nothing(apm, 
 
 @pytest.mark.parametrize("source", ["embedding", "tokens"])
 def test_a_student_that_reads_its_teacher_is_given_what_the_teacher_sees(apm, photos, tmp_path, source):
-    fields = {"trigger_source": source, "initializer_range": 0.3}
-    model = student(**fields).eval()
-    pair = APM(model, apm.image_processor, apm.teacher)
+    model = student(trigger_source=source, initializer_range=0.3, image_size=32).eval()
+    processor = APMImageProcessorPil(size={"height": 32, "width": 32})
+    pair = APM(model, processor, apm.teacher)
     pictures = photos[:2]
     pixels = pair.preprocessing()["pixel_values"]([photo(0), photo(1)])
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_a_student_that_reads_its_teacher_is_given_what_the_teacher_sees(apm, ph
     write_vectors(pair, pictures, tmp_path / "v.npy")
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="trigger columns"):
-        write_vectors(APM(model, apm.image_processor, None), pictures, tmp_path / "w.npy")
+        write_vectors(APM(model, processor, None), pictures, tmp_path / "w.npy")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_apm import APMConfig
-from ..modeling_apm import weights_digest
+from ..runs.identity import weights_digest
 from ..runs.provenance import versions
 from ..teachers.licenses import public_name
 

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 # At its top level transformers 5.17 refuses this class without torchvision, though the PIL backend works.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..assets import DEMO_MODEL, DEMO_TEACHER
 from ..data.images import read_rgb
-from ..modeling_apm import APMModel, APMPreTrainedModel, weights_digest
-from ..runs.identity import processor_settings
+from ..modeling_apm import APMModel, APMPreTrainedModel
+from ..runs.identity import processor_settings, weights_digest
 from ..runs.progress import no_loading_bars
 from ..teachers import DEFAULT_TEMPLATES, Teacher, load_teacher
 from ..teachers.dense_grids import tokens_at_half
@@ -139,7 +139,8 @@ class APM:
         student, image_processor = model, None
         if isinstance(model, str | os.PathLike):
             options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-            if teacher is not None:
+            named = getattr(AutoConfig.from_pretrained(os.fspath(model)), "teacher_source", None)
+            if teacher is not None and named is not None:
                 options["teacher"] = teacher.tower
             with no_loading_bars():
                 student = AutoModel.from_pretrained(os.fspath(model), **options)
@@ -234,17 +235,23 @@ class APM:
         Raises:
             ValueError: where they are needed and there is no teacher.
         """
-        model = self.bare_model
-        source = model.config.trigger_source
+        source = self.bare_model.config.trigger_source
+        if source == "tokens":
+            return self._tokens(self.pixel_values(images))
         if source == "conv":
+            return None
+        teacher = self._needed_teacher("this student takes its trigger columns from")
+        return teacher.encode_images(pictures(images)).image_embeds
+
+    def _tokens(self, pixel_values: Tensor) -> Tensor | None:
+        """Return the tokens that a dense student reads, of the teacher inside or beside it; None for others."""
+        model = self.bare_model
+        if model.config.trigger_source != "tokens":
             return None
         if model.folds:
             with torch.no_grad():
-                return model.fold(self.pixel_values(images))
-        teacher = self._needed_teacher("this student takes its trigger columns from")
-        if source == "tokens":
-            return tokens_at_half(teacher, self.pixel_values(images))
-        return teacher.encode_images(pictures(images)).image_embeds
+                return model.fold(pixel_values)
+        return tokens_at_half(self._needed_teacher("this student takes its trigger columns from"), pixel_values)
 
     def encode(
         self, images: Any, *, batch_size: int = 32, normalize: bool = False, source: str | None = None
@@ -280,15 +287,13 @@ class APM:
         if self._source(source) == "teacher":
             teacher = self._needed_teacher("embeddings are asked of")
             return {"teacher_pixel_values": partial(process, teacher.image_processor)}
-        config = self._needed_model().config
         needed: dict[str, Any] = {"pixel_values": partial(process, self.image_processor)}
-        if config.trigger_source == "conv":
+        if self.bare_model.folds:
             return needed
         teacher = self._needed_teacher("this student takes its trigger columns from")
-        reads = partial(process, teacher.image_processor)
-        if config.trigger_source == "tokens":
-            reads = partial(whole_photos, teacher.image_processor, size=(teacher.image_size, teacher.image_size))
-        return {**needed, "teacher_pixel_values": reads}
+        if self.bare_model.config.trigger_source == "embedding":
+            needed["teacher_pixel_values"] = partial(process, teacher.image_processor)
+        return needed
 
     def embed(self, inputs: Mapping[str, Tensor], *, source: str | None = None) -> Tensor:
         """Return the embeddings of prepared photos, `(B, F)` float32 on the CPU.
@@ -297,18 +302,17 @@ class APM:
             inputs: as [`APM.preprocessing`] makes them for this source.
             source: as in [`APM.encode`].
         """
-        seen = None
+        seen, column = None, None
         if (pixels := inputs.get("teacher_pixel_values")) is not None:
             seen = self._needed_teacher("embeddings are asked of").encode_images(pixel_values=pixels)
         if self._source(source) == "teacher":
             assert seen is not None and seen.image_embeds is not None
             return seen.image_embeds.float().cpu()
-        model = self._needed_model()
-        column = None
-        if seen is not None:
-            column = seen.features if model.config.trigger_source == "tokens" else seen.image_embeds
+        model = self.bare_model
+        pixel_values = inputs["pixel_values"].to(model.device)
+        column = self._tokens(pixel_values) if seen is None else seen.image_embeds
         with torch.inference_mode():
-            embeds = bare_model(model).pooled_features(inputs["pixel_values"].to(model.device), trigger_column=column)
+            embeds = model.pooled_features(pixel_values, trigger_column=column)
         return embeds.float().cpu()
 
     def encode_dense(

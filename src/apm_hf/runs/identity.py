@@ -9,6 +9,8 @@ from typing import Any
 
 import PIL.Image
 
+from ..modeling_apm import weights_digest as weights_digest
+
 EDGE = 4096  # bytes at either end of an encoded image that are read
 
 

@@ -25,9 +25,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import ModelOutput, logging
 
-from ..modeling_apm import weights_digest
 from ..runs.devices import default_device
-from ..runs.identity import processor_settings
+from ..runs.identity import processor_settings, weights_digest
 from ..runs.progress import no_loading_bars
 from .families import DUAL_ENCODERS, VISION_TOWERS
 from .images import fitted, plain_image_processor, process, rgb_images, square_side

@@ -20,10 +20,11 @@ from transformers.utils.logging import tqdm
 from ...assets import DEMO_MODEL
 from ...demo.story import demo_layers
 from ...distillation.rivals import fitted_rivals
-from ...modeling_apm import IGNORE_INDEX, weights_digest
+from ...modeling_apm import IGNORE_INDEX
 from ...pair import APM
 from ...runs import provenance
 from ...runs.files import write_atomically
+from ...runs.identity import weights_digest
 from ...runs.processes import process_state
 from ...runs.run import Run
 from ...runs.unreadable_images import SKIPPED
