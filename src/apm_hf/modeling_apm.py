@@ -615,6 +615,7 @@ class APMModel(APMPreTrainedModel):
         if width != self.config.feature_size:
             raise ValueError(f"tower: expected features of width {self.config.feature_size}, got {width}")
         config.num_labels = 2  # names of classes are of no use here
+        config.name_or_path, config.architectures = "", None  # nor is where it was loaded from
         fold = APMTeacher(tower)
         source = None
         if name is not None:
