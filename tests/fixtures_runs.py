@@ -4,6 +4,7 @@ Children know all that was imported, so several processes cost no more than one;
 """
 
 import os
+import random
 import signal
 import socket
 import traceback
@@ -48,15 +49,30 @@ def random_targets(num_images, *, seed=0):
     return TargetCache(*(torch.randn(num_images, *shape, generator=generator) for shape in shapes))
 
 
-def run(folder, *, data=None, machine=None, **settings):
+def run(folder, *, data=None, machine=None, processor=None, **settings):
     forget_accelerate()
     return distill(
         machine or student(),
         random_targets(20) if data is None else data,
         config=DistillationConfig(output_dir=str(folder), **(SETTINGS | settings)),
-        image_processor=APMImageProcessorPil(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE}),
+        image_processor=APMImageProcessorPil(
+            size={"height": STUDENT_SIZE, "width": STUDENT_SIZE}, **(processor or {})
+        ),
         validation_data=random_targets(6, seed=7),
     )
+
+
+def damaged_places(files, number=200):
+    """Yield so many of these files, each while another random bit of it is flipped."""
+    places = random.Random(0)
+    for _ in range(number):
+        path = places.choice(files)
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[places.randrange(len(whole))] ^= 1 << places.randrange(8)
+        path.write_bytes(damaged)
+        yield path
+        path.write_bytes(whole)
 
 
 class Fatal(Dataset):

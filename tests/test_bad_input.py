@@ -111,6 +111,9 @@ def test_labels_come_from_a_file_of_a_sensible_size(tmp_path):
     for path in ("/dev/zero", tmp_path / "pipe", tmp_path):
         with pytest.raises(ValueError, match="Expected a text file of labels, got .*, which is none"):
             read_labels(path)
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="Expected a JSON list of strings in .*deep.json"):
+        read_labels(tmp_path / "deep.json")
     (tmp_path / "long.txt").write_text("\n".join(f"label {number}" for number in range(200_000)))
     with pytest.raises(ValueError, match=r"Expected at most [\d,]+ bytes of labels in .*long.txt, got"):
         read_labels(tmp_path / "long.txt")
@@ -201,6 +204,10 @@ class Case:
         os.mkfifo(self.folder / "pipe")
         return str(self.folder / "pipe")
 
+    def sparse(self):
+        os.truncate(self.file("a.jpg", b"\xff"), 2**40)
+        return str(self.folder / "a.jpg")
+
     def parquet(self, name="data.parquet", *, cut=None, **columns):
         parquet = pytest.importorskip("pyarrow.parquet")
         arrow = pytest.importorskip("pyarrow")
@@ -266,6 +273,7 @@ TABLE = {
     "missing": (lambda c: collate(str(c.folder / "none.png")), "row 7: .*none.png': No such file"),
     "links in a circle": (lambda c: collate(c.link()), "row 7: .*one': Too many levels of symbolic links"),
     "pipe": (lambda c: collate(c.pipe()), "row 7: .*pipe': expected a file, got a device"),
+    "file without end": (lambda c: collate(c.sparse()), r"row 7: .*a.jpg': expected at most [\d,]+ bytes, got"),
     "path with NUL": (lambda c: collate("a\0b"), "row 7: .*null byte"),
     "long path": (lambda c: collate("x" * 5000), r"row 7: .*xxx\.\.\.xxx.*name too long"),
     "number": (lambda c: collate(3), "row 7: expected a PIL image, .*got int"),

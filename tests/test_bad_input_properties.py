@@ -1,7 +1,9 @@
-"""Properties that hold for any input, drawn by hypothesis, alike in every run: configurations, coordinates, images."""
+"""Properties that hold for any input, drawn by hypothesis, alike in every run: configurations, images, files."""
 
 import io
+import json
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from apm_hf import APMConfig, APMModel
 from apm_hf.data.images import decode_image, eight_bit_rgb
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
+from apm_hf.runs.checksums import read_sealed, write_sealed
+from apm_hf.teachers.zero_shot import read_labels
 from fixtures_tiny import STUDENT_SIZE, photo, student
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of much that it then reads
@@ -205,3 +209,57 @@ def test_flipped_bytes_give_a_picture_or_a_value_error(kind, flips, in_header, k
         assert str(error).count("\n") == 0 and len(str(error)) < 600
     else:
         assert picture.mode == "RGB" and min(picture.size) >= 1
+
+
+# --- files of labels, parts of a run --------------------------------------------------------------------------------
+
+NAMES = st.sampled_from(["a.txt", "a.json"])
+TEXTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=6)
+
+
+@few(120)
+@given(
+    lines=TEXTS,
+    kind=st.sampled_from(["lines", "json", "raw"]),
+    junk=st.binary(max_size=40),
+    name=st.sampled_from(["a.txt", "a.json"]),
+)
+def test_a_file_of_labels_gives_different_labels_or_a_value_error(lines, kind, junk, name):
+    content = {"lines": "\n".join(lines).encode(), "json": json.dumps(lines).encode(), "raw": junk}[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        try:
+            labels = read_labels(path)
+        except ValueError as error:
+            assert str(error).count("\n") == 0 and len(str(error)) < 600
+        else:
+            assert labels and len(set(labels)) == len(labels) and all(one == one.strip() != "" for one in labels)
+            assert all("\n" not in one for one in labels) or kind != "lines"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@few(120)
+@given(content=st.dictionaries(st.text(max_size=5), JSON, max_size=4), edit=st.data())
+def test_a_part_is_read_as_it_was_written_or_refused(content, edit):
+    """Bytes removed, inserted, doubled or changed anywhere; JSON forgives much, a checksum nothing."""
+    content.pop("checksum", None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.json"
+        write_sealed(path, content)
+        assert read_sealed(path) == content
+        whole = path.read_bytes()
+        start = edit.draw(st.integers(0, len(whole)))
+        end = edit.draw(st.integers(start, min(start + 8, len(whole))))
+        changed = whole[:start] + edit.draw(st.binary(max_size=4) | st.just(whole[start:end] * 2)) + whole[end:]
+        path.write_bytes(changed)
+        if changed == whole:
+            return
+        with pytest.raises(ValueError, match="part.json: expected text that fits its checksum"):
+            read_sealed(path)

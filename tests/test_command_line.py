@@ -111,6 +111,8 @@ def test_options_come_from_a_file_and_what_is_typed_overrides_them(tmp_path, par
         ("max_imags: 7", "unknown option --max_imags; did you mean --max_images"),
         ("- teacher", "expected a YAML mapping of options"),
         ("a: [", "while parsing"),
+        ("[" * 100_000, "maximum recursion depth"),
+        ("data: &a [x, y]\nmethods: [*a, *a]", "methods: expected a value or a list of values"),
         (None, "No such file"),
     ],
 )
@@ -121,6 +123,12 @@ def test_a_file_of_options_that_cannot_be_used_is_one_line(tmp_path, capsys, tex
     with pytest.raises(SystemExit) as ended:
         parse(COMMANDS, ["evaluate", "--output_dir", "x", "--config", str(path)], version="0")
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_file_of_options_is_a_file(capsys):
+    with pytest.raises(SystemExit):
+        parse(COMMANDS, ["evaluate", "--output_dir", "x", "--config", "/dev/zero"], version="0")
+    assert "Expected a text file of options, got /dev/zero, which is none" in capsys.readouterr().err
 
 
 def test_no_option_takes_a_token(parsers):

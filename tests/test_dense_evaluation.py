@@ -1,6 +1,7 @@
 """`apm evaluate --task islands`: rivals and controls, scored alike, resumable, reported."""
 
 import json
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 
@@ -16,8 +17,11 @@ from apm_hf.evaluation.masks.probes import MeanIoU
 from apm_hf.evaluation.masks.scoring import JobRun, ScoringConfig, exchanged
 from apm_hf.islands import cluster, collapse, distant_agreement, neighbour_agreement, upsample
 from apm_hf.islands.scores import segmentation_scores
+from apm_hf.runs import run as runs
+from apm_hf.runs.processes import process_state
 from apm_hf.teachers import load_teacher
 from fixtures_masks import mask, save_masked
+from fixtures_runs import damaged_places
 from fixtures_tiny import STUDENT_SIZE, TEACHER_GRID, photo, save_classifier, save_clip, student
 
 pytest.importorskip("skimage")
@@ -357,6 +361,30 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_results(tmp_path, eva
         assert ours["data"]["stripes"]["rows"][name]["part"]["ari"] == pytest.approx(row["part"]["ari"], abs=0.02)
 
 
+def test_damage_to_any_file_of_an_evaluation_on_masks_is_found(tmp_path, evaluated):
+    """The report, its plot and `results.json` are left out: the same command writes them anew, from the parts."""
+    folder = shutil.copytree(evaluated, tmp_path / "copy")
+    run = runs.Run(folder, process_state())
+    parts = list(run.parts.rglob("*.json"))
+    for path in damaged_places([*parts, folder / "scores.jsonl", folder / runs.MANIFEST]):
+        if path in parts:
+            assert run.load(str(path.relative_to(run.parts).with_suffix(""))) is None
+        else:
+            assert any(path.name in fault for fault in runs.manifest_faults(folder))
+    assert len(parts) > 10 and not runs.manifest_faults(folder)
+
+
+def test_a_teacher_that_sees_otherwise_is_asked_again(tmp_path, evaluated, options, caplog):
+    folder, copy = shutil.copytree(evaluated, tmp_path / "copy"), shutil.copytree(options["teacher"], tmp_path / "t")
+    settings = json.loads((copy / "preprocessor_config.json").read_text())
+    (copy / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}))
+    before = set((folder / "parts").rglob("*.json"))
+    with caplog.at_level("INFO"):
+        evaluate_islands(**options | {"output_dir": folder, "teacher": str(copy), "methods": ["teacher"]})
+    assert len(set((folder / "parts").rglob("*.json")) - before) == 1
+    assert "0 of 1 jobs are done" in caplog.text
+
+
 def test_other_settings_compute_again_what_they_change(tmp_path, options, monkeypatch):
     done, original = [], JobRun.__call__
     monkeypatch.setattr(JobRun, "__call__", lambda self: done.append(self.job.name) or original(self))
@@ -406,7 +434,7 @@ def test_by_default_the_embedded_teacher_and_model_are_scored_on_scenes(tmp_path
 def test_what_cannot_be_is_refused_before_anything_is_computed(tmp_path, options, others, message):
     with pytest.raises(ValueError, match=message):
         evaluate_islands(**options | {"output_dir": tmp_path / "x"} | others)
-    assert not (tmp_path / "x").exists()
+    assert not list((tmp_path / "x").rglob("*"))
 
 
 def test_a_model_of_another_width_is_refused(tmp_path, options):

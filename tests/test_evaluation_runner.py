@@ -25,12 +25,13 @@ from apm_hf.evaluation.labels.runner import (
 from apm_hf.evaluation.labels.suites import evaluate
 from apm_hf.evaluation.plan import CLEAN, Cell, Sweep
 from apm_hf.evaluation.report import write_report
+from apm_hf.evaluation.results import read_run
 from apm_hf.runs import run as runs
 from apm_hf.runs.files import write_atomically
 from apm_hf.runs.processes import process_state
 from apm_hf.runs.run import PARTS, RUN
 from apm_hf.runs.unreadable_images import SKIPPED
-from fixtures_runs import forget_accelerate, processes
+from fixtures_runs import damaged_places, forget_accelerate, processes
 
 pytest.importorskip("imagecorruptions")
 
@@ -146,6 +147,37 @@ def test_damaged_parts_are_computed_again_to_the_same_bytes(finished, tmp_path, 
     run(folder)
     assert (folder / RESULTS).read_bytes() == (finished / RESULTS).read_bytes()
     assert "000001.json is damaged and computed again" in caplog.text
+
+
+def test_damage_to_any_file_of_an_evaluation_is_found(finished, tmp_path):
+    """Reports and plots are left out: the same command draws them anew, from what was verified."""
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    evaluation = runs.Run(folder, process_state())
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != runs.LOCK]
+    assert {RESULTS, COSTS, RUN, runs.MANIFEST} < {path.name for path in files}
+    for path in damaged_places(files):
+        if path.is_relative_to(folder / PARTS):
+            assert evaluation.load(str(path.relative_to(folder / PARTS).with_suffix(""))) is None
+        elif path.name == RUN:
+            with pytest.raises(ValueError, match=RUN):
+                evaluation.claim({})
+        else:
+            with pytest.raises(ValueError, match=path.name):
+                read_run(folder)
+
+
+def test_a_teacher_that_reads_otherwise_is_another_run(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    load = runner.load_teacher
+
+    def changed(name, **options):
+        teacher = load(name, **options)
+        teacher.tokenizer.add_tokens("zebra")
+        return teacher
+
+    monkeypatch.setattr(runner, "load_teacher", changed)
+    with pytest.raises(ValueError, match=r"another run in .*, which differs in teachers\.demo-teacher\.text\.finger"):
+        run(folder)
 
 
 def test_a_teacher_whose_weights_changed_is_another_run(finished, tmp_path, monkeypatch):
@@ -287,7 +319,7 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
 def test_a_method_asked_for_twice_under_one_condition_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a method once under the same conditions"):
         run(tmp_path / "x", [sweep(), sweep(methods=("zero_shot",), max_images=3)])
-    assert not (tmp_path / "x").exists()
+    assert not list((tmp_path / "x").rglob("*"))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 from collections import namedtuple
 from pathlib import Path
@@ -29,8 +30,10 @@ from apm_hf.distillation.losses import LossWeights
 from apm_hf.distillation.objective import Objective
 from apm_hf.distillation.targets import TargetMaker
 from apm_hf.position_encoding import grid_coordinates
+from apm_hf.runs.checksums import read_sealed
 from apm_hf.runs.identity import images_digest
 from apm_hf.runs.processes import process_state
+from apm_hf.runs.run import LOCK, Run
 from apm_hf.runs.stopping import EXIT_STOPPED
 from apm_hf.teachers.feature_cache import (
     CachedImages,
@@ -41,7 +44,7 @@ from apm_hf.teachers.feature_cache import (
     writer,
 )
 from apm_hf.teachers.targets import normalise_levels
-from fixtures_runs import forget_accelerate, forked, processes, status_of
+from fixtures_runs import damaged_places, forget_accelerate, forked, processes, status_of
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip, save_splits, student
 
 datasets = pytest.importorskip("datasets")
@@ -218,6 +221,23 @@ def test_a_flipped_byte_in_any_file_is_detected_and_mended(whole, teacher, image
     write(tmp_path, teacher, images)
     assert contents_of(tmp_path) == contents_of(whole)
     assert ("00001.json is damaged and computed again" in caplog.text) == name.startswith("00001")
+
+
+def test_damage_to_any_file_of_a_cache_is_found_by_who_reads_it(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "cache")
+    run, index = Run(folder, process_state(), parts="."), read_sealed(folder / "index.json")
+    identity = read_sealed(folder / "run.json")["identity"]
+    for path in damaged_places([path for path in folder.iterdir() if path.name != LOCK]):
+        if path.name == "run.json":
+            with pytest.raises(ValueError, match=path.name):
+                run.claim(identity)
+        elif path.suffix == ".json" and path.name != "index.json":  # the reader has all of it from the index
+            assert run.load(path.stem) is None
+            assert FeatureCache(folder).verify().index == index
+        else:
+            with pytest.raises(ValueError, match=path.name):
+                FeatureCache(folder).verify()
+    FeatureCache(folder).verify()
 
 
 def test_truncated_missing_and_broken_shards_are_named(whole, tmp_path):

@@ -1,6 +1,8 @@
 """A folder of n images is n images, whatever they are called; what is left out is said."""
 
+import gc
 import os
+import warnings
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -90,6 +92,60 @@ def test_links_are_followed_once_and_litter_is_skipped(tmp_path, caplog):
     assert "left out 1 files that are no images: notes.txt" in caplog.text
 
 
+def test_links_to_nothing_pipes_and_names_that_no_table_holds_are_left_out_by_name(tmp_path, caplog):
+    folder = make(tmp_path / "photos", "0.jpg", "1.jpg")
+    (folder / "gone.jpg").symlink_to("missing.jpg")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    latin = os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jpg")
+    try:
+        photo(2).save(latin)
+    except OSError:  # of systems whose names are text
+        latin = None
+    with caplog.at_level("WARNING"):
+        data = load_images(folder)
+    assert names(data) == ["0.jpg", "1.jpg"]
+    assert "3 images that are links to nothing, or no files: gone.jpg, loop.jpg, pipe.jpg" in caplog.text
+    assert latin is None or "names are not UTF-8, which tables cannot hold: caf\udce9.jpg" in caplog.text
+    assert len(find_photos([str(folder)])) == 5 + (latin is not None)  # each says for itself what is wrong
+
+
+@pytest.fixture
+def unclosed():
+    """`datasets` leaves files that describe images open, of which Python warns when they are collected."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
+@pytest.mark.usefixtures("unclosed")
+def test_names_mean_nothing_where_images_are_described_and_what_is_not_described_is_said(tmp_path, caplog):
+    folder = make(tmp_path / "photos [1]", "a.jpg", "steam train.jpg", "test tube.jpg", "more.jpg")
+    (folder / "metadata.csv").write_text("file_name,note\na.jpg,x\nsteam train.jpg,y\ntest tube.jpg,z\n")
+    data = load_images(folder)
+    assert names(data) == ["a.jpg", "steam train.jpg", "test tube.jpg"] and "note" in data.dataset.features
+    assert "left out 1 images that are not described: " in caplog.text and "more.jpg" in caplog.text
+
+
+@pytest.mark.usefixtures("unclosed")
+def test_described_splits_are_splits(tmp_path):
+    for name in ("train", "test"):
+        make(tmp_path / name, f"{name} 0.jpg", "other 1.jpg")
+        (tmp_path / name / "metadata.csv").write_text(f"file_name,note\n{name} 0.jpg,x\nother 1.jpg,y\n")
+    assert names(load_images(tmp_path, split="test")) == ["other 1.jpg", "test 0.jpg"]
+
+
+def test_images_beside_tables_are_refused_or_left_out_by_name(tmp_path, caplog):
+    folder = make(tmp_path, "a.jpg", "test tube.jpg", "notes.parquet")
+    with pytest.raises(ValueError, match="images or tables of them, got 2 images, as a.jpg, beside 1 tables .*notes"):
+        load_images(folder)
+    (folder / "a.jpg").unlink()
+    (folder / "more.parquet").write_text("text")
+    assert list_images(folder) is None
+    assert "left out 1 images beside tables or archives: test tube.jpg" in caplog.text
+
+
 def test_images_beside_folders_have_no_classes_and_it_is_said(tmp_path, caplog):
     data = load_images(make(tmp_path, "0.jpg", "cat/1.jpg", "dog/2.jpg"))
     assert len(data.dataset) == 3 and data.label_column is None
@@ -117,18 +173,45 @@ def test_a_damaged_image_stays_a_row(tmp_path):
 
 
 WORDS = st.sampled_from(
-    ["train", "test", "val", "cat", "dog", "a b", "[x]", "Ünï", "*", "{y}", "%20", "-", "n01440764_tench"]
+    [
+        "train",
+        "test",
+        "val",
+        "cat",
+        "dog",
+        "a b",
+        "line\nbreak",
+        "\x1b[31m",
+        "[x]",
+        "Ünï",
+        "*",
+        "{y}",
+        "%20",
+        "-",
+        "n01440764_tench",
+    ]
 )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(paths=st.sets(st.lists(WORDS, min_size=1, max_size=3).map(tuple), min_size=1, max_size=8))
-def test_every_image_is_in_just_one_split_whatever_folders_and_files_are_called(paths, tmp_path_factory):
-    root = tmp_path_factory.mktemp("folder")
+@given(
+    paths=st.sets(st.lists(WORDS, min_size=1, max_size=3).map(tuple), min_size=1, max_size=8),
+    links=st.sets(st.integers(0, 7)),
+)
+def test_every_image_is_in_just_one_split_whatever_folders_and_files_are_called(paths, links, tmp_path_factory):
+    """Links to images are images, links to nothing are none, and links back to the folder add nothing."""
+    root, outside = tmp_path_factory.mktemp("folder"), tmp_path_factory.mktemp("outside") / "image.jpg"
+    outside.write_bytes(b"")
     for number, parts in enumerate(sorted(paths)):
         folder = root.joinpath(*[f"{part}" for part in parts[:-1]])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{parts[-1]}.{number}.jpg").write_bytes(b"")
+        path = folder / f"{parts[-1]}.{number}.jpg"
+        if number in links:
+            path.symlink_to(outside)
+        else:
+            path.write_bytes(b"")
+        (folder / f"gone.{number}.jpg").symlink_to(root / "nothing")
+        (folder / f"up.{number}").symlink_to(root)
     listed = list_images(root)
     found = [path for paths_of_split in listed.splits.values() for path in paths_of_split]
     assert len(found) == len(set(found)) == len(paths)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import modeling_utils
 
+from apm_hf import APM
 from apm_hf.commands.main import main
 from apm_hf.distillation import loop
 from apm_hf.distillation import recipe as training
@@ -28,7 +29,7 @@ from apm_hf.runs import run as runs
 from apm_hf.runs import stopping
 from apm_hf.runs.checkpoints import Checkpoints, faults, manifest_of, progress_of
 from apm_hf.runs.stopping import EXIT_STOPPED, RunStopped
-from fixtures_runs import Fatal, forget_accelerate, forked, processes, random_targets, run, status_of
+from fixtures_runs import Fatal, damaged_places, forget_accelerate, forked, processes, random_targets, run, status_of
 from fixtures_tiny import student
 
 
@@ -236,6 +237,34 @@ def test_every_byte_of_a_manifest_counts(two):
     assert manifest["files"]["optimizer.bin"]["size"] == (path.parent / "optimizer.bin").stat().st_size
 
 
+def test_damage_to_any_file_of_a_finished_run_is_found(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != runs.LOCK]
+    assert {"manifest.json", "metrics.json", "speed.json", "config.json"} < {path.name for path in files}
+    assert not runs.manifest_faults(folder)
+    for path in damaged_places(files):
+        found = faults(path.parent) if path.parent.name.startswith("step_") else runs.manifest_faults(folder)
+        assert any(path.name in fault for fault in found), path
+
+
+def test_a_damaged_model_is_said_when_it_is_loaded(whole, tmp_path, caplog):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    APM.load(folder)
+    assert not caplog.records
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    APM.load(folder)
+    (record,) = caplog.records
+    assert "model.safetensors: expected SHA-256" in record.getMessage() and "damaged, or was" in record.getMessage()
+
+
+def test_a_copy_that_a_person_made_of_a_checkpoint_is_not_gone_on_from(two):
+    checkpoints = Checkpoints(two, keep=2)
+    for name in ("step_00000004_copy", "step_best", "step_00000004 (1)"):
+        shutil.copytree(checkpoints.folder / "step_00000004", checkpoints.folder / name)
+    assert checkpoints.names() == ["step_00000004", "step_00000006"] and checkpoints.newest().name == "step_00000006"
+
+
 def test_a_run_with_a_damaged_checkpoint_ends_as_one_without(whole, two, caplog):
     flip(two / "checkpoints/step_00000006/optimizer.bin")
     caplog.set_level(logging.INFO, logger="apm_hf")
@@ -421,9 +450,10 @@ def test_a_stray_file_among_the_checkpoints_does_no_harm(begun, whole, tmp_path)
         ({"data": random_targets(21)}, "num_images 20 -> 21"),
         ({"data": random_targets(20).shuffled(seed=3)}, "other images"),
         ({"machine": student(position_size=32)}, "student.position_size 16 -> 32"),
+        ({"processor": {"do_min_max": True}}, "image_processor.do_min_max .* -> True"),
         ({"statistics": "scalar", "seed": 2}, "statistics channel -> scalar"),
     ],
-    ids=["seed", "number of images", "images", "student", "statistics"],
+    ids=["seed", "number of images", "images", "student", "image processor", "statistics"],
 )
 def test_what_makes_it_another_run_is_refused(begun, changes, message):
     with pytest.raises(ValueError, match=f"resume: expected what the run began with, got .*{message}"):

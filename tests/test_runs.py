@@ -1,7 +1,7 @@
 """The output folder of long work: claimed by one run, its parts verified, nothing of another run in it."""
 
 import json
-import random
+import os
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from torch import nn
 from apm_hf.runs.files import write_atomically
 from apm_hf.runs.identity import images_digest, weights_digest
 from apm_hf.runs.processes import process_state
-from apm_hf.runs.run import LOCK, MANIFEST, PREVIOUS, RUN, Run, check_manifest, differences, separate_folder
-from fixtures_runs import forget_accelerate
+from apm_hf.runs.run import LOCK, MANIFEST, PREVIOUS, RUN, Run, check_manifest, differences, own_folder
+from fixtures_runs import damaged_places, forget_accelerate
 
 IDENTITY = {"teachers": {"clip": {"weights": "abc", "image_size": 224}}, "methods": ["a", "b"]}
 
@@ -52,15 +52,10 @@ def test_parts_are_read_as_they_were_written_and_a_run_goes_on(tmp_path):
 
 def test_any_damage_to_any_file_is_found(tmp_path, caplog):
     """One bit at 200 random places of all files but the lock, which is empty."""
-    run, places = finished(tmp_path / "run"), random.Random(0)
+    run = finished(tmp_path / "run")
     files = [path for path in sorted(run.folder.rglob("*")) if path.is_file() and path.name != LOCK]
     assert len(files) == 3 + 1 + 3  # parts, tensors; run.json, manifest.json, results.jsonl
-    for _ in range(200):
-        path = places.choice(files)
-        whole = path.read_bytes()
-        damaged = bytearray(whole)
-        damaged[places.randrange(len(whole))] ^= 1 << places.randrange(8)
-        path.write_bytes(damaged)
+    for path in damaged_places(files):
         if path.name in (RUN, MANIFEST, "results.jsonl"):
             with pytest.raises(ValueError, match=path.name.replace(".", r"\.")):
                 run.claim(IDENTITY)
@@ -68,7 +63,6 @@ def test_any_damage_to_any_file_is_found(tmp_path, caplog):
         else:
             caplog.clear()
             assert run.load(f"cell/{path.stem}") is None and "is damaged and computed again" in caplog.text
-        path.write_bytes(whole)
     assert all(run.load(f"cell/{number:06d}") is not None for number in range(3))
 
 
@@ -108,7 +102,11 @@ def test_what_is_replaced_is_set_aside_also_in_two_goes(tmp_path):
     run.set_aside(("config.json", "model.safetensors"), overwrite=True)
     assert {path.name for path in (tmp_path / PREVIOUS).iterdir()} == {"config.json", "model.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == {PREVIOUS, "notes.txt"}
-    run.forget_previous()
+    (tmp_path / PREVIOUS / "diary.txt").write_text("a person's, too")
+    run.forget_previous(("config.json", "model.safetensors", "metrics.json"))
+    assert [path.name for path in (tmp_path / PREVIOUS).iterdir()] == ["diary.txt"]
+    (tmp_path / PREVIOUS / "diary.txt").unlink()
+    run.forget_previous(("config.json",))
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt"}
 
 
@@ -116,9 +114,14 @@ def test_an_output_folder_is_neither_the_teacher_s_nor_the_data_s_nor_within(tmp
     (tmp_path / "photos").mkdir()
     for folder in ("photos", "photos/run", "photos/../photos"):
         with pytest.raises(ValueError, match="which lies in the folder of --dataset"):
-            separate_folder(tmp_path / folder, dataset=tmp_path / "photos", teacher="org/clip")
-    separate_folder(tmp_path / "photos-run", dataset=tmp_path / "photos", teacher=None)
-    separate_folder(tmp_path, dataset=tmp_path / "photos")
+            own_folder(tmp_path / folder, dataset=tmp_path / "photos", teacher="org/clip")
+    own_folder(tmp_path / "photos-run", dataset=tmp_path / "photos", teacher=None)
+    own_folder(tmp_path, dataset=tmp_path / "photos")
+    with pytest.raises(ValueError, match="folder of --data"):
+        own_folder(tmp_path / "photos", data=["scenes", str(tmp_path / "photos")])
+    for empty in ("", " "):
+        with pytest.raises(ValueError, match="output_dir: expected a folder, got"):
+            own_folder(empty, dataset=tmp_path / "photos")
 
 
 def test_weights_are_known_by_every_number_their_names_and_types():
@@ -141,6 +144,8 @@ def test_images_are_known_by_their_bytes_wherever_they_lie(tmp_path):
     (tmp_path / "b").write_bytes(b"start" + b"-" * 10_000 + b"END")
     assert images_digest(rows[0], "image") != images_digest(rows[1], "image")
     assert images_digest(rows[0], "image") != images_digest(rows[0] * 2, "image")
+    os.mkfifo(tmp_path / "pipe")  # nobody waits for one
+    assert images_digest([{"image": str(tmp_path / "pipe")}], "image")
 
 
 def test_differences_name_digests_alone_and_values_in_full():

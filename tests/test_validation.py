@@ -8,7 +8,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from apm_hf import APMModelOutput
 from apm_hf.distillation.losses import DistillationTargets
-from apm_hf.distillation.validation import TILE, ValidationMetrics, validation_picture
+from apm_hf.distillation.validation import TILE, ValidationMetrics, validation_picture, worse_than_constant
 from apm_hf.islands import PCAColours
 
 NUM_IMAGES, GRID, WIDTH = 7, (3, 2), 5
@@ -78,13 +78,18 @@ def test_a_perfect_student_has_r2_one_and_the_mean_has_r2_zero():
     outputs, targets = answers_and_targets()
     outputs.last_hidden_state = targets.features
     assert compute(outputs, targets, WHOLE)["feature_r2"] == pytest.approx(1, abs=1e-6)
+    assert worse_than_constant(compute(outputs, targets, WHOLE)) is None
     outputs.last_hidden_state = targets.features.mean(dim=(0, 1)).expand_as(targets.features)
-    assert compute(outputs, targets, WHOLE)["feature_r2"] == pytest.approx(0, abs=1e-5)
+    values = compute(outputs, targets, BATCHES)
+    assert values["feature_r2"] == pytest.approx(0, abs=1e-5)
+    assert values["feature_cosine"] == pytest.approx(values["mean_cosine"], abs=1e-6)
+    values["feature_cosine"] -= 0.1
+    assert "no better than a constant" in worse_than_constant(values)
 
 
 def test_a_student_without_colours_has_no_colour_error():
     values = compute(*answers_and_targets(rgb=False), WHOLE)
-    assert set(values) == {"feature_cosine", "feature_r2", "embed_cosine"}
+    assert set(values) == {"feature_cosine", "feature_r2", "embed_cosine", "mean_cosine"}
 
 
 def test_no_image_is_an_error():

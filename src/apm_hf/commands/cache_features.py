@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
 
     from ..data.loading import train_and_validation
     from ..runs.processes import process_state
+    from ..runs.run import own_folder
     from ..teachers import load_teacher
     from ..teachers.feature_cache import CacheSettings, FeatureCache, estimate, write_feature_cache
 
@@ -71,6 +72,8 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         images_per_shard=options.images_per_shard,
         seed=options.seed,
     )
+    if not options.dry_run:  # before anything is fetched
+        own_folder(options.output_dir, teacher=options.teacher, dataset=options.dataset)
     teacher = load_teacher(options.teacher, dtype=options.teacher_dtype)
     data, _ = train_and_validation(
         options.dataset,

@@ -23,7 +23,7 @@ RESULT = {
     "steps": "optimiser steps",
     "processes": "that took part",
     "num_parameters": "of the APM",
-    "metrics": "of every validation: step, feature_cosine, feature_r2, embed_cosine, rgb_mse",
+    "metrics": "of every validation: step, feature_cosine, mean_cosine (of a constant), feature_r2, embed_cosine, ...",
     "url": "of the commit with --push_to_hub, else null",
 }
 INTERRUPTED = "with --resume the same command goes on from its last checkpoint, if there is one (--checkpoint_steps)"

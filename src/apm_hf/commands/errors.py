@@ -29,8 +29,9 @@ def explain(error: BaseException, *, smaller: str = "") -> str | None:
             return _one_line(f"{context} {said}" if cause is not error and context.startswith(_TEACHER) else said)
     if isinstance(error, ModuleNotFoundError):
         return f"{error}: `apm env` says what is missing, and how to add it"
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return _one_line(f"{os.fspath(error.filename)}: {error.strerror}")
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _one_line(f"{where}{error.strerror}")
     return _one_line(str(error)) if isinstance(error, ValueError | OSError | ImportError) else None
 
 

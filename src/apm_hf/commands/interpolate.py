@@ -43,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..data.images import read_rgb
     from ..islands.interpolation_pictures import InterpolationConfig, interpolation_picture
+    from ..runs.files import writable_folder
     from ..ttt.photos import map_size
 
     config = InterpolationConfig(
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.steps < 1:
         raise ValueError(f"--steps: expected a positive number, got {options.steps}")
     photos = [read_rgb(path) for path in options.photos]
+    writable_folder(options.output_dir)
     pair = load_pair(options, local_patch=not options.trigger_only)
     if options.trigger_only and pair.is_fitted:
         raise ValueError("--trigger_only: expected a fresh student, so --teacher without --model, or --fresh")

@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..data.folders import find_photos
     from ..data.images import read_rgb
     from ..islands.pictures import IslandsConfig
+    from ..runs.files import writable_folder
 
     config = IslandsConfig(
         size=options.size,
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.steps < 1:
         raise ValueError(f"--steps: expected a positive number, got {options.steps}")
     photos = find_photos(options.photos)
+    writable_folder(options.output_dir)
     pair = load_pair(options)
     teacher, fits = pair.teacher, not pair.is_fitted or options.adapt or options.movie
     if fits and teacher is None:

@@ -53,15 +53,16 @@ def _from_file(arguments: Sequence[str]) -> list[str]:
     """
     import yaml  # type: ignore[import-untyped]
 
+    from ..runs.files import read_text
+
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(list(arguments))[0].config
     if path is None:
         return []
     try:
-        with open(path, encoding="utf-8") as file:
-            entries = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        entries = yaml.safe_load(read_text(path, "options"))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config: {path}: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
         raise ValueError(f"--config: expected a YAML mapping of options to values in {path}")
@@ -69,9 +70,12 @@ def _from_file(arguments: Sequence[str]) -> list[str]:
     for key, value in entries.items():
         if value is None or value is False:
             continue
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(one, list | dict) for one in values):  # whose text could be without end
+            raise ValueError(f"--config: {key}: expected a value or a list of values in {path}")
         words.append("--" + key.replace("-", "_"))
         if value is not True:
-            words += [str(one) for one in (value if isinstance(value, list) else [value])]
+            words += [str(one) for one in values]
     return words
 
 

@@ -59,20 +59,68 @@ class ListedFolder:
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def list_images(folder: str | os.PathLike[str], *, split: str | None = None) -> ListedFolder | None:
+@dataclass(frozen=True)
+class DescribedFolder:
+    """A folder whose images are described in files, `metadata.csv` or `metadata.jsonl`, which `datasets` reads.
+
+    Args:
+        splits: name -> folder; several, where every folder on top is named so and has such a file.
+    """
+
+    splits: dict[str, str]
+
+    def data_files(self) -> dict[str, str]:
+        """Return patterns that mean the folders, whatever their names: no name in them is taken for a split."""
+        return {name: f"{glob.escape(os.path.abspath(folder))}/**" for name, folder in self.splits.items()}
+
+    def say_left_out(self, split: str, dataset: Any) -> None:
+        """Log the images of a split that no description is of, and which `datasets` leaves out."""
+        import datasets
+
+        images = [path for path in _entries(Path(self.splits[split])) if path.suffix.lower() in _suffixes()]
+        if len(images) > len(dataset):
+            column = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
+            described = {os.path.realpath(row["image"]["path"]) for row in column if row["image"]}
+            left = [path for path in images if os.path.realpath(path) not in described]
+            _say_left_out(logger.warning, "images that are not described", left)
+
+
+def list_images(folder: str | os.PathLike[str], *, split: str | None = None) -> ListedFolder | DescribedFolder | None:
     """List a folder of image files; None for a folder of tables or archives, or without images.
 
     Args:
         split: one that is asked for: a folder on top that is named so is a split then, even if it stands alone.
+
+    Raises:
+        ValueError: for a folder with at least as many images as tables or archives: it could mean either.
     """
     root = Path(folder)
-    images: list[Path] = []
-    others: list[Path] = []
-    for path in _files(root):
-        suffix = path.suffix.lower()
-        if suffix in TABLES or path.name in DESCRIPTIONS:
-            return None
-        (images if suffix in _suffixes() else others).append(path.relative_to(root))
+    images, others, broken, misnamed = list[Path](), list[Path](), list[Path](), list[Path]()
+    tables, descriptions = list[Path](), list[Path]()
+    for path in _entries(root):
+        suffix, name = path.suffix.lower(), path.relative_to(root)
+        if suffix in TABLES:
+            tables.append(name)
+        elif path.name in DESCRIPTIONS:
+            descriptions.append(name)
+        elif suffix not in _suffixes():
+            others.append(name)
+        elif not path.is_file():
+            broken.append(name)
+        else:
+            (images if _is_utf8(path) else misnamed).append(name)
+    if tables and len(images) >= len(tables):
+        raise ValueError(
+            f"{folder}: expected images or tables of them, got {len(images)} images, as {images[0]}, beside "
+            f"{len(tables)} tables or archives, as {tables[0]}; move one kind elsewhere, or name a table"
+        )
+    if tables:
+        _say_left_out(logger.warning, "images beside tables or archives", images)
+        return None
+    if descriptions:
+        return _described(root, descriptions)
+    _say_left_out(logger.warning, "images that are links to nothing, or no files", broken)
+    _say_left_out(logger.warning, "images whose names are not UTF-8, which tables cannot hold", misnamed)
     if not images:
         return None
     unread = [path for path in others if path.suffix.lower() in UNREAD]
@@ -85,14 +133,30 @@ def list_images(folder: str | os.PathLike[str], *, split: str | None = None) -> 
     return ListedFolder(splits, classes, sorted({one for names in classes.values() for one in names}))
 
 
+def _described(root: Path, descriptions: list[Path]) -> DescribedFolder:
+    tops = {path.parts[0] for path in descriptions if len(path.parts) > 1}
+    named = {SPLIT_FOLDERS[top.lower()]: top for top in tops if top.lower() in SPLIT_FOLDERS}
+    if len(named) == len(tops) > 1 and all(len(path.parts) > 1 for path in descriptions):
+        return DescribedFolder({name: str(root / top) for name, top in named.items()})
+    return DescribedFolder({"train": str(root)})
+
+
 def _say_left_out(log: Callable[[str], None], what: str, left: list[Path]) -> None:
     if left:
         named = ", ".join(path.as_posix() for path in left[:5]) + (", ..." if len(left) > 5 else "")
         log(f"left out {len(left)} {what}: {named}")
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """Yield all files below a folder, sorted, links followed, each real folder once, litter left out."""
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _entries(root: Path) -> Iterator[Path]:
+    """Yield all below a folder that is no folder, sorted, links followed, each real folder once, without litter."""
     seen: set[tuple[int, int]] = set()
 
     def walk(folder: Path) -> Iterator[Path]:
@@ -105,7 +169,7 @@ def _files(root: Path) -> Iterator[Path]:
                 continue
             if path.is_dir():
                 yield from walk(path)
-            elif path.is_file():
+            else:
                 yield path
 
     return walk(root)
@@ -155,11 +219,11 @@ def find_photos(names: Iterable[str]) -> list[str]:
     for name in names:
         images: list[str] = []
         if os.path.isdir(name):
-            images = [str(path) for path in _files(Path(name)) if path.suffix.lower() in _suffixes()]
+            images = [str(path) for path in _entries(Path(name)) if path.suffix.lower() in _suffixes()]
         elif not os.path.exists(name) and glob.has_magic(name):
             images = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
         found += images or [name]
     return list(dict.fromkeys(found))
 
 
-__all__ = ["ListedFolder", "find_photos", "list_images"]
+__all__ = ["DescribedFolder", "ListedFolder", "find_photos", "list_images"]

@@ -24,6 +24,7 @@ from ..runs.unreadable_images import PROBLEM, packed
 
 ANSWERS = ("features", "image_embeds", "levels", "locations", "grid")  # of a teacher, in a row that has them
 
+MAX_FILE_BYTES = 2**30  # of an image: more than any camera's
 _PNG = b"\x89PNG\r\n\x1a\n"
 # What a damaged download often is instead of an image, by its first bytes.
 _SIGNATURES = {
@@ -233,9 +234,12 @@ def _open(source: Any) -> PIL.Image.Image:
 
         with fsspec.open(path, "rb") as file:
             return _identified(file.read())
-    mode = os.stat(path).st_mode
+    status = os.stat(path)
+    mode = status.st_mode
     if not stat.S_ISREG(mode):  # a pipe or a device could be read for ever
         raise ValueError("expected a file, got a folder" if stat.S_ISDIR(mode) else "expected a file, got a device")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"expected at most {MAX_FILE_BYTES:,} bytes, got {status.st_size:,}")
     return _identified(Path(path).read_bytes())  # PIL would keep files of many frames open
 
 

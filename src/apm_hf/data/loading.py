@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .folders import ListedFolder, list_images
+from .folders import DescribedFolder, ListedFolder, list_images
 
 logger = logging.get_logger(__name__)
 
@@ -140,7 +140,7 @@ def train_and_validation(
 
 @dataclass(frozen=True)
 class Source:
-    """Where a dataset lies and how it is read: by `datasets`, or a folder of images as it is listed."""
+    """Where a dataset lies and how it is read: by `datasets`, or a folder of images as it is listed or described."""
 
     name: str
     path: str
@@ -149,6 +149,7 @@ class Source:
     revision: str | None = None
     saved_to_disk: bool = False
     listed: ListedFolder | None = None
+    described: DescribedFolder | None = None
 
     @classmethod
     def parse(
@@ -178,6 +179,8 @@ class Source:
             marks = ("dataset_dict.json", "state.json")
             saved_to_disk = any(os.path.isfile(os.path.join(path, mark)) for mark in marks)
             listed = None if saved_to_disk or config else list_images(path, split=(split or "").split("[")[0] or None)
+            if isinstance(listed, DescribedFolder):
+                return cls(name, "imagefolder", data_files=listed.data_files(), described=listed)
             return cls(name, path, config, saved_to_disk=saved_to_disk, listed=listed)
         if path.startswith((".", os.sep)) or path.count("/") > 1:
             raise FileNotFoundError(f"there is no file or folder {name!r}.")
@@ -216,7 +219,7 @@ class Source:
                 f"a stream has no parts or sums of splits, got {split!r}; choose one of {self.split_names}."
             )
         with self._explained():
-            return import_datasets().load_dataset(
+            dataset = import_datasets().load_dataset(
                 self.path,
                 self.config,
                 data_files=self.data_files,
@@ -224,6 +227,9 @@ class Source:
                 revision=self.revision,
                 streaming=streaming,
             )
+        if self.described is not None and split in self.split_names and not streaming:
+            self.described.say_left_out(split, dataset)
+        return dataset
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

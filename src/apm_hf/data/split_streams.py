@@ -11,6 +11,7 @@ of the epoch are read again, but no image is decoded: `benchmarks/data.py` measu
 """
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,11 @@ class SplitStream(IterableDataset):
         self._places: dict[int, tuple[int, int]] = {}  # by worker, where it begins
         self._first_worker = 0
         self.new_epoch = 0
+
+    def digest(self) -> str:
+        """Return what is known of a stream without reading it: its name, columns and number of shards."""
+        name, columns = os.path.basename(self.name.rstrip(os.sep)), sorted(self.dataset.column_names or [])
+        return f"stream {name}, {columns}, {self.dataset.num_shards} shards"
 
     def share(self, process: int, num_processes: int, num_workers: int) -> None:
         """Which part this process reads, with so many workers."""

@@ -27,6 +27,7 @@ from ..distillation import DistillationConfig, distill, matching_image_processor
 from ..modeling_apm import APMModel
 from ..position_encoding import grid_coordinates
 from ..publishing.cards import CardFacts, write_card, write_card_picture
+from ..runs.run import own_folder
 from ..teachers import Teacher, load_teacher
 from ..teachers.licenses import inherit
 from ..teachers.targets import TargetCache
@@ -95,6 +96,11 @@ def run_demo(config: DemoConfig) -> DemoResult:
     Raises:
         ValueError: for a data set without labels.
     """
+    output_dir = own_folder(config.output_dir, teacher=config.teacher, dataset=config.dataset)
+    if (output_dir / "config.json").exists() and not _is_demo(output_dir):
+        raise ValueError(
+            f"--output_dir: expected a new folder or an earlier demo's, got {output_dir}, another model's"
+        )
     teacher = load_teacher(config.teacher)
     train_images, test_images, labels, class_names = _load(config)
     layers = demo_layers(teacher)
@@ -105,11 +111,6 @@ def run_demo(config: DemoConfig) -> DemoResult:
     cache = TargetCache.build(
         train_images, teacher, image_processor, layers=layers, dtype=torch.float16, description="teacher"
     )
-    output_dir = Path(config.output_dir)
-    if (output_dir / "config.json").exists() and not _is_demo(output_dir):
-        raise ValueError(
-            f"--output_dir: expected a new folder or an earlier demo's, got {output_dir}, another model's"
-        )
     student = _distil(architecture, cache, image_processor, config, output_dir)
     with tempfile.TemporaryDirectory() as scratch:
         control = _distil(architecture, cache.shuffled(config.seed), image_processor, config, Path(scratch))

@@ -32,7 +32,6 @@ from ..configuration_apm import APMConfig
 from ..image_processing_apm import APMImageProcessor
 from ..modeling_apm import FINER, APMModel
 from ..position_encoding import grid_coordinates
-from ..runs.files import write_atomically
 from ..runs.processes import on_cpu, process_state
 from ..runs.progress import no_loading_bars
 from ..runs.run import Run
@@ -40,22 +39,13 @@ from ..teachers import Teacher
 from ..teachers.dense_grids import moved, tokens_at_half
 from ..teachers.licenses import inherit
 from ..teachers.matching import dense_image_processor
-from .rivals import ATTENTION, BILATERAL, CHUNK, RIDGE, AttentionUpsampler, Ridge, Upsampler, bilinear
+from .resuming import MADE, make_room
+from .rivals import CHUNK, AttentionUpsampler, Ridge, Upsampler, bilinear
 
 logger = logging.get_logger(__name__)
 
 MAX_SHIFT = 16  # pixels of that photo by which windows are moved
 PHOTOS = 8  # that the teacher reads at a time
-MADE = (
-    RIDGE,
-    BILATERAL,
-    ATTENTION,
-    "config.json",
-    "model.safetensors",
-    "preprocessor_config.json",
-    "metrics.json",
-    "README.md",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +239,8 @@ def distill_dense(
         raise ValueError(f"validation: expected two photos or more, to measure on, got {len(validation)}")
     run = Run(config.output_dir, process_state())
     with run.locked():
-        if run.state.is_main_process and (run.folder / "config.json").exists():
-            run.set_aside(MADE, overwrite=config.overwrite)
+        if run.state.is_main_process:
+            make_room(run, overwrite=config.overwrite)
         mean, std = train.statistics()
         student = _fit(teacher, train, mean, std, config, architecture)
         student.config.validate_architecture()
@@ -262,14 +252,14 @@ def distill_dense(
         if metrics["decoder"] <= metrics["ridge"]:
             logger.warning("the decoder is no better than a ridge regression from the same photos")
         if run.state.is_main_process:
-            with no_loading_bars():
-                student.save_pretrained(run.folder)
-            train.image_processor.save_pretrained(run.folder)
-            ridge.save(run.folder)
             settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
             facts = {"r2": metrics, "num_photos": len(train), "settings": settings}
-            write_atomically(run.folder / "metrics.json", json.dumps(facts, indent=2) + "\n")
-            run.forget_previous()
+            with run.finished_files(last="config.json") as folder, no_loading_bars():
+                student.save_pretrained(folder)
+                train.image_processor.save_pretrained(folder)
+                ridge.save(folder)
+                (folder / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
+            run.forget_previous(MADE)
         run.state.wait_for_everyone()
     return DenseResult(student, metrics, run.folder)
 

@@ -8,7 +8,6 @@ Legend: B images in a process's batch, L locations, F feature width, (rows, cols
 import copy
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,13 @@ from transformers.utils.logging import tqdm
 
 from ..data.split_streams import PlacedCollator, SplitStream, StreamPlace
 from ..modeling_apm import APMModel
-from ..runs.checkpoints import FOLDER, PARTIAL, Checkpoints, progress_of
-from ..runs.files import move_files, writable_folder
+from ..runs.checkpoints import Checkpoints, progress_of
+from ..runs.files import writable_folder
 from ..runs.processes import process_state
 from ..runs.progress import no_loading_bars
 from ..runs.run import Run
 from ..runs.stopping import RunStopped, StopRequests, ignore_stop_requests
-from ..runs.unreadable_images import SKIPPED, SkippedImages, readable
+from ..runs.unreadable_images import SkippedImages, readable
 from ..teachers import Teacher
 from ..teachers.feature_cache import CachedImages
 from ..teachers.licenses import inherit
@@ -38,19 +37,13 @@ from .engine import compile_in_place, make_accelerator, make_optimizer, prepare,
 from .epoch_sampler import EpochSampler
 from .feature_statistics import set_statistics, statistics_of
 from .objective import MAIN, Objective
-from .resuming import check_changes, facts
+from .resuming import MADE, check_changes, facts, make_room
 from .settings import DistillationConfig, DistillationResult
 from .speed import SpeedMeter
 from .targets import TargetMaker
-from .validation import ValidationMetrics, validation_picture
+from .validation import ValidationMetrics, validation_picture, worse_than_constant
 
 logger = logging.get_logger(__name__)
-
-# What a run makes in its folder, but for what trackers write; other files there are nobody's business.
-MADE = (
-    FOLDER, "pictures", "metrics.json", "speed.json", SKIPPED, "config.json", "preprocessor_config.json",
-    "model.safetensors", "README.md",
-)  # fmt: skip
 
 
 def distill(
@@ -113,6 +106,11 @@ def distill(
         return _Distillation(run, student, train_data, *options)()
 
 
+def _digest(data: Any) -> str | None:
+    """Return what a data set is known by; of one that does not tell, None."""
+    return data.digest() if hasattr(data, "digest") else None
+
+
 class _Distillation:
     def __init__(
         self, run, student, train_data, config, image_processor, teacher, teachers, validation_data, collate_fn
@@ -140,8 +138,10 @@ class _Distillation:
             config,
             student.config,
             {name: one for name, one in {MAIN: teacher, **(teachers or {})}.items() if one is not None},
+            image_processor=image_processor,
             num_images=None if streaming else len(train_data),
-            data=getattr(train_data, "digest", lambda: None)(),
+            data=_digest(train_data),
+            validation_data=_digest(validation_data),
             num_processes=processes,
             sharded=sharded(self.accelerator),
             feature_cache=train_data.cache.index["settings"] if isinstance(train_data, CachedImages) else None,
@@ -399,7 +399,7 @@ class _Distillation:
         }
         self.checkpoints.save(self.accelerator, step, progress)
         if self.accelerator.is_main_process:
-            self.run.forget_previous()
+            self.run.forget_previous(MADE)
 
     def _begin(self) -> None:
         """Make room in the folder, or refuse it in all processes."""
@@ -407,8 +407,7 @@ class _Distillation:
         if self.accelerator.is_main_process:
             try:
                 self.checkpoints.sweep()
-                if self.checkpoints.names() or (self.output_dir / "config.json").exists():
-                    self.run.set_aside(MADE, overwrite=self.config.overwrite)
+                make_room(self.run, overwrite=self.config.overwrite)
             except (ValueError, OSError) as error:  # of all processes, so that none waits for this one
                 found = [error]
         (refused,) = broadcast_object_list(found)
@@ -457,15 +456,14 @@ class _Distillation:
     def _finish(self) -> DistillationResult:
         """Saved to the side and moved: a run that is killed here can be resumed."""
         student = whole_student(self.accelerator, self.student, self.architecture)
+        if self.metrics and (said := worse_than_constant(self.metrics[-1])):
+            logger.warning(said)
         if self.accelerator.is_main_process:
-            partial = self.output_dir / f".model{PARTIAL}"
-            shutil.rmtree(partial, ignore_errors=True)
-            with no_loading_bars():
-                student.save_pretrained(partial)
-            self.image_processor.save_pretrained(partial)
-            (partial / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
-            (partial / "speed.json").write_text(json.dumps(self.speed.summary(), indent=2) + "\n")
-            move_files(partial, self.output_dir, last="config.json")
-            self.run.forget_previous()
+            with self.run.finished_files(last="config.json") as folder, no_loading_bars():
+                student.save_pretrained(folder)
+                self.image_processor.save_pretrained(folder)
+                (folder / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
+                (folder / "speed.json").write_text(json.dumps(self.speed.summary(), indent=2) + "\n")
+            self.run.forget_previous(MADE)
         self.accelerator.wait_for_everyone()
         return DistillationResult(student.eval(), self.metrics, self.output_dir)

@@ -19,10 +19,9 @@ from ..data.split_streams import SplitStream
 from ..modeling_apm import APMModel
 from ..publishing.cards import CardFacts, write_card, write_card_picture
 from ..publishing.hub import publish
-from ..runs.files import writable_folder
 from ..runs.identity import images_digest
 from ..runs.processes import process_state
-from ..runs.run import separate_folder
+from ..runs.run import Run, own_folder
 from ..runs.unreadable_images import numbered
 from ..teachers import load_teacher
 from ..teachers.feature_cache import CachedImages, FeatureCache
@@ -30,7 +29,9 @@ from ..teachers.licenses import inherit
 from ..teachers.matching import matching_image_processor, same_view
 from .dense import DenseConfig, DensePairs, distill_dense
 from .loop import distill
+from .resuming import make_room
 from .settings import DistillationConfig, DistillationResult
+from .validation import worse_than_constant
 
 logger = logging.get_logger(__name__)
 
@@ -115,8 +116,9 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
     if wrong := [one for one in training.extra_teachers if "=" not in one]:
         raise ValueError(f"--extra_teachers: expected NAME=TEACHER, got {wrong}")
     folders = {"teacher": training.teacher, "dataset": training.dataset, "feature_cache": training.feature_cache}
-    separate_folder(config.output_dir, **folders)
-    writable_folder(config.output_dir)  # before anything is fetched
+    own_folder(config.output_dir, **folders)  # before anything is fetched
+    if not config.resume and not config.overwrite:
+        make_room(Run(config.output_dir, process_state()), overwrite=False)  # refuses a folder with a run
     overrides, processor_options = (_json_object(training, name) for name in ("config_overrides", "image_processor"))
     if training.preset == "dense":
         return _train_dense(training, config, overrides, command=command)
@@ -146,9 +148,10 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
         max_validation_images=training.max_validation_images,
         seed=config.seed,
     )
-    images, digest = data.dataset, None
+    images, held_out, digest = data.dataset, numbered(validation.dataset), None
     if not training.streaming:
         digest = images_digest(images, data.image_column)
+        held_out = numbered(validation.dataset, digest=images_digest(validation.dataset, validation.image_column))
     if training.streaming:
         whole = training.max_images is None and data.split == data.split.removesuffix("[rest]")
         images = SplitStream(images, name=training.dataset, seed=config.seed, whole=whole)
@@ -166,7 +169,7 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
         image_processor=image_processor,
         teacher=teacher,
         teachers=teachers,
-        validation_data=numbered(validation.dataset),
+        validation_data=held_out,
         collate_fn=ImageCollator(
             image_processor,
             data.image_column,
@@ -276,6 +279,14 @@ def _facts(
     training: TrainingConfig, config: DistillationConfig, result: DistillationResult, command: str
 ) -> CardFacts:
     last = {name: value for name, value in result.metrics[-1].items() if name != "step"} if result.metrics else {}
+    comparison = ""
+    if "mean_cosine" in last:
+        comparison = (
+            "A constant, the mean of the teacher's features over the validation images, has R² 0 and the cosine "
+            f"{last['mean_cosine']:.4f} to them."
+        )
+        if said := worse_than_constant(last):
+            comparison += f"\n\n**Do not use this model: {said}.**"
     return CardFacts(
         repo_id=training.hub_model_id or config.output_dir,
         teacher=training.teacher,
@@ -283,7 +294,8 @@ def _facts(
         command=command,
         steps=config.max_steps,
         num_parameters=result.student.num_parameters(only_trainable=True),
-        metrics=last,
+        metrics={name: value for name, value in last.items() if name.rpartition("/")[2] != "mean_cosine"},
+        comparison=comparison,
     )
 
 

@@ -13,9 +13,13 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_apm import APMConfig
-from ..runs.identity import weights_digest
+from ..runs.checkpoints import FOLDER, Checkpoints
+from ..runs.identity import processor_settings, weights_digest
 from ..runs.provenance import versions
+from ..runs.run import MANIFEST, Run
+from ..runs.unreadable_images import SKIPPED
 from ..teachers.licenses import public_name
+from .rivals import ATTENTION, BILATERAL, RIDGE
 
 logger = logging.get_logger(__name__)
 
@@ -24,7 +28,9 @@ REFUSED = (
     "num_images",
     "data",
     "teachers",
+    "teacher_image_processors",
     "student",
+    "image_processor",
     "level_layers",
     "statistics",
     "statistics_images",
@@ -38,15 +44,33 @@ WITHOUT_EFFECT = (
 # Of a student's configuration: found on the way, not given.
 FOUND = ("distilled_from", "feature_mean", "feature_std", "transformers_version", "dtype", "architectures", "auto_map")
 
+# What distillations of any kind make in their folder, but for what trackers write; other files there are left alone.
+MADE = (
+    FOLDER, "pictures", "metrics.json", "speed.json", SKIPPED, "config.json", "preprocessor_config.json",
+    "model.safetensors", RIDGE, BILATERAL, ATTENTION, "README.md", "card.json", "islands.png", MANIFEST,
+)  # fmt: skip
+
+
+def make_room(run: Run, *, overwrite: bool) -> None:
+    """Move an earlier distillation in the folder aside, see [`Run.set_aside`]; an empty folder is left as it is.
+
+    Raises:
+        ValueError: without `overwrite`, where there is one.
+    """
+    if Checkpoints(run.folder, keep=1).names() or (run.folder / "config.json").exists():
+        run.set_aside(MADE, overwrite=overwrite)
+
 
 def facts(
     config: Any,
     student: APMConfig,
     teachers: Mapping[str, Any],
     *,
+    image_processor: Any,
     num_images: int | None,
     num_processes: int,
     data: str | None = None,
+    validation_data: str | None = None,
     sharded: bool = False,
     feature_cache: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -55,8 +79,9 @@ def facts(
     Args:
         config: a [`apm_hf.distillation.DistillationConfig`].
         teachers: by the names of their heads.
+        image_processor: the student's.
         num_images: None where nobody knows.
-        data: digest of the images' contents, where the data set has one.
+        data, validation_data: digests of the images' contents, where the data sets have them.
         sharded: whether checkpoints are those of FSDP2, which nothing else reads.
         feature_cache: settings of the one that is read instead of asking the teachers.
     """
@@ -65,6 +90,9 @@ def facts(
         "num_processes": num_processes,
         "num_images": num_images,
         "data": data,
+        "validation_data": validation_data,
+        "image_processor": processor_settings(image_processor),
+        "teacher_image_processors": {name: processor_settings(one.image_processor) for name, one in teachers.items()},
         "sharded": sharded,
         "feature_cache": feature_cache,
         "teachers": {name: f"{public_name(one.name)}, weights {_weights(one)[:16]}" for name, one in teachers.items()},
@@ -88,8 +116,9 @@ def check_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     changed = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
-    if None in changed.get("data", ()):  # a data set without a digest says nothing
-        del changed["data"]
+    for name in ("data", "validation_data"):
+        if None in changed.get(name, ()):  # a data set without a digest says nothing
+            del changed[name]
     if refused := [name for name in changed if name in REFUSED]:
         listed = {name: changed[name] for name in refused if name != "data"}
         others = "other images" * ("data" in refused) + ", " * ("data" in refused and bool(listed))

@@ -123,8 +123,9 @@ class DistillationResult:
 
     Args:
         student: the trained student, on the CPU.
-        metrics: of every validation, in order: `step`, `feature_cosine`, `feature_r2`, `embed_cosine`, `rgb_mse`, and
-            those of further teachers behind their names, as `dinov2/feature_cosine`.
+        metrics: of every validation, in order: `step`, `feature_cosine`, `feature_r2`, `mean_cosine` (of a
+            constant, the mean of the teacher's features), `embed_cosine`, `rgb_mse`, and those of further teachers
+            behind their names, as `dinov2/feature_cosine`.
         output_dir: where the model was saved.
     """
 

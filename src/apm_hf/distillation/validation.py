@@ -3,6 +3,8 @@
 Legend: B images, L locations, F feature width, (rows, cols) the teacher's grid.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import PIL.Image
 import torch
@@ -36,6 +38,7 @@ class ValidationMetrics:
             "error": (answer - target).square().sum(dim=(1, 2)),
             "total": target.sum(dim=1),  # (B, F)
             "square": target.square().sum(dim=(1, 2)),
+            "direction": F.normalize(target, dim=-1).mean(dim=1),  # (B, F)
             "count": torch.full((len(target),), target.shape[1], device=target.device),
         }
         if outputs.rgb is not None and targets.rgb is not None:
@@ -54,6 +57,8 @@ class ValidationMetrics:
     def compute(self) -> dict[str, float]:
         """Means over images, and R² of the features: 1 - error / variance about their mean over all locations.
 
+        `mean_cosine` is the cosine that this mean, a constant, has to the features: a student has to be above it.
+
         Raises:
             ValueError: where no image was added.
         """
@@ -64,7 +69,20 @@ class ValidationMetrics:
         for name in ("feature_cosine", "embed_cosine", "rgb_mse", "level_cosine"):
             if name in self.sums:
                 values[name] = (self.sums[name] / self.num_images).item()
+        mean = F.normalize(self.sums["total"], dim=0)
+        values["mean_cosine"] = (self.sums["direction"] @ mean / self.num_images).item()
         return values
+
+
+def worse_than_constant(metrics: Mapping[str, float]) -> str | None:
+    """Say that a student is no better than the mean of the teacher's features; None for one that is."""
+    if metrics["feature_r2"] > 0 and metrics["feature_cosine"] > metrics["mean_cosine"]:
+        return None
+    return (
+        f"this student is no better than a constant: its features have R² {metrics['feature_r2']:.3f} and cosine "
+        f"{metrics['feature_cosine']:.3f} to the teacher's, the mean of the teacher's features R² 0 and cosine "
+        f"{metrics['mean_cosine']:.3f}; train for more steps, on more images or with a higher learning rate"
+    )
 
 
 def validation_picture(

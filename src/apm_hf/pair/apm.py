@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,12 +27,14 @@ from transformers import AutoConfig, AutoModel
 
 # At its top level transformers 5.17 refuses this class without torchvision, though the PIL backend works.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import logging
 
 from ..assets import DEMO_MODEL, DEMO_TEACHER
 from ..data.images import read_rgb
 from ..modeling_apm import APMModel, APMPreTrainedModel
 from ..runs.identity import processor_settings, weights_digest
 from ..runs.progress import no_loading_bars
+from ..runs.run import manifest_faults
 from ..teachers import DEFAULT_TEMPLATES, Teacher, load_teacher
 from ..teachers.dense_grids import tokens_at_half
 from ..teachers.images import process, rgb_images
@@ -54,6 +57,8 @@ from ..ttt.photos import (
 
 if TYPE_CHECKING:
     from ..islands import RegionTree
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_HEIGHTS = (2, 6, 20)  # numbers of regions: wholes, parts, parts of parts
 MAX_TREE_SIZE = 96  # locations along the longer side: trees of finer maps take minutes
@@ -138,6 +143,8 @@ class APM:
             teacher = load_teacher(teacher, device=device, dtype=dtype)
         student, image_processor = model, None
         if isinstance(model, str | os.PathLike):
+            for fault in manifest_faults(Path(model)):
+                logger.warning(f"{fault}; it is damaged, or was changed since the run that made it")
             options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
             named = getattr(AutoConfig.from_pretrained(os.fspath(model)), "teacher_source", None)
             if teacher is not None and named is not None:

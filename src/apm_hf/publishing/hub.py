@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, errors
 from safetensors import SafetensorError, safe_open
 
 from ..configuration_apm import APMConfig
+from ..runs.run import manifest_faults
 from .cards import move_card
 
 logger = logging.getLogger("apm_hf")
@@ -22,6 +23,8 @@ NOT_PUBLISHED = [
     "pictures/*",
     "*.partial*",
     ".*",
+    "previous/*",
+    "manifest.json",
     "**/.*",
     "__pycache__/*",
 ]
@@ -110,6 +113,8 @@ def check_folder(folder: Path) -> None:
         )
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
         raise ValueError(f"folder: expected weights in safetensors only, got {', '.join(pickles)}")
+    for fault in manifest_faults(folder):
+        logger.warning(f"{fault}; it is damaged, or was changed since the run that made it")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ tells. The folder is one that all processes share.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .checksums import digest_of, fault_of, read_sealed, write_sealed
-from .files import remove, sync
+from .files import PARTIAL, remove, sync
 from .provenance import versions
 from .run import PREVIOUS
 
@@ -29,7 +30,6 @@ logger = logging.get_logger(__name__)
 
 FOLDER = "checkpoints"
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
-PARTIAL = ".partial"
 
 
 class Checkpoints:
@@ -45,7 +45,8 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Of all, oldest first, verified or not."""
-        return sorted(path.name for path in self.folder.glob("step_*") if path.suffix != PARTIAL and path.is_dir())
+        paths = self.folder.glob("step_*")  # a copy that a person has made is called otherwise
+        return sorted(path.name for path in paths if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
 
     def newest(self) -> Path:
         """The newest whole one; what is wrong with newer ones is logged.

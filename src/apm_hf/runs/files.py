@@ -9,13 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+PARTIAL = ".partial"  # end of the name of what is not complete yet
+MAX_TEXT_BYTES = 2**21  # of a file of labels or options: ImageNet-21k's names take a fifth
+
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
     """Make the folder, and try it: what cannot be saved should not be computed first.
 
     Raises:
+        ValueError: for an empty name, which would mean the current folder.
         OSError: a file is in the way, a disk that is full or read-only, missing rights; names the folder.
     """
+    if not os.fspath(path).strip():
+        raise ValueError(f"output_dir: expected a folder, got {os.fspath(path)!r}")
     folder = Path(path)
     probe = folder / f".probe.{os.getpid()}"
     try:
@@ -28,6 +34,27 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
         message = f"output_dir: cannot write to {os.fspath(path)!r}: {error.strerror}"
         raise type(error)(error.errno, message) from error
     return folder
+
+
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """Read a UTF-8 text file of a sensible size.
+
+    Args:
+        what: it holds, for messages, e.g. "labels".
+
+    Raises:
+        ValueError: for what is no file, or could be read for ever, more than `MAX_TEXT_BYTES`, and other encodings.
+        OSError: for a file that is not there or cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file() and path.exists():  # a device or a pipe
+        raise ValueError(f"Expected a text file of {what}, got {path}, which is none.")
+    if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+        raise ValueError(f"Expected at most {MAX_TEXT_BYTES:,} bytes of {what} in {path}, got {size:,}.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected UTF-8 text in {path}: {error}.") from error
 
 
 def plain_name(text: str) -> str:
@@ -133,8 +160,10 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         overwrite: `path` may hold files: those of the same names are replaced, one after the other, others stay.
 
     Raises:
-        ValueError: where `path` is a file or, without `overwrite`, a folder that is not empty.
+        ValueError: where `path` is empty, a file or, without `overwrite`, a folder that is not empty.
     """
+    if not os.fspath(path).strip():
+        raise ValueError(f"output_dir: expected a folder, got {os.fspath(path)!r}")
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"output_dir: expected a folder, got the file {os.fspath(path)!r}")

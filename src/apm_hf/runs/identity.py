@@ -40,6 +40,8 @@ def _content(value: Any) -> bytes:
     if isinstance(value, PIL.Image.Image):
         return hashlib.sha256(value.tobytes()).digest()
     if isinstance(value, str | os.PathLike):
+        if not os.path.isfile(value):  # a pipe would be waited for; who decodes it says what is wrong
+            return b"unreadable"
         try:
             with open(Path(value), "rb") as file:
                 size, start = os.fstat(file.fileno()).st_size, file.read(EDGE)

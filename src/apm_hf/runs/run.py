@@ -15,14 +15,14 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from .checksums import digest_of, fault_of, read_sealed, write_sealed
-from .files import remove, sync, write_atomically
+from .files import PARTIAL, move_files, remove, sync, writable_folder, write_atomically
 from .provenance import commit, computer, versions
 
 logger = logging.get_logger(__name__)
@@ -135,9 +135,13 @@ class Run:
             (self.folder / name).rename(previous / name)
         logger.warning(f"{self.folder}: the run before lies in {PREVIOUS} until the new one has saved something")
 
-    def forget_previous(self) -> None:
-        """Delete the run that was replaced."""
-        shutil.rmtree(self.folder / PREVIOUS, ignore_errors=True)
+    def forget_previous(self, made: Collection[str]) -> None:
+        """Delete these files of the run that was replaced, and the folder they are in, if nothing else is there."""
+        previous = self.folder / PREVIOUS
+        for name in made:
+            remove(previous / name)
+        with suppress(OSError):
+            previous.rmdir()
 
     def save(self, name: str, content: Mapping[str, Any], *, tensors: bytes | None = None) -> None:
         """Write a part; it is there as a whole or not at all.
@@ -183,45 +187,74 @@ class Run:
 
     def finish(self, names: Iterable[str]) -> None:
         """Write down what the finished files of the run are, so that [`check_manifest`] can tell damage."""
-        files = {name: self.folder / name for name in names if (self.folder / name).exists()}
-        noted = {name: {"size": path.stat().st_size, "sha256": digest_of(path)} for name, path in files.items()}
-        write_sealed(self.folder / MANIFEST, {"files": noted})
+        _write_manifest(self.folder, names)
+
+    @contextmanager
+    def finished_files(self, *, last: str) -> Iterator[Path]:
+        """Yield a folder to fill; its files then replace the run's of these names, with a manifest of what they are.
+
+        Args:
+            last: name of the file without which the others are nothing; where it lies, all others do.
+        """
+        beside = self.folder / f".finished{PARTIAL}"
+        shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+        beside.mkdir(parents=True)
+        yield beside
+        _write_manifest(beside, sorted(path.name for path in beside.iterdir()))
+        move_files(beside, self.folder, last=last)
 
     def _path(self, name: str) -> Path:
         return self.parts / f"{name}.json"
 
 
+def _write_manifest(folder: Path, names: Iterable[str]) -> None:
+    files = {name: folder / name for name in names if (folder / name).exists()}
+    noted = {name: {"size": path.stat().st_size, "sha256": digest_of(path)} for name, path in files.items()}
+    write_sealed(folder / MANIFEST, {"files": noted})
+
+
+def manifest_faults(folder: Path) -> list[str]:
+    """List the finished files of a run that are not as it wrote them; none for a folder without a manifest."""
+    try:
+        files = read_sealed(folder / MANIFEST)["files"]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        return [str(error)]
+    faults = ((name, fault_of(folder / name, **expected)) for name, expected in files.items())
+    return [f"{folder / name}: {fault}" for name, fault in faults if fault]
+
+
 def check_manifest(folder: Path) -> None:
-    """Verify the finished files of a run; folders without a manifest pass.
+    """Verify the finished files of an evaluation; folders without a manifest pass.
 
     Raises:
         ValueError: for a file that is not as it was written; says which, and how to mend it.
     """
-    try:
-        files = read_sealed(folder / MANIFEST)["files"]
-    except FileNotFoundError:
-        return
-    for name, expected in files.items():
-        if fault := fault_of(folder / name, **expected):
-            raise ValueError(f"{folder / name}: {fault}; run the evaluation again in this folder to write it anew")
+    for fault in manifest_faults(folder):
+        raise ValueError(f"{fault}; run the evaluation again in this folder to write it anew")
 
 
-def separate_folder(output_dir: str | os.PathLike[str], **others: str | os.PathLike[str] | None) -> None:
-    """Refuse an output folder that is, or lies in, a folder that is read.
+def own_folder(output_dir: str | os.PathLike[str], **others: Any) -> Path:
+    """Make an output folder and try to write there; refuse one that is, or lies in, a folder that is read.
 
     Args:
-        **others: by name, e.g. `teacher="runs/teacher"`; Hub names are no folders.
+        **others: names or folders by option, one or several, e.g. `teacher="runs/teacher"`; Hub names are no folders.
 
     Raises:
-        ValueError: names both.
+        ValueError: names both; or for an empty name, which would mean the current folder.
+        OSError: for a folder that cannot be written to.
     """
     folder = Path(output_dir).resolve()
-    for name, other in others.items():
-        if other is not None and os.path.isdir(other) and folder.is_relative_to(Path(other).resolve()):
-            raise ValueError(
-                f"output_dir: expected a folder of its own, got {os.fspath(output_dir)!r}, which lies in the folder "
-                f"of --{name}"
-            )
+    for name, given in others.items():
+        for other in given if isinstance(given, list | tuple) else [given]:
+            is_folder = isinstance(other, str | os.PathLike) and os.path.isdir(other)
+            if is_folder and folder.is_relative_to(Path(other).resolve()) and os.fspath(output_dir).strip():
+                raise ValueError(
+                    f"output_dir: expected a folder of its own, got {os.fspath(output_dir)!r}, which lies in the "
+                    f"folder of --{name}"
+                )
+    return writable_folder(output_dir)
 
 
 def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> list[str]:

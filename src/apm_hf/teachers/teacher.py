@@ -11,6 +11,8 @@ Shapes: B images, N levels, K classes, C width of the vision tower, F width of t
 `(B, 3, H, W)`; H = rows * patch_size, where a convolutional network's patch is its stride.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -290,6 +292,13 @@ class Teacher:
             "weights_bfloat16": weights_digest(self.model, dtype=torch.bfloat16),
             "image_processor": processor_settings(self.image_processor),
         }
+
+    def text_identity(self) -> dict[str, Any]:
+        """Return what [`Teacher.encode_text`] depends on beside the weights: tokenizer, names of classes."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = None if self.tokenizer is None else backend.to_str() if backend else self.tokenizer.get_vocab()
+        known = json.dumps([words, self.class_names, self.logit_scale, self.logit_bias], sort_keys=True)
+        return {"fingerprint": hashlib.sha256(known.encode()).hexdigest()}
 
     def _check_pixel_values(self, pixel_values: Tensor) -> None:
         shape = tuple(pixel_values.shape)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..runs.files import read_text
 from . import DEFAULT_LOGIT_SCALE, DEFAULT_TEMPLATES, Teacher, first_five
 
 # Generic prompts in the style of CLIP's ensembles (arXiv:2103.00020, Sec. 3.1.4): they vary how well and how closely
@@ -30,9 +31,6 @@ ENSEMBLE_TEMPLATES = (
     "a drawing of a {}.",
     "a dark photo showing a {}.",
 )
-
-
-MAX_LABELS_BYTES = 2**21  # of a labels file: ImageNet-21k's names take a fifth
 
 
 @dataclass(frozen=True)
@@ -114,22 +112,14 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         ValueError: No names, names that occur twice, text that is not UTF-8, a JSON list of other things, what is no
-            file, more than `MAX_LABELS_BYTES`.
+            file, more than two megabytes.
         OSError: The file cannot be read.
     """
-    path = Path(path)
-    if not path.is_file() and path.exists():  # a device or a pipe could be read for ever
-        raise ValueError(f"Expected a text file of labels, got {path}, which is none.")
-    if (size := path.stat().st_size) > MAX_LABELS_BYTES:
-        raise ValueError(f"Expected at most {MAX_LABELS_BYTES:,} bytes of labels in {path}, got {size:,}.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Expected UTF-8 text in {path}: {error}.") from error
+    path, text = Path(path), read_text(path, "labels")
     if path.suffix.lower() == ".json" or text.lstrip().startswith("["):
         try:
             labels = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"Expected a JSON list of strings in {path}: {error}.") from error
         if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
             raise ValueError(f"Expected a JSON list of strings, none of them blank, in {path}.")

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ...runs.files import read_text
 from ...teachers import first_five
 
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -222,10 +223,12 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str] | dict[str, str]
     Raises:
         ValueError: another form. OSError: no such file.
     """
-    path = Path(path)
-    text = path.read_text(encoding="utf-8-sig")
+    path, text = Path(path), read_text(path, "class names")
     if path.suffix.lower() == ".json":
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"expected JSON in {path}: {error}.") from error
         if isinstance(content, Mapping) and all(isinstance(value, list) for value in content.values()):
             content = {pair[0]: pair[1] for pair in content.values()}
         values = content.values() if isinstance(content, Mapping) else content

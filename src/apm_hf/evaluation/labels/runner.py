@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ...data.corruptions import corrupt_image, imagenet_crop
 from ...pair import APM
 from ...runs.files import write_atomically
 from ...runs.processes import process_state
-from ...runs.run import Run
+from ...runs.run import Run, own_folder
 from ...runs.unreadable_images import SKIPPED
 from ...teachers import Teacher, load_teacher
 from ..methods.registry import make_methods
@@ -89,6 +90,9 @@ def run_evaluation(sweeps: Sequence[Sweep], config: EvaluationConfig) -> Path:
             `config.max_bad_images`.
     """
     state = process_state()
+    data = [*config.data.values(), *(name for sweep in sweeps for name in sweep.benchmarks)]
+    teachers = [name for sweep in sweeps for name in sweep.teachers]
+    own_folder(config.output_dir, data=data, teacher=teachers, model=config.model)  # before anything is fetched
     evaluation = _Evaluation(sweeps, config, state)
     with evaluation.run.locked():
         return evaluation()
@@ -160,10 +164,9 @@ class _Evaluation:
             }
             for name, images in self.benchmarks.items()
         }
-        identity["teachers"] = {
-            short_name(name): self._load_teacher(name).identity()
-            for name in dict.fromkeys(cell.teacher for cell in reversed(self.cells))
-        }
+        identity["version"] = version("apm_hf")
+        names = dict.fromkeys(cell.teacher for cell in reversed(self.cells))
+        identity["teachers"] = {short_name(name): self._teacher_identity(name) for name in names}
         if self.config.model is not None:
             identity["model"] = APM.load(self.config.model).identity()
         self.run.claim(identity, facts={"command": self.config.command})
@@ -172,6 +175,10 @@ class _Evaluation:
         if self.teacher is None or self.teacher.name != name:
             self.teacher, self.tasks = load_teacher(name), {}
         return self.teacher
+
+    def _teacher_identity(self, name: str) -> dict[str, Any]:
+        teacher = self._load_teacher(name)
+        return {**teacher.identity(), "text": teacher.text_identity()}
 
     def _task(self, cell: Cell) -> ZeroShotTask:
         teacher = self._load_teacher(cell.teacher)

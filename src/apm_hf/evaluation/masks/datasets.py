@@ -24,7 +24,7 @@ from ...data.images import decode_image, eight_bit_rgb
 from ...data.loading import VALIDATION_SPLITS, Source, import_datasets
 from ...data.scenes import PART_NAMES, SceneDataset
 from ...modeling_apm import IGNORE_INDEX
-from ...runs.files import plain_name
+from ...runs.files import plain_name, read_text
 from ...runs.identity import images_digest
 
 logger = logging.get_logger(__name__)
@@ -313,7 +313,10 @@ def _class_names(place: str) -> list[str] | None:
     file = (path if path.is_dir() else path.parent) / NAMES_FILE
     if not file.exists():
         return None
-    names = json.loads(file.read_text())
+    try:
+        names = json.loads(read_text(file, "names"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file}: expected JSON: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{file}: expected a list of names, one per label from 0")
     return names

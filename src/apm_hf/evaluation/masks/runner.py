@@ -24,9 +24,8 @@ from ...modeling_apm import IGNORE_INDEX
 from ...pair import APM
 from ...runs import provenance
 from ...runs.files import write_atomically
-from ...runs.identity import weights_digest
 from ...runs.processes import process_state
-from ...runs.run import Run
+from ...runs.run import Run, own_folder
 from ...runs.unreadable_images import SKIPPED
 from ...ttt import TTTConfig
 from ..plan import short_name
@@ -95,6 +94,8 @@ def evaluate_islands(
         ValueError: for unknown methods, data that cannot be scored, more unreadable rows than `max_bad_images`, a
             folder that another run is writing, or a model that does not fit the teacher.
     """
+    sources = [data] if isinstance(data, str) else list(data)
+    folder = own_folder(output_dir, data=sources, teacher=teacher, model=model)  # before anything is fetched
     config = ScoringConfig(map_size=map_size, num_segments=segments, batch_size=batch_size, seed=seed)
     models = _load_models(teacher, model, level_layers, ttt, ttt_factor, seed)
     known = titles(models)
@@ -103,7 +104,7 @@ def evaluate_islands(
     rows = [name for name in known if name in methods or not methods]
     sets = [
         found
-        for name in ([data] if isinstance(data, str) else data)
+        for name in sources
         for found in load_masked_images(
             name,
             split=split,
@@ -120,7 +121,7 @@ def evaluate_islands(
     sets, skipped = without_unreadable(sets, max_bad_images)
     for found in sets:  # problems are found before anything is computed
         found.check()
-    folder, jobs = Path(output_dir), make_jobs(models, rows)
+    jobs = make_jobs(models, rows)
     results: dict[str, Any] = {
         "command": command,
         "commit": provenance.commit(),
@@ -136,7 +137,7 @@ def evaluate_islands(
     }
     lines = []
     with Run(folder, process_state()).locked() as run:
-        identity = {"teacher": weights_digest(models.teacher.model), "model": models.apm.identity()}
+        identity = {"teacher": models.teacher.identity(), "model": models.apm.identity()}
         for found in sets:
             job_identity = identity | {"images": found.digest()}
             done = _run_jobs(jobs, found, models, config, run, job_identity)
@@ -163,13 +164,17 @@ def _run_jobs(
     common = asdict(replace(config, batch_size=1)) | size | dict(identity)  # results do not depend on the batch size
     common |= {"version": version("apm_hf"), "data": data.name, "num_images": len(data), "source": data.source}
     common |= {"masks": data.mask_columns, "image": data.image_column, "ignore": data.ignore_labels}
+    named = []
+    for job in jobs:
+        described = json.dumps(common | {"job": job.name, "rows": job.rows} | job.depends_on, sort_keys=True)
+        named.append(f"{data.name}/{job.name}-{hashlib.sha256(described.encode()).hexdigest()[:12]}")
+    finished = [run.load(name) for name in named]
+    num_finished = sum(found is not None for found in finished)
+    logger.info(f"{data.name}: {num_finished} of {len(jobs)} jobs are done, with the same models, images and settings")
     done = []
     with tqdm(total=len(jobs) * len(data), desc=data.name, unit="image") as progress:
-        for job in jobs:
+        for job, name, found in zip(jobs, named, finished, strict=True):
             progress.set_postfix_str(job.name)
-            described = json.dumps(common | {"job": job.name, "rows": job.rows} | job.depends_on, sort_keys=True)
-            name = f"{data.name}/{job.name}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
-            found = run.load(name)
             if found is not None:
                 progress.update(len(data))
             else:
