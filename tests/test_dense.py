@@ -32,6 +32,7 @@ from apm_hf.distillation.rivals import AttentionUpsampler, Bilateral, Ridge, bic
 from apm_hf.evaluation.masks import evaluate_islands
 from apm_hf.pair.upsampling import dense_rows, write_dense
 from apm_hf.position_encoding import grid_coordinates, sample_grid
+from apm_hf.publishing.export import export_model, read_description
 from apm_hf.teachers.dense_grids import tokens_at_half
 from fixtures_runs import forget_accelerate
 from fixtures_tiny import FEATURE_SIZE, TEACHER_SIZE, VISION, dense_student, photo, randomise, save_clip
@@ -220,6 +221,23 @@ def test_a_named_teacher_is_loaded_from_there_and_no_other_one(tmp_path, monkeyp
     Path("another").rename("teacher")
     with pytest.raises(ValueError, match="features would be another teacher's"):
         AutoModel.from_pretrained("dense")
+
+
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_with_its_teacher_inside_it_is_exported(tmp_path, format):
+    model, pixel_values = dense_student(), inputs(3)[0]
+    graphs = ["fold", "query", "model"] if format == "torch" else ["model"]
+    folder = export_model(model, tmp_path / "graphs", format=format, graphs=graphs)
+    places = torch.rand(7, 2, generator=torch.Generator().manual_seed(0)) - 0.5
+    if format == "torch":
+        outputs_of_fold = read_description(folder)["graphs"]["fold"]["outputs"]
+        assert outputs_of_fold == {"trigger_column": ["batch", 4, 4, FEATURE_SIZE]}
+        assert (folder / "query.pt2").stat().st_size < (folder / "model.pt2").stat().st_size
+        graph = torch.export.load(folder / "model.pt2").module()
+        found = graph(pixel_values=pixel_values, coordinates=places)["features"]
+        torch.testing.assert_close(found, outputs(model, pixel_values, None, places), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="expected a dense student with its teacher inside"):
+        export_model(dense(), tmp_path / "other")
 
 
 @pytest.mark.parametrize(

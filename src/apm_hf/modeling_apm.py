@@ -37,7 +37,15 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_apm import APMConfig
-from .position_encoding import axis_codes, axis_indices, grid_coordinates, local_patches, sample_grid
+from .position_encoding import (
+    averaged,
+    axis_codes,
+    axis_indices,
+    grid_coordinates,
+    local_patches,
+    sample_grid,
+    sample_local_patches,
+)
 
 # Without gradients, locations are decoded in chunks whose widest activation stays below this many elements. On the
 # CPU it should also stay in the cache (8 MiB in float32), unless the chunk were less than a row of the grid.
@@ -827,6 +835,10 @@ class APMModel(APMPreTrainedModel):
                 patches = local_patches(images, config.patch_size, config.local_patch_scales)  # (B, L, Q)
         else:  # every location is a row of length one
             rows, columns = axis_indices(coordinates, self.grid_size).split(1, dim=-1)  # (1 or B, L, 1) twice
+            if config.local_patch:
+                pyramid = averaged(images, config.local_patch_scales)
+            if config.trigger_source == "tokens":
+                standardised = self._standardised(trigger_column)
         step = self._chunk_rows(trigger_column, columns, chunk_size)
         for start in range(0, rows.shape[1], step) if step else (0,):  # a range would fix a traced number of rows
             chunk = slice(start, start + step if step else None)
@@ -836,11 +848,10 @@ class APMModel(APMPreTrainedModel):
                 yield rows[:, chunk], columns, None if patches is None else patches[:, cells], None
             else:
                 if config.local_patch:
-                    places = coordinates[:, chunk]
-                    patches = local_patches(images, config.patch_size, config.local_patch_scales, places)
+                    patches = sample_local_patches(pyramid, coordinates[:, chunk], config.patch_size)
                 tokens = None
                 if config.trigger_source == "tokens":
-                    tokens = sample_grid(self._standardised(trigger_column), coordinates[:, chunk])
+                    tokens = sample_grid(standardised, coordinates[:, chunk])
                 yield rows[:, chunk], columns[:, chunk], patches, tokens
 
     def _chunk_rows(self, trigger_column: Tensor, columns: Tensor, chunk_size: int | None) -> int | None:

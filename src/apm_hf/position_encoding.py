@@ -97,8 +97,11 @@ def sample_patches(pixel_values: Tensor, coordinates: Tensor, patch_size: int, s
     Returns:
         `(B, L, C * patch_size**2)`, channels first; at a cell's centre, with scale 1, it is the cell's patch.
     """
+    return _windows(F.avg_pool2d(pixel_values, scale) if scale > 1 else pixel_values, coordinates, patch_size)
+
+
+def _windows(pixel_values: Tensor, coordinates: Tensor, patch_size: int) -> Tensor:
     coordinates = _not_half(coordinates)
-    pixel_values = F.avg_pool2d(pixel_values, scale) if scale > 1 else pixel_values
     batch_size, _, height, width = pixel_values.shape
     offsets = torch.arange(patch_size, dtype=coordinates.dtype, device=coordinates.device) - (patch_size - 1) / 2
     y = coordinates[..., 0, None] + offsets * (2 / height)  # (1 or B, L, patch)
@@ -119,7 +122,8 @@ def sample_grid(features: Tensor, coordinates: Tensor) -> Tensor:
     Returns:
         `(B, L, F)`, of the features' dtype.
     """
-    places = _not_half(coordinates).flip(-1)[:, None].expand(len(features), -1, -1, -1)  # grid_sample takes (x, y)
+    places = _not_half(coordinates).flip(-1)[:, None]  # grid_sample takes (x, y)
+    places = places.expand(features.shape[0], -1, -1, -1)  # `len` would be a constant in exported graphs
     maps = features.movedim(-1, 1).to(places.dtype)  # (B, rows, cols, F) -> (B, F, rows, cols)
     sampled = F.grid_sample(maps, places, padding_mode="border", align_corners=False)  # (B, F, 1, L)
     return sampled[:, :, 0].transpose(1, 2).to(features.dtype)
@@ -145,6 +149,16 @@ def grid_patches(pixel_values: Tensor, patch_size: int, scale: int = 1) -> Tenso
     return F.unfold(averaged, patch_size, padding=margin, stride=stride).transpose(1, 2)  # (B, Q, L) -> (B, L, Q)
 
 
+def averaged(pixel_values: Tensor, scales: Sequence[int]) -> list[Tensor]:
+    """Return the images averaged over s x s pixels for every scale s: `(B, C, S / s, S / s)` each."""
+    return [F.avg_pool2d(pixel_values, scale) if scale > 1 else pixel_values for scale in scales]
+
+
+def sample_local_patches(images: Sequence[Tensor], coordinates: Tensor, patch_size: int) -> Tensor:
+    """Sample the windows of [`local_patches`] from images that were [`averaged`] for its scales, once for all."""
+    return torch.cat([_windows(image, coordinates, patch_size) for image in images], dim=-1)
+
+
 def local_patches(
     pixel_values: Tensor, patch_size: int, scales: Sequence[int], coordinates: Tensor | None = None
 ) -> Tensor:
@@ -155,7 +169,5 @@ def local_patches(
         coordinates: `(1 or B, L, 2)`; None is the centres of the image's grid.
     """
     if coordinates is None:
-        windows = [grid_patches(pixel_values, patch_size, scale) for scale in scales]
-    else:
-        windows = [sample_patches(pixel_values, coordinates, patch_size, scale) for scale in scales]
-    return torch.cat(windows, dim=-1)
+        return torch.cat([grid_patches(pixel_values, patch_size, scale) for scale in scales], dim=-1)
+    return sample_local_patches(averaged(pixel_values, scales), coordinates, patch_size)

@@ -7,7 +7,7 @@ Graphs, all float32, for any numbers of images and locations:
     model: pixel_values, coordinates                   -> the same in one call
 
 `fold` is one small layer, so `fold` and `query` do what `model` does and hold the weights once. A query takes
-`pixel_values` where `config.local_patch` is on. With `trigger_source="embedding"` there is `query` alone.
+`pixel_values` where `config.local_patch` is on. Where the teacher is not inside, `query` is alone.
 """
 
 import copy
@@ -72,9 +72,11 @@ def export_model(
     if not isinstance(model, APMModel):
         raise ValueError(f"model: expected an APMModel (a head's is its .apm), got {type(model).__name__}")
     source = model.config.trigger_source
-    if source == "tokens":
-        raise ValueError("model: expected trigger_source 'conv' or 'embedding', got 'tokens'")
-    possible = ("fold", "query", "model") if source == "conv" else ("query",)
+    if source == "tokens" and not model.folds:
+        raise ValueError(
+            "model: expected a dense student with its teacher inside, see APMModel.set_teacher; got one alone"
+        )
+    possible = ("fold", "query", "model") if model.folds else ("query",)
     graphs = possible[:2] if graphs is None else tuple(dict.fromkeys(graphs))
     if unknown := set(graphs) - set(possible):
         raise ValueError(f"graphs: expected some of {possible} with trigger_source={source!r}, got {sorted(unknown)}")
@@ -110,11 +112,17 @@ class _Graph(nn.Module):
             del self.model.decoder, self.model.pooler
         pixels: Axes = {"pixel_values": ["batch", config.num_channels, config.image_size, config.image_size]}
         places: Axes = {"coordinates": ["batch", "locations", 2] if per_image else ["locations", 2]}
-        query = {"trigger_column": ["batch", config.trigger_width]} | places | (pixels if config.local_patch else {})
+        column: list[Any] = ["batch", config.trigger_width]
+        if config.trigger_source == "tokens":
+            pixel_values = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
+            column = ["batch", *self.model.fold(pixel_values).shape[1:]]
+        if name == "query":
+            self.model.trigger = nn.Identity()
+        query = {"trigger_column": column} | places | (pixels if config.local_patch else {})
         self.inputs = {"fold": pixels, "query": query, "model": pixels | places}[name]
         self.outputs: Axes = {}
         for output, tensor in self(**self.examples()).items():
-            free = ["batch", "locations"] if tensor.ndim > 2 else ["batch"]
+            free = ["batch", "locations"] if tensor.ndim > 2 and name != "fold" else ["batch"]
             self.outputs[output] = free + list(tensor.shape[len(free) :])
 
     def forward(self, pixel_values=None, coordinates=None, trigger_column=None) -> Tensors:
