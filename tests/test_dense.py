@@ -503,6 +503,25 @@ def test_the_shipped_student_is_small_and_says_where_it_comes_from():
     assert "ridge" in card and "APM.load(" in card and "scripts/make_dense.py" in card
 
 
+def test_a_teacher_alone_gets_the_shipped_student_if_it_is_its_own(shared_dir, teacher, tmp_path, capsys, caplog):
+    assert APM.load(teacher=teacher).with_dense_student() is None
+    name, path = str(shared_dir / "teachers/deit-tiny"), str(tmp_path / "photo.png")
+    photo(0).save(path)
+    apm = APM.load(teacher=name)
+    dense_pair = apm.with_dense_student()
+    assert dense_pair.bare_model.config.trigger_source == "tokens"
+    assert (
+        main(["upsample", path, "--teacher", name, "--size", "24", "--output", str(tmp_path / "f.safetensors")]) == 0
+    )
+    found = load_file(tmp_path / "f.safetensors")["features"].float()
+    torch.testing.assert_close(found, dense_pair.encode_dense(path, size=24)[0], rtol=1e-2, atol=1e-2)
+    assert main(["islands", path, "--teacher", name, "--size", "12", "--output_dir", str(tmp_path / "islands")]) == 0
+    assert caplog.text.count("the dense student") == 2
+    with torch.no_grad():  # another one of its kind
+        apm.teacher.tower.embeddings.cls_token.add_(1)
+    assert apm.with_dense_student() is None
+
+
 def test_the_shipped_student_comes_closer_to_the_teacher_at_twice_the_side_than_ridge_and_interpolation(shared_dir):
     """On photos of other kinds than it learnt from."""
     teacher = load_teacher(shared_dir / "teachers/deit-tiny")

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--steps: expected a positive number, got {options.steps}")
     photos = find_photos(options.photos)
     writable_folder(options.output_dir)
-    pair = load_pair(options)
+    pair = load_pair(options, dense=not (options.adapt or options.movie))
     teacher, fits = pair.teacher, not pair.is_fitted or options.adapt or options.movie
     if fits and teacher is None:
         raise ValueError("--adapt, --movie: expected --teacher, to whose features the student is fitted")

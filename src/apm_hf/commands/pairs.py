@@ -41,17 +41,18 @@ def result(options: argparse.Namespace, files: "Sequence[Path]", pair: "APM", *,
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
     add(parser, "--model", "distilled; by default, without --teacher, the embedded one")
-    add(parser, "--teacher", "alone, a fresh student is fitted to its features on the spot")
+    add(parser, "--teacher", "alone, a fresh student is fitted to its features")
     parser.add_argument(
         "--fresh", action="store_true", help="fit a fresh student, to the embedded teacher if none is named"
     )
 
 
-def load_pair(options: argparse.Namespace, *, local_patch: bool = True) -> "APM":
+def load_pair(options: argparse.Namespace, *, local_patch: bool = True, dense: bool = False) -> "APM":
     """Load what the options name, or a fresh student with random weights beside the teacher.
 
     Args:
         local_patch: whether a fresh student sees the pixels around each location.
+        dense: instead of a fresh student, prefer a dense one of this teacher that travels with the package.
 
     Raises:
         ValueError: as [`APM.load`] does, and for `--fresh` beside `--model`.
@@ -65,6 +66,9 @@ def load_pair(options: argparse.Namespace, *, local_patch: bool = True) -> "APM"
     if options.model is not None or (options.teacher is None and not options.fresh):
         return APM.load(options.model, teacher=options.teacher)
     teacher = APM.load(teacher=options.teacher or DEMO_TEACHER)
+    if dense and not options.fresh and (pair := teacher.with_dense_student()) is not None:
+        logger.info("no --model: the dense student of this teacher in the package; --fresh fits one to the photo")
+        return pair
     return teacher.fresh(local_patch=local_patch, seed=options.seed)
 
 

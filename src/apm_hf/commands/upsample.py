@@ -1,16 +1,19 @@
 """`apm upsample`: the features of a photo at any resolution, as a file."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
 from .options import add
 
+logger = logging.getLogger("apm_hf")
+
 HELP = "write a teacher's features of a photo at any resolution"
 DESCRIPTION = """
 Write the features of a photo at any resolution to a safetensors file, as `features` (rows, cols, width), computed row
-by row in flat memory. With --model, a student is queried at each location; with --teacher alone, the teacher's grid is
-interpolated bilinearly.
+by row in flat memory. With --model, a student is queried at each location; with --teacher alone, the dense student of
+this teacher in the package, if there is one, else the teacher's grid is interpolated bilinearly.
 """
 EXAMPLES = (
     "apm upsample a.jpg --model user/apm-dense --teacher facebook/dinov2-small --size 1024 --output map.safetensors",
@@ -49,6 +52,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     photo = read_rgb(options.photo)
     apm = APM.load(options.model, teacher=options.teacher)
+    if apm.model is None:
+        dense = apm.with_dense_student()
+        apm, how = dense or apm, "bilinear interpolation" if dense is None else "the dense student in the package"
+        logger.info(f"no --model: features by {how}")
     facts = write_dense(apm, photo, options.size, options.output, dtype=getattr(torch, options.dtype))
     if options.picture is not None:
         _draw(Path(options.output), Path(options.picture))

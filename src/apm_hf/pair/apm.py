@@ -29,7 +29,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
-from ..assets import DEMO_MODEL, DEMO_TEACHER
+from ..assets import DEMO_MODEL, DEMO_TEACHER, DENSE_MODEL
+from ..configuration_apm import APMConfig
 from ..data.images import read_rgb
 from ..modeling_apm import APMModel, APMPreTrainedModel
 from ..runs.identity import processor_settings, weights_digest
@@ -181,6 +182,23 @@ class APM:
         teacher = self._needed_teacher("a student is fitted to")
         model = photo_model(teacher.feature_size, local_patch=local_patch, seed=seed).to(teacher.device)
         return APM(model, photo_image_processor(model.config.image_size), teacher, is_fitted=False)
+
+    def with_dense_student(self) -> "APM | None":
+        """Return the teacher beside the dense student of it in this package; None where there is none."""
+        teacher, config = (
+            self._needed_teacher("a dense student reads the tokens of"),
+            APMConfig.from_pretrained(DENSE_MODEL),
+        )
+        kind = getattr(teacher.tower, "config", None)
+        if kind is None or (kind.model_type, kind.hidden_size) != (
+            config.teacher_config.model_type,
+            config.teacher_config.hidden_size,
+        ):
+            return None
+        try:
+            return APM.load(DENSE_MODEL, teacher=teacher)
+        except ValueError:  # of another teacher of this kind
+            return None
 
     def control(self, *, seed: int = 0) -> "APM":
         """Return the pair with random weights in the student's place: what it outputs is due to the architecture."""
