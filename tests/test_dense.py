@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from apm_hf import APM, APMConfig, APMModel, load_teacher
+from apm_hf import APM, APMConfig, APMImageProcessorPil, APMModel, load_teacher
 from apm_hf.assets import DENSE_MODEL
 from apm_hf.commands.main import main
 from apm_hf.data.images import decode_image, eight_bit_rgb
@@ -195,6 +195,17 @@ def test_with_its_teacher_inside_it_answers_from_pixels_alone_saved_with_its_wei
     assert not again.train().trigger.tower.training and again.decoder.training
     with pytest.raises(ValueError, match="multiples of 16, got 64 x 72"):
         model(pixel_values[..., :72])
+
+
+def test_the_control_of_a_dense_student_has_its_teacher_and_adds_nothing_to_its_tokens():
+    model, picture = dense_student(), photo(0)
+    pair = APM(model, APMImageProcessorPil(size={"height": 64, "width": 64}), None)
+    control = pair.control()
+    tokens = pair.trigger_column(picture)
+    assert torch.equal(control.trigger_column(picture), tokens)
+    found = control.encode_dense(picture, size=(6, 5))[0].flatten(0, 1)
+    torch.testing.assert_close(found, bilinear(tokens, grid_coordinates(6, 5)[None], tokens)[0], rtol=1e-4, atol=1e-5)
+    assert (pair.encode_dense(picture, size=(6, 5))[0].flatten(0, 1) - found).abs().max() > 0.01
 
 
 def test_its_size_of_maps_can_be_set(tmp_path):

@@ -203,7 +203,10 @@ class APM:
     def control(self, *, seed: int = 0) -> "APM":
         """Return the pair with random weights in the student's place: what it outputs is due to the architecture."""
         model = self._needed_model()
-        return replace(self, model=random_model(model.config, seed=seed).to(model.device))
+        drawn = random_model(model.config, seed=seed).to(model.device)
+        if self.bare_model.config.trigger_source == "tokens":
+            drawn.trigger = self.bare_model.trigger  # the teacher is no part of what is drawn
+        return replace(self, model=drawn)
 
     @property
     def bare_model(self) -> APMModel:
