@@ -155,7 +155,7 @@ def measure(folder: Path, teacher: object, images: object, options: argparse.Nam
         settings = CacheSettings(num_locations=places, images_per_shard=max(1, len(images) // 4))
         started = time.perf_counter()
         caches[name] = write_feature_cache(folder / name, teacher, images, settings=settings, batch_size=BATCH)
-        size = sum(shard["bytes"] for shard in caches[name].index["shards"])
+        size = sum(shard["size"] for shard in caches[name].index["shards"])
         seconds = time.perf_counter() - started
         print(f"cache, {name}: {size / len(images) / 1e3:.1f} kB an image, written in {seconds:.1f} s")
     order = np.random.default_rng(1).permutation(len(images))[:BATCH].tolist()

@@ -118,5 +118,5 @@ def _summary(cache: Any) -> dict[str, Any]:
         "images": len(cache),
         "left_out": cache.index["bad"],
         "shards": len(cache.index["shards"]),
-        "bytes": sum(shard["bytes"] for shard in cache.index["shards"]),
+        "bytes": sum(shard["size"] for shard in cache.index["shards"]),
     }

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: there whole or not at all, and verified before they are used.
+"""Write the checkpoints of a training run atomically, and verify them before they are used.
 
     OUTPUT_DIR/checkpoints/step_00000500/
         model.safetensors, optimizer.bin, random_states_0.pkl, ...   what `Accelerator.save_state` writes
@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .checksums import digest_of, fault_of, read_sealed, write_sealed
+from .checksums import file_facts, file_faults, read_sealed, write_sealed
 from .files import PARTIAL, remove, sync
 from .provenance import versions
 from .run import PREVIOUS
@@ -33,23 +33,23 @@ MANIFEST, PROGRESS = "manifest.json", "progress.json"
 
 
 class Checkpoints:
-    """Those of one run.
+    """Write, verify and prune the checkpoints of one run.
 
     Args:
-        output_dir: of the run; they lie in its folder `checkpoints`.
-        keep: how many whole ones stay on the disk.
+        output_dir: of the run; checkpoints lie in its folder `checkpoints`.
+        keep: how many complete ones stay on the disk.
     """
 
     def __init__(self, output_dir: Path, *, keep: int) -> None:
         self.folder, self.keep = output_dir / FOLDER, keep
 
     def names(self) -> list[str]:
-        """Of all, oldest first, verified or not."""
+        """Return the names of all checkpoints, oldest first, verified or not."""
         paths = self.folder.glob("step_*")  # a copy that a person has made is called otherwise
         return sorted(path.name for path in paths if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
 
     def newest(self) -> Path:
-        """The newest whole one; what is wrong with newer ones is logged.
+        """Return the newest complete checkpoint; what is wrong with newer ones is logged.
 
         Raises:
             FileNotFoundError: where there is none.
@@ -71,7 +71,7 @@ class Checkpoints:
         )
 
     def save(self, accelerator: Any, step: int, progress: Mapping[str, Any]) -> None:
-        """Called by all processes, after an optimiser step.
+        """Write a checkpoint; called by all processes, after an optimiser step.
 
         Args:
             accelerator: whose state is saved.
@@ -105,7 +105,7 @@ class Checkpoints:
             remove(path)
 
     def _prune(self) -> None:
-        """Verified anew: of two checkpoints of which one is damaged, a third is worth its place."""
+        """Delete all but the newest `keep` complete ones; they are verified, so that a damaged one does not count."""
         whole = 0
         for name in reversed(self.names()):
             path = self.folder / name
@@ -119,7 +119,7 @@ class Checkpoints:
 
     @contextmanager
     def _explained(self, name: str, partial: Path) -> Iterator[None]:
-        """What cannot be written is named, in the same words whichever library was writing, and takes no room."""
+        """Turn the errors of all libraries that write into one message, and delete the partial checkpoint."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -143,12 +143,12 @@ class Checkpoints:
 
 
 def progress_of(checkpoint: Path) -> dict[str, Any]:
-    """What [`Checkpoints.save`] was given."""
+    """Return the `progress` that [`Checkpoints.save`] was given."""
     return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
 
 
 def manifest_of(checkpoint: Path) -> dict[str, Any]:
-    """`step`, `num_processes`, `versions` (by package) and `files` (name -> `size` in bytes and `sha256`).
+    """Return `step`, `num_processes`, `versions` (by package) and `files` (name -> `size` in bytes and `sha256`).
 
     Raises:
         ValueError: for a manifest that is not as it was written.
@@ -158,27 +158,21 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def seal(folder: Path, *, step: int, num_processes: int) -> None:
-    """Bring all files of a folder to the disk, and write down what they are."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    manifest = {
-        "step": step,
-        "num_processes": num_processes,
-        "versions": versions(),
-        "files": {name: {"size": path.stat().st_size, "sha256": digest_of(path)} for name, path in files.items()},
-    }
-    for path in (*files.values(), *{path.parent for path in files.values()}):
+    """Bring all files of a folder to the disk, and write their manifest."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in (*paths, *{path.parent for path in paths}):
         sync(path)
-    write_sealed(folder / MANIFEST, manifest)
+    files = file_facts(folder, [path.relative_to(folder).as_posix() for path in paths])
+    facts = {"step": step, "num_processes": num_processes, "versions": versions(), "files": files}
+    write_sealed(folder / MANIFEST, facts)
     sync(folder)
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint: file, what was expected, what was found. Empty for a whole one."""
+    """Return what is wrong with a checkpoint: file, what was expected, what was found; empty for a complete one."""
     try:
-        files = manifest_of(checkpoint)["files"]
+        return file_faults(checkpoint, manifest_of(checkpoint)["files"])
     except ValueError as error:
         return [str(error)]
     except OSError as error:
         return [f"{MANIFEST}: expected a file, found {error.strerror}"]
-    found = ((name, fault_of(checkpoint / name, **expected)) for name, expected in files.items())
-    return [f"{name}: {fault}" for name, fault in found if fault]

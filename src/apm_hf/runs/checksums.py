@@ -1,8 +1,8 @@
-"""What lies on a disk is as it was written, or somebody says so: sealed JSON, and SHA-256 of files."""
+"""Tell whether files on a disk are as they were written: JSON with its own checksum, sizes and SHA-256 of files."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ from .files import write_atomically
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON with a checksum of its own, there whole or not at all."""
+    """Write JSON with its own checksum, atomically."""
     write_atomically(path, _sealed(content))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What [`write_sealed`] was given.
+    """Read what [`write_sealed`] wrote, and verify it.
 
     Raises:
         ValueError: for a file that is not as it was written.
@@ -32,22 +32,32 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return content
 
 
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_facts(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return `size` (bytes) and `sha256` of files in a folder, by name; [`file_faults`] compares them later."""
+    return {name: {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in names}
+
+
+def file_faults(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return which files differ from what [`file_facts`] noted: name, what was expected, what was found."""
+    found = ((name, fault_of(folder / name, **expected)) for name, expected in facts.items())
+    return [f"{name}: {fault}" for name, fault in found if fault]
 
 
 def fault_of(path: Path, size: int, sha256: str | None) -> str | None:
-    """What is wrong with a file, or None. Without a checksum its size alone is looked at."""
+    """Return what is wrong with a file, or None. Without a checksum only its size is compared."""
     try:
         actual = path.stat().st_size
         if actual != size:
             return f"expected {size} bytes, found {actual}"
-        digest = digest_of(path) if sha256 else None
+        digest = _digest(path) if sha256 else None
     except OSError as error:
         return f"expected a file, found {error.strerror}"
     return None if digest == sha256 else f"expected SHA-256 {str(sha256)[:12]}..., found {str(digest)[:12]}..."
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Write files and folders atomically."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
 
 
 def plain_name(text: str) -> str:
-    """What may be part of a file's name whatever the text is: no separators, no `..`, not empty."""
+    """Turn any text into part of a file name: no separators, no `..`, not empty."""
     return re.sub(r"[^\w.\-]", "_", text).lstrip(".") or "_"
 
 
@@ -136,7 +136,7 @@ def remove(path: Path) -> None:
 
 
 def move_files(source: Path, target: Path, *, last: str) -> None:
-    """All files of a folder into another one on the same disk, whose files of these names they replace.
+    """Move all files of a folder into another one on the same disk, and replace files of the same names.
 
     Args:
         last: name of the file that goes last, and whose namesake goes first: where it lies, all others do.

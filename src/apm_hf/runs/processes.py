@@ -1,4 +1,4 @@
-"""What is known of the running program: which of how many processes it is, and how it was called."""
+"""Tell which of how many processes this is, and how the program was called."""
 
 import re
 import shlex
@@ -10,12 +10,12 @@ from accelerate.utils import parse_flag_from_env
 
 
 def on_cpu() -> bool:
-    """Whether there is no accelerator, or none that is wanted (`ACCELERATE_USE_CPU`)."""
+    """Return whether there is no accelerator, or none is wanted (`ACCELERATE_USE_CPU`)."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def process_state() -> PartialState:
-    """What `torchrun` or `accelerate launch` said.
+    """Return which of how many processes this is, as `torchrun` or `accelerate launch` set it.
 
     Left to itself, `PartialState()` takes every process on a CPU for the only one, so that all do all the work.
     """
@@ -23,5 +23,5 @@ def process_state() -> PartialState:
 
 
 def command_line(program: str, arguments: Sequence[str]) -> str:
-    """For cards and reports. Of absolute paths only the last part: they say nothing of the computer."""
+    """Return the command line for cards and reports, with only the last part of absolute paths."""
     return f"{program} " + shlex.join(re.sub(r"(^|=)/(?:[^/]+/)*", r"\1", argument) for argument in arguments)

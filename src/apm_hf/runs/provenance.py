@@ -1,4 +1,4 @@
-"""Where a result comes from: which commit, which versions, which computer."""
+"""Describe where a result comes from: commit, versions, computer."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ PACKAGES = ("apm_hf", "torch", "transformers", "datasets", "accelerate", "evalua
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those of `PACKAGES` that are installed."""
+    """Return the versions of Python and of those of `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this file lies in, if it lies in one."""
+    """Return the commit of the checkout that this file lies in, if it lies in one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -31,7 +31,7 @@ def commit() -> str | None:
 
 
 def computer() -> str:
-    """Name what computes, as a person would."""
+    """Return a readable name of the GPU or CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .checksums import digest_of, fault_of, read_sealed, write_sealed
+from .checksums import fault_of, file_facts, file_faults, read_sealed, write_sealed
 from .files import PARTIAL, move_files, remove, sync, writable_folder, write_atomically
 from .provenance import commit, computer, versions
 
@@ -154,7 +154,7 @@ class Run:
         beside = None
         if tensors is not None:
             write_atomically(self.tensors(name), tensors)
-            beside = {"bytes": len(tensors), "sha256": hashlib.sha256(tensors).hexdigest()}
+            beside = {"size": len(tensors), "sha256": hashlib.sha256(tensors).hexdigest()}
         write_sealed(self._path(name), {"content": content, "tensors": beside})
         sync(self._path(name).parent)
 
@@ -163,7 +163,7 @@ class Run:
         try:
             noted, fault = self.noted(name), None
             if noted["tensors"] is not None:
-                fault = fault_of(self.tensors(name), noted["tensors"]["bytes"], noted["tensors"]["sha256"])
+                fault = fault_of(self.tensors(name), **noted["tensors"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, OSError) as error:
@@ -174,7 +174,7 @@ class Run:
         return noted["content"]
 
     def noted(self, name: str) -> dict[str, Any]:
-        """Return `content` and `tensors` (None, or `bytes` and `sha256`) of a part; its tensors are not read.
+        """Return `content` and `tensors` (None, or `size` in bytes and `sha256`) of a part; its tensors are not read.
 
         Raises:
             FileNotFoundError, ValueError: where it is missing, or damaged.
@@ -186,7 +186,7 @@ class Run:
         return self.parts / f"{name}.safetensors"
 
     def finish(self, names: Iterable[str]) -> None:
-        """Write down what the finished files of the run are, so that [`check_manifest`] can tell damage."""
+        """Write the manifest of those finished files that are there, so that [`check_manifest`] can tell damage."""
         _write_manifest(self.folder, names)
 
     @contextmanager
@@ -208,9 +208,8 @@ class Run:
 
 
 def _write_manifest(folder: Path, names: Iterable[str]) -> None:
-    files = {name: folder / name for name in names if (folder / name).exists()}
-    noted = {name: {"size": path.stat().st_size, "sha256": digest_of(path)} for name, path in files.items()}
-    write_sealed(folder / MANIFEST, {"files": noted})
+    there = [name for name in names if (folder / name).exists()]
+    write_sealed(folder / MANIFEST, {"files": file_facts(folder, there)})
 
 
 def manifest_faults(folder: Path) -> list[str]:
@@ -221,8 +220,7 @@ def manifest_faults(folder: Path) -> list[str]:
         return []
     except ValueError as error:
         return [str(error)]
-    faults = ((name, fault_of(folder / name, **expected)) for name, expected in files.items())
-    return [f"{folder / name}: {fault}" for name, fault in faults if fault]
+    return [f"{folder}: {fault}" for fault in file_faults(folder, files)]
 
 
 def check_manifest(folder: Path) -> None:

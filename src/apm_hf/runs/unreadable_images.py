@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted, listed and left out, up to a limit.
+"""Skip, count and list images that cannot be read, up to a limit.
 
 Batches keep their size whatever is in them, since processes that share a step must all take it: a row whose image
 cannot be read is a blank picture, and `problem` `(B, W)` uint8 says why, as UTF-8 filled up with zeros; a row of
@@ -30,20 +30,20 @@ WIDTH = 384  # W
 
 
 def packed(text: str) -> Tensor:
-    """`(1, W)` uint8; what is longer is cut."""
+    """Encode text as `(1, W)` uint8; longer text is cut."""
     data = text.encode()[:WIDTH]
     return torch.tensor([list(data) + [0] * (WIDTH - len(data))], dtype=torch.uint8)
 
 
 def problems(batch_or_column: Mapping[str, Tensor] | Tensor) -> list[str]:
-    """Of every row, why its image could not be read; empty for those that were, none for batches without `problem`."""
+    """Return for every row why its image could not be read, empty where it could; [] for batches without `problem`."""
     column = batch_or_column if isinstance(batch_or_column, Tensor) else batch_or_column.get(PROBLEM)
     rows = () if column is None else column.cpu()
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def readable(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rows whose images were read, without `problem`; there may be none."""
+    """Return the rows whose images were read, without `problem`; there may be none."""
     if PROBLEM not in batch:
         return batch
     good = ~batch[PROBLEM].bool().any(dim=1)
@@ -51,11 +51,11 @@ def readable(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class SkippedImages:
-    """What was left out in a run, and the limit; equal in all processes.
+    """Count and list the images that a run skips, up to a limit; equal in all processes.
 
     Args:
         folder: where `skipped_images.jsonl` is written, a line `{"step", "image", "reason"}` for each image.
-        limit: so many different images may be left out.
+        limit: maximum number of different images that are skipped.
         gather: joins the rows of all processes, as `Accelerator.gather` does.
         is_main_process: whether this is the process that writes.
     """
@@ -70,7 +70,7 @@ class SkippedImages:
         return len(self.lines)
 
     def begin(self, step: int) -> None:
-        """At the start of a run, or where one goes on: what was found after `step` is found again."""
+        """Reset the list at the start of a run, or to its state at `step` where a run resumes."""
         self.lines = {}
         if step and self.path.exists():
             found = (json.loads(line) for line in self.path.read_text().splitlines())
@@ -79,7 +79,7 @@ class SkippedImages:
             self.path.unlink(missing_ok=True)
 
     def sift(self, batch: dict[str, Tensor], step: int) -> tuple[dict[str, Tensor], float]:
-        """The images that were read, and 1; where there is none, blank ones, and 0 to weigh their loss with.
+        """Return the readable images and the loss's weight 1; if there are none, blank images and weight 0.
 
         Every process calls this with its part of the same step.
 
@@ -94,17 +94,17 @@ class SkippedImages:
             return good, 1.0
         return {name: values for name, values in batch.items() if name != PROBLEM}, 0.0
 
-    def sift_answers(
-        self, answers: dict[str, dict[str, Tensor]], batch: dict[str, Tensor], gather: Callable[[Any], Any], step: int
+    def sift_figures(
+        self, figures: dict[str, dict[str, Tensor]], batch: dict[str, Tensor], gather: Callable[[Any], Any], step: int
     ) -> dict[str, dict[str, Tensor]]:
-        """Of figures by head and name, one row an image, those of images that were read, from all processes.
+        """Gather figures by head and name, one row per image, from all processes, without those of unreadable images.
 
         Args:
             gather: as `Accelerator.gather_for_metrics` does.
         """
         if PROBLEM not in batch:
-            return gather(answers)
-        found, column = gather((answers, batch[PROBLEM]))
+            return gather(figures)
+        found, column = gather((figures, batch[PROBLEM]))
         self._record([reason and f"validation {reason}" for reason in problems(column)], step)
         good = ~column.bool().any(dim=1)
         return {name: {key: rows[good] for key, rows in figures.items()} for name, figures in found.items()}
@@ -129,12 +129,13 @@ class SkippedImages:
 
 
 class Numbered(Dataset):
-    """Rows of a data set with their place in it, `index`, by which messages name them."""
+    """Add to every row its place in the data set, `index`, by which messages name it."""
 
     def __init__(self, dataset: Any, digest: str | None = None) -> None:
         self.dataset, self._digest = dataset, digest
 
     def digest(self) -> str | None:
+        """Return the digest of the images' contents, if it was given."""
         return self._digest
 
     def __len__(self) -> int:
@@ -144,13 +145,13 @@ class Numbered(Dataset):
         return {"index": index, **self.dataset[index]}
 
     def set_epoch(self, epoch: int) -> None:
-        """For data sets that differ from epoch to epoch."""
+        """Pass the epoch on to data sets that differ from epoch to epoch."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
 
 def numbered(dataset: Any, *, digest: str | None = None) -> Any:
-    """Rows with their `index`, unless they are a stream, whose order may change; those keep the names of files.
+    """Add `index` to the rows of a data set, not of a stream, whose order may change and whose files have names.
 
     Args:
         digest: of the images' contents, by which a run that is resumed knows them again.

@@ -11,7 +11,7 @@ Legend: B images of a batch, K classes, F width of the teacher's embeddings.
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import gather_object
 from PIL.Image import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -110,6 +111,7 @@ class _Evaluation:
         self.sweeps = sweeps
         self.teacher: Teacher | None = None
         self.tasks: dict[str, ZeroShotTask] = {}
+        self.unreadable: dict[tuple[str, int], dict[str, Any]] = {}  # (benchmark, image) -> line of SKIPPED
         for cell in self.cells:  # missing data are found before anything is computed
             self._images(cell.benchmark)
 
@@ -118,8 +120,8 @@ class _Evaluation:
         # Clean images come first: their predictions show whether labels and classes belong together.
         for clean in (True, False):
             cells = [cell for cell in self.cells if cell.clean == clean]
-            self._predict(cells)
-            self.state.wait_for_everyone()
+            found = self._predict(cells)
+            self._count_unreadable(gather_object(found))
             self._predict_in_order(cells)
             self.state.wait_for_everyone()
             if clean and self.state.is_main_process:
@@ -204,30 +206,36 @@ class _Evaluation:
     def _part(cell: Cell, batch: int | str) -> str:
         return f"{cell.folder}/{batch if isinstance(batch, str) else f'{batch:06d}'}"
 
-    def _missing(self, cell: Cell, batch: int | str) -> bool:
-        return self.run.load(self._part(cell, batch)) is None
-
     def _in_order(self, cell: Cell) -> list[Method]:
         methods = self.methods[cell.seed]
         return [methods[name] for name in cell.methods if methods[name].sequential]
 
-    def _predict(self, cells: list[Cell]) -> None:
-        """Predict this process's share of the missing batches, except for sequential methods."""
+    def _predict(self, cells: list[Cell]) -> list[dict[str, Any]]:
+        """Predict this process's share of the missing batches, except for sequential methods.
+
+        Returns:
+            Records of the unreadable images that this process found.
+        """
         batches = [(cell, number, batch) for cell in cells for number, batch in enumerate(self._batches(cell))]
-        todo = [entry for entry in batches if self._missing(entry[0], entry[1])]
+        parts = [self.run.load(self._part(cell, number)) for cell, number, _ in batches]
+        self._count_unreadable(line for part in parts if part is not None for line in part["unreadable"])
+        todo = [batch for batch, part in zip(batches, parts, strict=True) if part is None]
         self.state.wait_for_everyone()  # so that all processes divide the same list
         mine = todo[self.state.process_index :: self.state.num_processes]
         if cells and self.state.is_main_process:
             done, shared = len(batches) - len(todo), f"{self.state.num_processes} processes"
             logger.info(f"{done} of {len(batches)} batches are done, the others are divided among {shared}.")
         total, quiet = sum(len(batch) for *_, batch in mine), not self.state.is_main_process
+        found: list[dict[str, Any]] = []
         with tqdm(total=total, desc="evaluate", unit="image", disable=quiet) as progress:
             for cell, number, indices in mine:
                 progress.set_postfix_str(f"{cell.benchmark} {cell.corruption} {cell.severity}")
-                self._predict_batch(cell, number, indices)
+                found += self._predict_batch(cell, number, indices)
                 progress.update(len(indices))
+        return found
 
-    def _predict_batch(self, cell: Cell, number: int, indices: list[int]) -> None:
+    def _predict_batch(self, cell: Cell, number: int, indices: list[int]) -> list[dict[str, Any]]:
+        """Predict and save one batch, and return records of its unreadable images."""
         task, data = self._task(cell), self._images(cell.benchmark)
         images, indices, unreadable = self._readable(cell, indices)
         if not cell.clean:
@@ -262,11 +270,8 @@ class _Evaluation:
             )
         content = {"lines": lines, "costs": costs, "unreadable": unreadable}
         self.run.save(self._part(cell, number), content, tensors=tensors)
-        if unreadable and len(skipped := self._skipped()) > self.config.max_bad_images:
-            raise ValueError(
-                f"max_bad_images: expected at most {self.config.max_bad_images} unreadable images, got "
-                f"{len(skipped)}, the last of them {unreadable[-1]['reason']}"
-            )
+        self._count_unreadable(unreadable)
+        return unreadable
 
     def _readable(self, cell: Cell, indices: list[int]) -> tuple[list[Image], list[int], list[dict[str, Any]]]:
         """Return a batch's readable images, their indices, and records of the unreadable ones.
@@ -287,19 +292,22 @@ class _Evaluation:
                 good.append(index)
         return images, good, unreadable
 
-    def _skipped(self) -> list[dict[str, Any]]:
-        """Return what all processes have skipped so far, each image once, in order."""
-        parts = [
-            self.run.load(self._part(cell, number)) or {"unreadable": []}
-            for cell in self.cells
-            for number in range(len(self._batches(cell)))
-        ]
-        found = {(line["benchmark"], line["image"]): line for part in parts for line in part["unreadable"]}
-        return [found[key] for key in sorted(found)]
+    def _count_unreadable(self, records: Iterable[dict[str, Any]]) -> None:
+        """Add records to those known to this process, each image once.
+
+        Raises:
+            ValueError: for more unreadable images than are allowed.
+        """
+        self.unreadable.update({(line["benchmark"], line["image"]): line for line in records})
+        if len(self.unreadable) > self.config.max_bad_images:
+            raise ValueError(
+                f"max_bad_images: expected at most {self.config.max_bad_images} unreadable images, got "
+                f"{len(self.unreadable)}, the last of them {[*self.unreadable.values()][-1]['reason']}"
+            )
 
     def _predict_in_order(self, cells: list[Cell]) -> None:
         """Run sequential methods: every cell by one process, from the cached embeddings."""
-        todo = [cell for cell in cells if self._in_order(cell) and self._missing(cell, STREAM)]
+        todo = [cell for cell in cells if self._in_order(cell) and self.run.load(self._part(cell, STREAM)) is None]
         self.state.wait_for_everyone()
         for cell in todo[self.state.process_index :: self.state.num_processes]:
             task, data = self._task(cell), self._images(cell.benchmark)
@@ -365,8 +373,9 @@ class _Evaluation:
     def _join(self) -> None:
         for name, kind in ((RESULTS, "lines"), (COSTS, "costs")):
             write_atomically(self.folder / name, (text for cell in self.cells for text in self._lines(cell, kind)))
-        if skipped := self._skipped():
-            write_atomically(self.folder / SKIPPED, (json.dumps(line) + "\n" for line in skipped))
+        if self.unreadable:
+            lines = (json.dumps(self.unreadable[key]) + "\n" for key in sorted(self.unreadable))
+            write_atomically(self.folder / SKIPPED, lines)
         self.run.finish((RESULTS, COSTS, SKIPPED))
 
 

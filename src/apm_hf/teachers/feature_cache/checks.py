@@ -1,4 +1,4 @@
-"""What must hold before a feature cache is written, and what makes it complete."""
+"""Check that there is room for a feature cache, and write the index that completes it."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What lies in a feature cache, what it is of, and how large it becomes.
+"""Define the files of a feature cache, their contents and their size.
 
     FOLDER/
         00000.safetensors   features, image_embeds, rows and, where there are any, locations and levels of some images
@@ -29,14 +29,14 @@ SHARD_BYTES = 2**28  # of features, where nothing else is asked for: some second
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """How a teacher's answers are kept.
+    """Configure how a teacher's outputs are cached.
 
     Args:
         dtype: `bfloat16`, `float16` or `float32`.
-        num_locations: l, places kept of each image, drawn from seed and row; None keeps the grid.
-        level_layers: of the teacher, whose patches are kept as levels, normalised.
+        num_locations: l, locations cached of each image, drawn from seed and row; None caches the grid.
+        level_layers: of the teacher, whose normalised patch tokens are cached as levels.
         images_per_shard: by default as many as make 256 MiB.
-        seed: of the places.
+        seed: random seed of the locations.
 
     Raises:
         ValueError: for a value outside its range; says what was expected.
@@ -59,7 +59,7 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a cache will take.
+    """Estimate the size of a cache.
 
     Args:
         num_images, num_shards: of all processes.
@@ -75,13 +75,13 @@ class Estimate:
 
 
 def grid_of(teacher: Any) -> tuple[int, int]:
-    """(rows, cols) of what the teacher answers to its image processor's pictures."""
+    """Return (rows, cols) of the teacher's features for images from its image processor."""
     side = teacher.image_size // teacher.patch_size
     return side, side
 
 
 def estimate(teacher: Any, num_images: int, settings: CacheSettings) -> Estimate:
-    """Nothing is computed: sizes follow from the teacher's grid and widths.
+    """Compute a cache's size from the teacher's grid and widths, without running the teacher.
 
     Raises:
         ValueError: for no images, or more locations than the grid has.
@@ -105,7 +105,7 @@ def estimate(teacher: Any, num_images: int, settings: CacheSettings) -> Estimate
 def contents(
     teacher: Any, images: Any, image_column: str, settings: CacheSettings, *, dataset_name: str
 ) -> dict[str, Any]:
-    """What a cache is of, as `index.json` says it: two caches of which this is equal have the same answers."""
+    """Describe what a cache is made from, as `index.json` holds it: equal descriptions mean equal features."""
     plan = estimate(teacher, len(images), settings)
     return {
         "format": FORMAT,
@@ -119,7 +119,7 @@ def contents(
 
 
 def drawn_locations(rows: list[int], num_locations: int, num_patches: int, seed: int) -> Tensor:
-    """`(n, l)` int32, ascending: of each row another draw, which depends on seed and row alone."""
+    """Draw locations `(n, l)` int32, ascending, another draw for each row, which depends on seed and row alone."""
     draws = []
     for row in rows:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63)

@@ -1,4 +1,4 @@
-"""A feature cache as a data set: rows read where they lie, each beside its image.
+"""Read a feature cache as a data set, each row beside its image, without loading files into memory.
 
 safetensors maps files into memory, and `safe_open(...).get_tensor` gives a whole shard as a view of the map: nothing
 is read until a row is, and its bytes are copied once, when a batch is made. `benchmarks/data.py` compares other ways.
@@ -24,7 +24,7 @@ from .layout import INDEX
 
 
 class FeatureCache(Dataset):
-    """The answers to every image that could be read, in the data set's order.
+    """Read the cached outputs for every readable image, in the data set's order.
 
     A row has `features` `(rows, cols, F)`, `image_embeds` `(F,)` float32 and, where they were kept, `levels`
     `(N, rows, cols, C)`. Of a cache of l locations it has `features` `(l, F)`, `levels` `(N, l, C)`, `locations`
@@ -55,7 +55,7 @@ class FeatureCache(Dataset):
         except ValueError as error:
             raise ValueError(f"feature_cache: {error}") from error
         for shard in self.index["shards"]:
-            if fault := fault_of(self.folder / shard["file"], shard["bytes"], None):
+            if fault := fault_of(self.folder / shard["file"], shard["size"], None):
                 raise ValueError(f"feature_cache: {self.folder / shard['file']}: {fault}{_AGAIN}")
         self._bad = np.array([bad["row"] for bad in self.index["bad"]], dtype=np.int64)
         everything = range(self.index["num_rows"])
@@ -96,7 +96,7 @@ class FeatureCache(Dataset):
         return self
 
     def digest(self) -> str:
-        """SHA-256 of the images that the cache is of."""
+        """Return the SHA-256 of the images that the cache was made from."""
         return self.index["dataset"]["fingerprint"]
 
     def check(
@@ -107,7 +107,7 @@ class FeatureCache(Dataset):
         image_column: str = "image",
         level_layers: Sequence[int] | None = None,
     ) -> None:
-        """Whether these are this teacher's answers about these images.
+        """Check that the cache holds this teacher's outputs for these images.
 
         Raises:
             ValueError: names all that differs; `expected` is what is asked for, `got` the cache's.
@@ -130,7 +130,7 @@ class FeatureCache(Dataset):
         if number not in self._open:
             shard = self.index["shards"][number]
             path = self.folder / shard["file"]
-            if fault := fault_of(path, shard["bytes"], shard["sha256"]):
+            if fault := fault_of(path, shard["size"], shard["sha256"]):
                 raise ValueError(f"feature_cache: {path}: {fault}{_AGAIN}")
             try:
                 with safe_open(path, framework="pt") as file:
@@ -147,7 +147,7 @@ _AGAIN = "; the command that made the cache verifies it and writes again what is
 
 
 class CachedImages(Dataset):
-    """Rows of a data set, each with its `index` and the answers of a cache; images without an answer are left out.
+    """Join rows of a data set with their `index` and cached outputs; images without outputs are left out.
 
     Args:
         images: rows with images, by index.
@@ -161,6 +161,7 @@ class CachedImages(Dataset):
         return len(self.cache)
 
     def digest(self) -> str:
+        """Return the SHA-256 of the images that the cache was made from."""
         return self.cache.digest()
 
     def __getitem__(self, position: int) -> dict[str, Any]:

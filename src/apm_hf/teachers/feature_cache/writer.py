@@ -1,8 +1,8 @@
-"""A data set's features, asked of a teacher once and brought to the disk, by any number of processes.
+"""Run a teacher once over a data set and write its features to the disk, in any number of processes.
 
-Every shard is computed from its rows alone and renamed into place when it is whole, so who writes it, when and after
-how many interruptions makes no difference to its bytes (same computer, versions and batch size). What is there is
-verified and kept; only what is missing is computed.
+Every shard is computed from its rows alone and renamed into place when it is complete, so its bytes do not depend on
+processes and interruptions (same computer, versions and batch size). Existing shards are verified; only missing or
+damaged ones are computed.
 
 Legend: n images of a shard, B of a batch, N levels, F feature width, (rows, cols) the teacher's grid, l locations.
 """
@@ -105,7 +105,7 @@ class _Writer:
         self.dtype, self.grid = DTYPES[settings.dtype], grid_of(teacher)
 
     def rows(self, number: int) -> range:
-        """Of a shard, those that cannot be read included."""
+        """Return the rows of a shard, unreadable ones included."""
         start = number * self.size.images_per_shard
         return range(start, min(start + self.size.images_per_shard, self.size.num_images))
 
@@ -154,7 +154,7 @@ class _Writer:
 
     @torch.inference_mode()
     def _answers(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a shard holds of a batch's readable images; empty where there are none."""
+        """Return a shard's tensors for a batch's readable images; empty if there are none."""
         good = ~batch[PROBLEM].bool().any(dim=1) if PROBLEM in batch else torch.ones(len(batch["index"])).bool()
         rows = batch["index"][good]
         if not len(rows):
@@ -198,7 +198,7 @@ class _Writer:
 
 
 class _Numbered(Dataset):
-    """Rows with their own number, whatever columns they have."""
+    """Add to every row its number as `index`."""
 
     def __init__(self, images: Any) -> None:
         self.images = images
