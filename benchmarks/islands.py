@@ -5,7 +5,7 @@
 
 They are scored by `apm evaluate --task islands --model FOLDER`, which has the controls. Teachers are asked once about
 every view of every image, before the training, and all is kept in memory (a photo's view takes a mebibyte); for more,
-`examples/train.py --random_crops --jitter` asks at each step instead.
+`apm distill --random_crops --jitter` asks at each step instead.
 """
 
 import argparse

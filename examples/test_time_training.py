@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 examples/test_time_training.py --teacher openai/clip-vit-large-patch14 \\
         --dataset ILSVRC/imagenet-1k --split validation --max_images 50000 --batch_size 64 --output_file results.jsonl
 
-Prints how often the two agree, both accuracies, the cosine between their embeddings and the time per image. A machine
+Prints how often the two agree, both accuracies, the cosine between their embeddings and the time per image. A model
 that is fitted to the end repeats its teacher (arXiv:2410.20535, section 4): agreement says how far the fit got. An
 image's line in the file depends neither on the batch size nor on the number of processes (on the CPU, to the bit).
 """
@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, HfArgumentParser
+from transformers import HfArgumentParser
 
-from apm_hf import TTTConfig, load_teacher
+from apm_hf import APM, TTTConfig
 from apm_hf.data.images import decode_image
 from apm_hf.data.loading import load_images
 from apm_hf.runs.processes import process_state
-from apm_hf.ttt.classification import TTTClassifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +55,16 @@ RECIPE = ("fit", "steps", "learning_rate", "num_locations", "dtype", "stop", "st
 
 def run(config: ScriptConfig) -> dict[str, float]:
     state = process_state()
-    teacher = load_teacher(config.teacher)
+    apm = APM.load(config.model, teacher=config.teacher)
     data = load_images(config.dataset, split=config.split, max_images=config.max_images, seed=config.seed)
     label_column = data.require_labels()
     if data.class_names is None:
         raise ValueError(f"--dataset: expected class names for the column {label_column!r}, found none")
     recipe = {name: value for name in RECIPE if (value := getattr(config, name)) is not None}
-    model = image_processor = None
     if config.model is not None:
-        model = AutoModel.from_pretrained(config.model).to(teacher.device)
-        image_processor = AutoImageProcessor.from_pretrained(config.model)
         recipe["start"] = "model"
-    classifier = TTTClassifier(
-        teacher,
-        data.class_names,
-        config=TTTConfig.preset(config.preset, seed=config.seed, **recipe),
-        model=model,
-        image_processor=image_processor,
-    )
+    ttt = TTTConfig.preset(config.preset, seed=config.seed, **recipe)
+    classifier = apm.classifier(data.class_names, config=ttt)
     mine = range(state.process_index, len(data.dataset), state.num_processes)
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()

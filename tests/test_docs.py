@@ -38,7 +38,7 @@ def blocks(path, *languages):
 def commands(path):
     """Words of every command that starts `apm` or a script of this project, whatever launches it."""
     for block in blocks(path, *SHELL):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in block.replace("\\\n", " ").replace("-m apm_hf.commands.main ", "apm ").splitlines():
             if found := PROGRAM.search(line):
                 yield shlex.split(re.split(r"[|>&]", line[found.start(2) :])[0], comments=True)
 

@@ -1,37 +1,30 @@
-"""`examples/train.py` as users start it: plain, through `accelerate launch`, interrupted, published.
+"""Examples as users start them, but for the new process: it would import everything anew.
 
-Subprocesses import everything anew, so there are few of them; the rest calls the script's `main` in this process.
-Several processes at once are in `test_scaling.py`.
+`examples/train_segmentation.py` is in `test_probes.py`, the files for `accelerate launch` are in `test_scaling.py`.
 """
 
 import importlib.util
 import json
 import logging
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
 from apm_hf import APMModel, TTTConfig, load_teacher
-from apm_hf.commands import distill
-from apm_hf.commands.main import main
 from apm_hf.data.images import ImageCollator
 from apm_hf.distillation import matching_image_processor
-from apm_hf.distillation import recipe as training
 from apm_hf.ttt.classification import TTTClassifier
+from fixtures_runs import forget_accelerate, processes
 from fixtures_tiny import LABELS, photo, save_clip, save_splits, student
 
 datasets = pytest.importorskip("datasets")
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SCRIPT = EXAMPLES / "train.py"
-STUDENT = {"image_size": 24, "patch_size": 8, "position_size": 16, "hidden_sizes": [32, 24], "rgb_hidden_sizes": [12]}
 
 
 @pytest.fixture(scope="module")
@@ -57,60 +50,35 @@ def here(monkeypatch, tmp_path_factory):
     logging.getLogger("apm_hf").setLevel(level)
 
 
-@pytest.fixture
-def script(here):
-    return load(SCRIPT)
-
-
-def load(path):
+def load(name):
     """An example as a module."""
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_example", path)
+    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def forget_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def flags(place, output_dir, **settings):
-    settings = {
-        "teacher": place / "clip",
-        "dataset": place / "photos",
-        "output_dir": output_dir,
-        "config_overrides": json.dumps(STUDENT),
-        "max_steps": 6,
-        "batch_size": 8,
-        "learning_rate": 1e-2,
-        "mixed_precision": "no",
-        **settings,
-    }
+def flags(**settings):
     words = []
     for name, value in settings.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
 
 
-def train(script, monkeypatch, arguments):
-    """`python examples/train.py ...`, without the new process."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    forget_accelerate()
-    script.main()
+@pytest.fixture
+def train(here, place):
+    """`python examples/train.py --output_dir FOLDER ...`, without the new process; the module it is."""
+    script = load("train")
 
+    def run(folder, **settings):
+        named = {"teacher": place / "clip", "dataset": place / "photos", "output_dir": folder}
+        numbers = {"max_steps": 7, "batch_size": 8, "learning_rate": 1e-2, **settings}
+        here.setattr(sys, "argv", ["train.py", *flags(**named, **numbers)])
+        forget_accelerate()
+        script.main()
 
-def launch(command, environment):
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-def losses(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (file,) = (folder / "logs").glob("*/events.out.tfevents.*")
-    return [event.value for event in EventAccumulator(str(file)).Reload().Scalars("loss")]
+    run.script = script
+    return run
 
 
 def largest_difference(first, second):
@@ -119,124 +87,63 @@ def largest_difference(first, second):
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
-def assert_loads(folder):
-    model = AutoModel.from_pretrained(folder).eval()
-    assert type(model) is APMModel
+def cosines(printed):
+    """Step -> agreement with the teacher, as `train.py` prints them."""
+    return {
+        int(step): float(value)
+        for step, value in re.findall(r"^step (\d+): .*? (-?[\d.]+) on 5 images$", printed, re.M)
+    }
+
+
+def test_the_loop_learns_and_leaves_an_ordinary_model_with_its_card(train, place, tmp_path, capsys):
+    published = []
+    train.script.publish = lambda folder, name: (
+        published.append((folder, name)) or "https://huggingface.co/someone/apm"
+    )
+    train(tmp_path / "run", max_steps=20, hub_model_id="someone/apm")
+    printed = capsys.readouterr().out
+    before, after = cosines(printed)[0], cosines(printed)[20]
+    assert after > before + 0.2
+    assert published == [(str(tmp_path / "run"), "someone/apm")] and "https://huggingface.co/someone/apm" in printed
+    model = AutoModel.from_pretrained(tmp_path / "run").eval()
+    assert type(model) is APMModel and model.config.distilled_from
     with torch.no_grad():
-        answer = model(**AutoImageProcessor.from_pretrained(folder)(photo(99), return_tensors="pt"))
-    assert answer.last_hidden_state.shape == (1, 9, 16) and answer.last_hidden_state.isfinite().all()
+        outputs = model(**AutoImageProcessor.from_pretrained(tmp_path / "run")(photo(99), return_tensors="pt"))
+    assert outputs.last_hidden_state.shape[-1] == 16 and outputs.last_hidden_state.isfinite().all()
+    card = (tmp_path / "run/README.md").read_text()
+    assert 'from_pretrained("someone/apm"' in card and "examples/train.py --teacher clip" in card
+    assert str(place) not in card and str(tmp_path) not in card
 
 
-def assert_card_without_paths(folder, *places):
-    text = (folder / "README.md").read_text()
-    assert "# " in text and "feature_cosine" in text and "| teacher | clip |" in text and "| data | photos |" in text
-    for path in places:
-        assert str(path) not in text, "the card names a path of this machine"
-
-
-def test_accelerate_launches_it_on_a_stream_in_bfloat16(place, environment, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
-    command.append(str(EXAMPLES / "configs/cpu.yaml"))
-    settings = {"streaming": True, "mixed_precision": "bf16", "gradient_accumulation_steps": 2, "checkpoint_steps": 2}
-    words = [*command, str(SCRIPT), *flags(place, tmp_path / "run", batch_size=4, **settings)]
-    assert "processes: 1" in launch(words, environment)
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
-    assert (tmp_path / "run/pictures/step_000006.png").exists() and losses(tmp_path / "run")
-    assert_loads(tmp_path / "run")
-    assert_card_without_paths(tmp_path / "run", tmp_path, place)
-
-
-def test_the_same_command_gives_the_same_model_and_logs_its_processes(script, monkeypatch, place, tmp_path, caplog):
-    train(script, monkeypatch, flags(place, tmp_path / "first"))
-    assert "processes: 1" in caplog.text
-    train(script, monkeypatch, flags(place, tmp_path / "second"))
-    assert largest_difference(tmp_path / "first", tmp_path / "second") == 0
-    train(script, monkeypatch, flags(place, tmp_path / "third", seed=1))
-    assert largest_difference(tmp_path / "first", tmp_path / "third") > 1e-2
-
-
-def test_apm_distill_makes_the_same_model_with_the_same_flags(script, monkeypatch, place, tmp_path, capfd):
-    train(script, monkeypatch, flags(place, tmp_path / "script", max_steps=2))
-    forget_accelerate()
-    capfd.readouterr()
-    words = [word.replace("_", "-") if word.startswith("--") else word for word in flags(place, tmp_path / "command")]
-    assert main(["distill", *words, "--max_steps", "2", "--json", "--quiet"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert set(told) == set(distill.RESULT)
-    assert told["output_dir"] == str(tmp_path / "command") and told["steps"] == 2 and told["processes"] == 1
-    assert told["metrics"] == json.loads((tmp_path / "command/metrics.json").read_text())
-    assert largest_difference(tmp_path / "script", tmp_path / "command") == 0
-    assert_card_without_paths(tmp_path / "command", tmp_path, place)
-    assert "apm distill --teacher clip" in (tmp_path / "command/README.md").read_text()
-
-
-def test_a_run_goes_on_where_it_was_interrupted(script, monkeypatch, place, tmp_path):
-    settings = {"batch_size": 4, "checkpoint_steps": 3, "max_steps": 7, "num_locations": 5}
-    train(script, monkeypatch, flags(place, tmp_path / "whole", **settings))
-    seen, collate = [], ImageCollator.__call__
+def test_an_interrupted_loop_goes_on_to_the_same_weights(train, here, tmp_path):
+    """16 images are two steps an epoch: the checkpoint of step 3 lies within one."""
+    train(tmp_path / "whole", checkpoint_steps=3)
+    collate, seen = ImageCollator.__call__, []
 
     def interrupted(collator, rows):
         seen.append(rows)
-        if len(seen) == 7:
+        if len(seen) == 6:  # one batch was of the validation before the first step
             raise KeyboardInterrupt
         return collate(collator, rows)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with here.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ImageCollator, "__call__", interrupted)
-        train(script, monkeypatch, flags(place, tmp_path / "cut", **settings))
-    assert not (tmp_path / "cut/model.safetensors").exists()
-    train(script, monkeypatch, flags(place, tmp_path / "cut", **settings, resume=True))
+        train(tmp_path / "cut", checkpoint_steps=3)
+    assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir()] == ["step_00000003"]
+    with pytest.raises(SystemExit, match="--resume goes on with it"):
+        train(tmp_path / "cut", checkpoint_steps=3)
+    train(tmp_path / "cut", checkpoint_steps=3, resume=True)
     assert largest_difference(tmp_path / "whole", tmp_path / "cut") == 0
+    with pytest.raises(SystemExit, match="lower --batch_size"):
+        train(tmp_path / "none", batch_size=17)
 
 
-def test_the_card_names_no_path_however_the_flags_are_written(script, monkeypatch, place, tmp_path):
-    words = flags(place, tmp_path / "run", max_steps=1)
-    pairs = list(zip(words[::2], words[1::2], strict=True))
-    train(script, monkeypatch, [f"{name}={value}" for name, value in pairs])
-    assert_card_without_paths(tmp_path / "run", tmp_path, place)
-    text = (tmp_path / "run/README.md").read_text()
-    assert "--max_steps" in text and "hidden_sizes" in text, "the command can be given again"
-
-
-def test_the_students_input_and_architecture_can_be_chosen(script, monkeypatch, place, tmp_path):
-    settings = {
-        "config_overrides": json.dumps({**STUDENT, "local_patch": True}),
-        "image_processor": '{"do_min_max": true}',
-    }
-    train(script, monkeypatch, flags(place, tmp_path / "run", max_steps=1, **settings))
-    model = AutoModel.from_pretrained(tmp_path / "run")
-    assert model.config.local_patch and model.config.feature_size == 16
-    assert AutoImageProcessor.from_pretrained(tmp_path / "run").do_min_max
-
-
-def test_the_result_is_published_with_its_card_where_that_is_asked_for(script, monkeypatch, place, tmp_path):
-    published = []
-
-    def publish(folder, repo_id):
-        published.append((Path(folder), repo_id, (Path(folder) / "README.md").read_text()))
-        return "https://huggingface.co/someone/apm-tiny/commit/1"
-
-    monkeypatch.setattr(training, "publish", publish)
-    settings = {"push_to_hub": True, "hub_model_id": "someone/apm-tiny", "max_steps": 1}
-    train(script, monkeypatch, flags(place, tmp_path / "run", **settings))
-    ((folder, repo_id, card),) = published
-    assert (folder, repo_id) == (tmp_path / "run", "someone/apm-tiny")
-    assert 'from_pretrained("someone/apm-tiny", trust_remote_code=True)' in card and "](islands.png)" in card
-
-
-def test_publishing_without_a_name_is_refused_before_anything_is_loaded(script, monkeypatch, place, tmp_path):
-    monkeypatch.setattr(training, "load_teacher", lambda *_, **__: pytest.fail("the teacher is loaded first"))
-    with pytest.raises(ValueError, match="--push_to_hub: expected --hub_model_id"):
-        train(script, monkeypatch, flags(place, tmp_path / "run", push_to_hub=True))
-
-
-def test_help_names_every_flag(script, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train(script, monkeypatch, ["--help"])
-    assert stopped.value.code == 0
-    printed = capsys.readouterr().out
-    for name in ("teacher", "dataset", "output_dir", "max_steps", "num_locations", "mixed_precision", "push_to_hub"):
-        assert f"--{name}" in printed
+def test_two_processes_learn_what_one_does(train, here, tmp_path):
+    here.setenv("OMP_NUM_THREADS", "1")  # Accelerate warns of several processes without
+    train(tmp_path / "one")
+    assert processes(2, lambda rank: train(tmp_path / "two", batch_size=4)) == [0, 0]
+    # Adam makes steps of 1e-2 of gradients of any size, and sums of another order have other last bits.
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-3
 
 
 def near(path):
@@ -245,22 +152,21 @@ def near(path):
     return [{**row, "cosine": pytest.approx(row["cosine"], abs=1e-4)} for row in rows]
 
 
-def test_adapting_to_a_data_set_compares_the_machine_with_its_teacher(here, place, environment, tmp_path, capsys):
+def test_adapting_to_a_data_set_compares_the_model_with_its_teacher(here, place, tmp_path, capsys):
     images = [(label, photo(seed)) for seed, label in enumerate(LABELS * 2)]
     for seed, (label, image) in enumerate(images):
         (tmp_path / "photos" / label).mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / "photos" / label / f"{seed}.png")
-    machine = student(initializer_range=0.3, image_size=32)
-    machine.save_pretrained(tmp_path / "apm")
+    model = student(initializer_range=0.3, image_size=32)
+    model.save_pretrained(tmp_path / "apm")
     teacher = load_teacher(place / "clip", device="cpu")
     matching_image_processor(teacher, 32).save_pretrained(tmp_path / "apm")
-    settings = {"teacher": place / "clip", "dataset": tmp_path / "photos", "model": tmp_path / "apm", "steps": 4}
-    words = [word for name, value in {**settings, "batch_size": 4}.items() for word in (f"--{name}", str(value))]
-    path = EXAMPLES / "test_time_training.py"
-    here.setattr(sys, "argv", [str(path), *words])
-    load(path).main()
+    words = flags(teacher=place / "clip", dataset=tmp_path / "photos", model=tmp_path / "apm", steps=4, batch_size=4)
+    script, alone, shared = load("test_time_training"), tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    here.setattr(sys, "argv", ["test_time_training.py", *words, "--output_file", str(alone)])
+    script.main()
     printed = dict(re.findall(r"^(\S.*?)\s{2,}(\S+)$", capsys.readouterr().out, re.MULTILINE))
-    classifier = TTTClassifier(teacher, LABELS, config=TTTConfig.preset("fast", start="model", steps=4), model=machine)
+    classifier = TTTClassifier(teacher, LABELS, config=TTTConfig.preset("fast", start="model", steps=4), model=model)
     result = classifier([image for _, image in images])
     labels = torch.tensor([LABELS.index(label) for label, _ in images])
     expected = {
@@ -274,13 +180,17 @@ def test_adapting_to_a_data_set_compares_the_machine_with_its_teacher(here, plac
         assert float(printed[name]) == pytest.approx(values.float().mean().item(), abs=2e-4), name
 
     # Two processes, without a word about CPUs, share the images out and write what one does.
-    environment = {name: value for name, value in environment.items() if name != "ACCELERATE_USE_CPU"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(path)]
-    alone, shared = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
-    here.setattr(sys, "argv", [str(path), *words, "--output_file", str(alone)])
-    load(path).main()
-    printed = launch([*launcher, *words, "--output_file", str(shared), "--batch_size", "2"], environment)
-    assert re.search(r"^processes\s+2$", printed, re.MULTILINE)
+    here.delenv("ACCELERATE_USE_CPU")
+    here.setenv("OMP_NUM_THREADS", "1")  # Accelerate warns of several processes without
+    here.setattr(sys, "argv", ["test_time_training.py", *words, "--output_file", str(shared), "--batch_size", "2"])
+
+    def work(rank):
+        forget_accelerate()
+        script.main()
+        (tmp_path / str(rank)).write_text(str(script.process_state().num_processes))
+
+    assert processes(2, work) == [0, 0]
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["2", "2"]
     assert [json.loads(line)["image"] for line in shared.read_text().splitlines()] == list(range(6))
     assert near(alone) == near(shared)
 
