@@ -29,14 +29,13 @@ from apm_hf import (
     TestTimeTrainingPipeline,
     adapt,
     load_teacher,
-    ttt,
 )
 from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER
 from apm_hf.data.scenes import CLASS_NAMES
 from apm_hf.distillation import matching_image_processor
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
+from apm_hf.pair import pipeline as pipelines
 from apm_hf.ttt import TTTConfig
-from apm_hf.ttt import pipeline as pipelines
 from fixtures_hub import TOKEN
 from fixtures_pipelines import LABELS, label_map, scores
 from fixtures_tiny import (
@@ -139,7 +138,7 @@ def test_a_batch_is_adapted_to_at_once(teacher, photos, monkeypatch):
         sizes.append(len(pixel_values))
         return adapt(model, pixel_values, *args, **options)
 
-    monkeypatch.setattr(ttt, "adapt", counting)
+    monkeypatch.setattr(pipelines, "adapt", counting)
     pipe(teacher, batch_size=4)(photos, LABELS)
     assert sizes == [4, 1]
 
@@ -329,7 +328,7 @@ def test_an_image_whose_fit_diverges_has_no_scores_and_leaves_the_others(teacher
         adapted.diverged[1] = True
         return adapted
 
-    monkeypatch.setattr(ttt, "adapt", spoilt)
+    monkeypatch.setattr(pipelines, "adapt", spoilt)
     answers = ready(photos[:3])
     assert [answers[0], answers[2]] == [expected[0], expected[2]]
     assert [(answer["score"], answer["label"]) for answer in answers[1]] == [(None, label) for label in LABELS]

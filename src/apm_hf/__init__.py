@@ -32,9 +32,9 @@ AutoImageProcessor.register(
 )
 
 from .pair import APM  # noqa: E402
+from .pair.pipeline import TestTimeTrainingPipeline  # noqa: E402
 from .teachers import Teacher, TeacherOutput, load_teacher  # noqa: E402
 from .ttt import Adapted, TTTConfig, adapt  # noqa: E402
-from .ttt.pipeline import TestTimeTrainingPipeline  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -3,7 +3,7 @@
     pipe = pipeline("apm-zero-shot-image-classification", model="apm", teacher="openai/clip-vit-large-patch14")
     pipe("photo.jpg", candidate_labels=["cat", "dog"])  # [{"score": 0.9, "label": "cat"}, {"score": 0.1, ...}]
 
-Legend: B images, K labels, F feature width. Imports are inside methods, so that registering the class is cheap.
+Legend: B images, K labels, F feature width.
 """
 
 import os
@@ -20,6 +20,12 @@ from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
 from ..assets import DEMO_MODEL
 from ..configuration_apm import APMConfig
+from ..data.images import decode_image, eight_bit_rgb
+from ..modeling_apm import APMModel
+from ..teachers import DEFAULT_TEMPLATES, Teacher, load_teacher
+from ..teachers.zero_shot import classify
+from ..ttt import TTTConfig, adapt, redraw
+from .apm import APM
 
 _MAX_CACHED_TEXTS = 16
 
@@ -54,11 +60,6 @@ class TestTimeTrainingPipeline(Pipeline):
         ttt_config: Any = None,
         **options: Any,
     ):
-        from ..modeling_apm import APMModel, APMPreTrainedModel
-        from ..teachers import Teacher, load_teacher
-        from ..teachers.matching import matching_image_processor
-        from . import TTTConfig, redraw
-
         if not isinstance(teacher, Teacher | str | os.PathLike):
             raise ValueError(f"teacher: expected a Teacher, or a name or folder of one, got {type(teacher).__name__}")
         if preset is not None and ttt_config is not None:
@@ -68,15 +69,12 @@ class TestTimeTrainingPipeline(Pipeline):
         if model is None:
             teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
             model = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size))
-        if not isinstance(model, APMPreTrainedModel):
-            raise ValueError(f"model: expected an APM, got {type(model).__name__}")
         options.pop("local_files_only", None)  # already used by `transformers.pipeline`
         super().__init__(model=model, **options)
-        self.teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=self.device)
-        if (width := model.config.feature_size) != (expected := self.teacher.feature_size):
-            raise ValueError(f"model: expected features as wide as the teacher's, {expected}, got {width}")
-        matching = matching_image_processor(self.teacher, model.config.image_size)
-        self.image_processor: Any = self.image_processor or matching
+        pair = APM.load(model, teacher=teacher, device=self.device)
+        assert pair.teacher is not None
+        self.teacher = pair.teacher
+        self.image_processor: Any = self.image_processor or pair.image_processor
         self._text_embeds: dict[Any, Tensor] = {}
         self._start, self._config = self.model, self.ttt_config
         if self.ttt_config.start == "random":  # drawn once
@@ -126,8 +124,6 @@ class TestTimeTrainingPipeline(Pipeline):
         return tuple({name: value for name, value in stage.items() if value is not None} for stage in stages)
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
-        from ..data.images import decode_image, eight_bit_rgb
-
         # Only non-files go to transformers, whose reader clips 16-bit pixels and makes transparency black.
         elsewhere = isinstance(image, str) and not os.path.isfile(image)
         if not isinstance(image, np.ndarray | Tensor):
@@ -136,10 +132,6 @@ class TestTimeTrainingPipeline(Pipeline):
         return {"pixel_values": self.image_processor(image, return_tensors="pt")["pixel_values"], "image": image}
 
     def _forward(self, inputs: dict[str, Any], labels=(), templates=None) -> dict[str, Tensor]:
-        from ..teachers import DEFAULT_TEMPLATES
-        from ..teachers.zero_shot import classify
-        from . import adapt
-
         key = (labels, templates or DEFAULT_TEMPLATES)
         if key not in self._text_embeds:
             if len(self._text_embeds) == _MAX_CACHED_TEXTS:
