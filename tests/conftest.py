@@ -4,13 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import set_seed
 
-from fixtures_hub import LoopbackHub, client_of
-
-# The tests' tensors are tiny: more threads than one only fight over the cores with other test processes.
-torch.set_num_threads(1)
+# Torch and transformers are imported where they are used: the process that only hands tests out needs neither.
 
 
 # Files that keep a core busy for long begin first, so that no core is idle at the end.
@@ -21,6 +16,10 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    # The tests' tensors are tiny: more threads than one only fight over the cores with other test processes.
+    torch.set_num_threads(1)
     order = {f"test_{name}": rank for rank, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
@@ -37,12 +36,14 @@ def shared_dir() -> Path:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Models that a test or a fixture of any scope draws without a seed are the same in every run."""
+    from transformers import set_seed
+
     set_seed(0)
 
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Of a process that has a CPU, no network and no settings of its user."""
+    """Variables of a process that has a CPU, no network and no settings of its user."""
     home = tmp_path_factory.mktemp("home")
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_"))},
@@ -58,6 +59,8 @@ def environment(tmp_path_factory):
 @pytest.fixture
 def hub(tmp_path_factory):
     """A Hub of our own, empty, which this process takes for the real one; nobody is logged in."""
+    from fixtures_hub import LoopbackHub, client_of
+
     hub = LoopbackHub()
     with client_of(hub, tmp_path_factory.mktemp("hub_home")):
         yield hub

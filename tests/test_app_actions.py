@@ -37,6 +37,7 @@ from apm_hf.app.recent import Recent
 from apm_hf.app.uploads import GONE, MAX_LABELS, Uploads, read_labels
 from apm_hf.assets import DEMO_TEACHER
 from apm_hf.data.scenes import make_scene
+from fixtures_runs import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = ROOT / "examples" / "space"
@@ -351,22 +352,27 @@ def test_a_teacher_needs_the_model_that_learnt_from_it():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, environment):
-    """The app, served on 127.0.0.1 by a process of its own: its address, its process, its upload folder."""
+    """The app, served on 127.0.0.1 by a child of this process: its address, its process, its upload folder."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     folder = tmp_path_factory.mktemp("served")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", f"from apm_hf.app import launch; launch(port={port})"]
-    settings = {**environment, "GRADIO_TEMP_DIR": str(folder / "uploads")}
-    with (folder / "log").open("w") as log:
-        process = psutil.Popen(command, env=settings, stdout=log, stderr=log)
+
+    def serve():
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(environment, GRADIO_TEMP_DIR=str(folder / "uploads"))
+        launch(port=port)
+
+    process = psutil.Process(forked(serve))
     try:
         for _ in range(600):
             with socket.socket() as knock:
                 if knock.connect_ex(("127.0.0.1", port)) == 0:
                     break
-            assert process.poll() is None, (folder / "log").read_text()
+            assert process.status() != psutil.STATUS_ZOMBIE, (folder / "log").read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", process, folder / "uploads"
     finally:

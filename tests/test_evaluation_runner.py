@@ -1,10 +1,9 @@
 """A run of an evaluation: the same bytes however it was cut, killed or shared out; nothing of another run in it."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -31,11 +30,10 @@ from apm_hf.runs.files import write_atomically
 from apm_hf.runs.processes import process_state
 from apm_hf.runs.run import PARTS, RUN
 from apm_hf.runs.unreadable_images import SKIPPED
-from fixtures_runs import damaged_places, forget_accelerate, processes
+from fixtures_runs import damaged_places, forget_accelerate, forked, processes, status_of
 
 pytest.importorskip("imagecorruptions")
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "evaluate_ood.py"
 METHODS = ("zero_shot", "mean_views", "recentred_batch", "recentred_stream")
 OPTIONS = {"batch_size": 4, "num_views": 3}
 
@@ -64,15 +62,6 @@ def lines(folder, name=RESULTS):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs") / "finished")
-
-
-def command(folder):
-    """The run of `finished`, as a user starts it."""
-    return [
-        *(str(EXAMPLE), "--suite", "custom", "--data", "scenes", "--teachers", DEMO_TEACHER),
-        *("--methods", *METHODS, "--corruptions", CLEAN, "contrast", "--severities", "2", "--max_images", "14"),
-        *("--batch_size", "4", "--num_views", "3", "--allow_chance", "--output_dir", str(folder)),
-    ]
 
 
 def test_every_method_answers_every_image_under_every_condition_once(finished):
@@ -203,14 +192,19 @@ def test_a_finished_file_that_was_changed_is_not_reported(finished, tmp_path):
         write_report(folder)
 
 
-def test_a_run_killed_halfway_and_started_again_gives_the_same_bytes(finished, environment, tmp_path):
-    folder = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, *command(folder)], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob(f"{PARTS}/*/*.json")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+def test_a_run_killed_halfway_and_started_again_gives_the_same_bytes(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    folder, save = tmp_path / "killed", runner.Run.save
+
+    def killed(self, *inputs, **options):
+        save(self, *inputs, **options)
+        if len(list(folder.glob(f"{PARTS}/*/*.json"))) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.Run, "save", killed)
+        assert status_of(forked(lambda: run(folder))) == -signal.SIGKILL
+    assert len(list(folder.glob(f"{PARTS}/*/*.json"))) == 3
     assert not (folder / RESULTS).exists()
     assert (folder / RUN).exists()
     run(folder)

@@ -53,26 +53,22 @@ def last_line(program: str, environment: dict[str, str]) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def test_auto_classes_know_apm_where_the_package_is_imported_first(environment):
-    program = """
-import apm_hf
-from transformers import AutoConfig, AutoModel
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from apm_hf.assets import DEMO_MODEL
-assert type(AutoConfig.from_pretrained(DEMO_MODEL)) is apm_hf.APMConfig
-assert type(AutoImageProcessor.from_pretrained(DEMO_MODEL)).__module__.startswith("apm_hf.")
-print(type(AutoModel.from_pretrained(DEMO_MODEL)) is apm_hf.APMModel)
-"""
-    assert last_line(program, environment) == "True"
-
-
-def test_importing_the_package_and_its_command_loads_none_of_the_extras(environment):
+def test_a_fresh_import_loads_none_of_the_extras_and_tells_the_auto_classes(environment):
+    """In one process: first what is loaded, then whether the Auto classes, imported later, know the package's."""
     extras = ["accelerate", "datasets", "evaluate", "gradio", "matplotlib", "sklearn", "tensorboard"]
     program = f"""
 import sys
 from transformers import PreTrainedModel, pipelines  # load accelerate and scikit-learn themselves, where there are any
 before = set(sys.modules)
 import apm_hf, apm_hf.commands.main, apm_hf.ttt, apm_hf.teachers
-print(sorted(set({extras!r}) & (set(sys.modules) - before)), "datasets" in sys.modules)
+loaded = sorted(set({extras!r}) & (set(sys.modules) - before)), "datasets" in sys.modules
+
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from apm_hf.assets import DEMO_MODEL
+assert type(AutoConfig.from_pretrained(DEMO_MODEL)) is apm_hf.APMConfig
+assert type(AutoImageProcessor.from_pretrained(DEMO_MODEL)).__module__.startswith("apm_hf.")
+assert type(AutoModel.from_pretrained(DEMO_MODEL)) is apm_hf.APMModel
+print(*loaded)
 """
     assert last_line(program, environment) == "[] False"

@@ -1,8 +1,8 @@
 """One run on one process, on several, on two machines and in shards: the same global batch gives the same losses.
 
-`examples/train.py` is really launched: by `torchrun`, and on two "machines" that meet on the loopback as the file
-for Accelerate says. FSDP2, which Accelerate leaves out on a CPU, is switched on in forked processes behind its
-back: everything but the device is what GPUs would run.
+`apm distill` is really launched on two "machines" that meet on the loopback as the file for Accelerate says; other
+processes are forked from this one, which has imported everything, with the environment of `torchrun`. FSDP2, which
+Accelerate leaves out on a CPU, is switched on behind its back: everything but the device is what GPUs would run.
 """
 
 import json
@@ -10,8 +10,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +31,7 @@ from apm_hf.distillation.targets import TargetMaker
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.runs.checkpoints import Checkpoints
 from apm_hf.runs.stopping import EXIT_STOPPED
-from fixtures_runs import Fatal, forget_accelerate, processes, random_targets, run
+from fixtures_runs import Fatal, forget_accelerate, forked, processes, random_targets, run, status_of
 from fixtures_tiny import save_clip, save_splits, student
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -78,7 +76,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, environment):
-    """A folder with the same run four times, 16 images a step, and what was printed by those that were launched."""
+    """A folder with the same run four times, 16 images a step, and what the two that were launched printed."""
     folder = tmp_path_factory.mktemp("launched")
     save_clip(folder / "clip")
     save_splits(folder / "photos", num_train=48, num_validation=5)
@@ -94,8 +92,7 @@ def launched(tmp_path_factory, environment):
         every = {**named, **settings, "output_dir": folder / name, **more}
         return [word for flag, value in every.items() for word in (f"--{flag}", str(value))]
 
-    script, two_machines = str(EXAMPLES / "train.py"), str(EXAMPLES / "configs/two_machines.yaml")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    two_machines = str(EXAMPLES / "configs/two_machines.yaml")
     meet = [
         "--config_file",
         two_machines,
@@ -105,36 +102,34 @@ def launched(tmp_path_factory, environment):
         free_port(),
         "--machine_rank",
     ]
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *meet]
-    commands = {
-        "two_processes": [*torchrun, *flags("two_processes", batch_size=8)],
-        **{
-            f"machine_{rank}": [
-                *accelerate, str(rank), script,
-                *flags("two_machines", batch_size=4, gradient_accumulation_steps=2),
-            ]
-            for rank in (0, 1)
-        },
-    }  # fmt: skip
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    children = {name: subprocess.Popen(command, env=environment, **pipes) for name, command in commands.items()}
+    split = flags("two_machines", batch_size=4, gradient_accumulation_steps=2)
+
+    def start(rank):
+        """`accelerate launch ... -m apm_hf.commands.main distill ...`, whose worker is a new process."""
+        log = os.open(folder / f"machine_{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(environment)
+        words = [*meet, str(rank), "--module", "apm_hf.commands.main", "distill", *split]
+        launch.launch_command(launch.launch_command_parser().parse_args(words))
+
+    children = [forked(lambda rank=rank: start(rank)) for rank in (0, 1)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
-        for name, split in {
-            "one": {"batch_size": 16},
-            "passes": {"batch_size": 8, "gradient_accumulation_steps": 2},
-        }.items():
+        patch.setenv("OMP_NUM_THREADS", "1")  # Accelerate warns of several processes without
+
+        def train_here(name, **split):
             forget_accelerate()
             config = DistillationConfig(output_dir=str(folder / name), **settings, **split)
             train(TrainingConfig(**named), config, command="train")
-    try:
-        printed = {name: child.communicate(timeout=300)[0] for name, child in children.items()}
-    finally:
-        for child in children.values():
-            child.kill()
-    for name, child in children.items():
-        assert child.returncode == 0, printed[name]
+
+        train_here("one", batch_size=16)
+        train_here("passes", batch_size=8, gradient_accumulation_steps=2)
+        assert processes(2, lambda rank: train_here("two_processes", batch_size=8)) == [0, 0]
+    statuses = [status_of(child) for child in children]
+    printed = {f"machine_{rank}": (folder / f"machine_{rank}").read_text() for rank in (0, 1)}
+    assert statuses == [0, 0], printed
     return folder, printed
 
 
@@ -157,7 +152,6 @@ def test_the_same_global_batch_gives_the_same_losses_at_every_step(launched, nam
 
 def test_each_launched_process_says_how_many_there_are(launched):
     _, printed = launched
-    assert printed["two_processes"].count("processes: 2, device: cpu") == 2
     assert [printed[f"machine_{rank}"].count("processes: 2, device: cpu") for rank in (0, 1)] == [1, 1]
 
 
