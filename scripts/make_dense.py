@@ -56,7 +56,7 @@ def main() -> None:
     train = DensePairs.build(photos[0], teacher, seed=options.seed, description="teacher")
     held_out = DensePairs.build(photos[1], teacher, shifted=False, description="teacher, held out")
     teacher.name = TEACHER  # wherever it was loaded from
-    config = DenseConfig(output_dir=options.output_dir, steps=options.steps, seed=options.seed, overwrite=True)
+    config = DenseConfig(output_dir=options.output_dir, max_steps=options.steps, seed=options.seed, overwrite=True)
     result = distill_dense(teacher, train, held_out, config, dataset=DATASET)
     write_facts(result.student, options.output_dir, result.metrics, options)
 

@@ -331,7 +331,7 @@ def test_a_student_learns_what_no_linear_map_can(teacher, pairs, tmp_path, seed)
             targets[:, window] = brightness.unflatten(1, (rows, cols)).expand(-1, -1, -1, width)
         return replace(pairs, targets=targets.half())
 
-    config = DenseConfig(output_dir=str(tmp_path / "dense"), steps=150, batch_size=8, num_locations=32, seed=seed)
+    config = DenseConfig(output_dir=str(tmp_path / "dense"), max_steps=150, batch_size=8, num_locations=32, seed=seed)
     result = distill_dense(teacher, coloured(train), coloured(held_out), config, **SMALL)
     assert result.metrics["decoder"] > result.metrics["ridge"] + 0.2
     told = json.loads((tmp_path / "dense/metrics.json").read_text())
@@ -369,7 +369,7 @@ def test_bilateral_upsampling_keeps_to_the_side_of_an_edge_in_the_picture():
 
 def test_fitted_rivals_are_measured_saved_and_found_beside_a_student(teacher, pairs, tmp_path):
     train, held_out = pairs
-    config = DenseConfig(output_dir=str(tmp_path), steps=3, batch_size=2, num_locations=8)
+    config = DenseConfig(output_dir=str(tmp_path), max_steps=3, batch_size=2, num_locations=8)
     mean, std = train.statistics()
     ridge = Ridge.fit(train, mean, std)
     rivals = {"ridge": ridge, "bilateral": Bilateral.fit(train), "attention": fit_attention(train, config)}

@@ -65,13 +65,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _draw(file: Path, picture: Path) -> None:
     """Draw the map's three principal components, fitted on some of its rows and columns."""
-    import io
-
     import numpy as np
-    from PIL import Image
     from safetensors import safe_open
 
     from ..islands.colours import PCAColours
+    from ..islands.figures import png_bytes
     from ..runs.files import write_atomically
 
     with safe_open(file, framework="pt") as tensors:
@@ -79,7 +77,4 @@ def _draw(file: Path, picture: Path) -> None:
     step = max(1, max(features.shape[:2]) // 128)
     colours = PCAColours.fit(features[::step, ::step].float())
     rows = [colours(features[start : start + 64].float()) for start in range(0, len(features), 64)]
-    pixels = (np.concatenate(rows).clip(0, 1) * 255).round().astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    write_atomically(picture, buffer.getvalue())
+    write_atomically(picture, png_bytes(np.concatenate(rows)))

@@ -54,7 +54,7 @@ class DenseConfig:
 
     Args:
         output_dir: folder of the model and its figures.
-        steps: optimiser steps.
+        max_steps: optimiser steps.
         batch_size: photos per step, of each process.
         num_locations: locations per photo and step.
         learning_rate: peak learning rate of AdamW; 5 % warm-up, cosine decay.
@@ -69,7 +69,7 @@ class DenseConfig:
     """
 
     output_dir: str
-    steps: int = 1500
+    max_steps: int = 1500
     batch_size: int = 16
     num_locations: int = 128
     learning_rate: float = 2e-3
@@ -82,7 +82,7 @@ class DenseConfig:
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("output_dir: expected a folder, got an empty name")
-        for name in ("steps", "batch_size", "num_locations", "num_windows"):
+        for name in ("max_steps", "batch_size", "num_locations", "num_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if not 0 < self.learning_rate < float("inf") or not 0 <= self.weight_decay < float("inf"):
@@ -353,14 +353,14 @@ def _minimise(
     others = [p for p in module.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-    schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 20, config.steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, config.max_steps // 20, config.max_steps)
     model, optimizer = accelerator.prepare(module, optimizer)
     device = accelerator.device
     rows, cols = train.targets.shape[2:4]
     centres, mean, std = grid_coordinates(rows, cols), mean.to(device), std.to(device)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + accelerator.process_index)
     model.train()
-    progress = tqdm(range(config.steps), desc=description, disable=not accelerator.is_local_main_process)
+    progress = tqdm(range(config.max_steps), desc=description, disable=not accelerator.is_local_main_process)
     for step in progress:
         photos = torch.randint(len(train), (config.batch_size,), generator=generator)
         windows = torch.randint(train.targets.shape[1], (config.batch_size,), generator=generator)

@@ -1,10 +1,10 @@
-"""A distillation from names: a teacher, a data set and settings in; a model folder with its card out.
+"""Distil from names: a teacher, a data set and settings in; a model folder with its card out.
 
-This is what `apm distill` and `examples/train.py` do. [`apm_hf.distillation.distill`] takes objects instead.
+This is what `apm distill` does. [`apm_hf.distillation.distill`] takes objects instead.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What is distilled, into what, on which images; the names are also the flags of `apm distill`."""
+    """Configure what is distilled, into what, on which images; the names are also the options of `apm distill`."""
 
     teacher: str = field(
         metadata={"help": "teacher, a Hub name or a folder; e.g. facebook/dinov2-with-registers-large"}
@@ -82,7 +82,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run leaves behind.
+    """Hold the result of a run that was started from names.
 
     Args:
         distillation: the student, its figures, and where it was saved.
@@ -98,14 +98,14 @@ class TrainingResult:
 
 
 def train(training: TrainingConfig, config: DistillationConfig, *, command: str) -> TrainingResult:
-    """Load, distil, save with a card, and publish where that is asked for.
+    """Load, distil, save with a card, and publish where `push_to_hub` says so.
 
     Args:
         command: what the card says made the model, e.g. [`apm_hf.runs.processes.command_line`].
 
     Raises:
         ValueError: for settings, data or a teacher that do not go together.
-        OSError: for a teacher or data that are not to be had.
+        OSError: for a teacher or data that cannot be reached.
     """
     if training.push_to_hub and training.hub_model_id is None:
         raise ValueError("--push_to_hub: expected --hub_model_id user/name, got none")
@@ -193,12 +193,9 @@ def _train_dense(
     Settings that are left at their defaults take those of [`DenseConfig`].
     """
     defaults = DistillationConfig(output_dir=config.output_dir)
-    names = {"steps": "max_steps", "batch_size": "batch_size", "learning_rate": "learning_rate"}
-    names |= {"num_locations": "num_locations", "mixed_precision": "mixed_precision"}
-    names |= {"overwrite": "overwrite", "seed": "seed"}
-    given = {ours: getattr(config, theirs) for ours, theirs in names.items()}
-    given = {ours: value for ours, value in given.items() if value != getattr(defaults, names[ours])}
-    settings = DenseConfig(output_dir=config.output_dir, **given)
+    shared = {field.name for field in fields(DenseConfig)} & {field.name for field in fields(DistillationConfig)}
+    given = {name: value for name in shared if (value := getattr(config, name)) != getattr(defaults, name)}
+    settings = DenseConfig(**{"output_dir": config.output_dir, **given})
     _refuse_others(training, config)
     data, validation = train_and_validation(
         training.dataset,
@@ -218,10 +215,10 @@ def _train_dense(
     train_pairs = DensePairs.build(photos[0], teacher, seed=config.seed, description="teacher")
     held_out = DensePairs.build(photos[1], teacher, shifted=False, description="teacher, held out")
     result = distill_dense(teacher, train_pairs, held_out, settings, dataset=training.dataset, **overrides)
-    found = DistillationResult(result.student, [{"step": settings.steps, **result.metrics}], result.output_dir)
+    found = DistillationResult(result.student, [{"step": settings.max_steps, **result.metrics}], result.output_dir)
     address = None
     if state.is_main_process:
-        address = _publish(training, replace(config, max_steps=settings.steps), found, command)
+        address = _publish(training, replace(config, max_steps=settings.max_steps), found, command)
     return TrainingResult(found, state.num_processes, state.is_main_process, address)
 
 
@@ -258,12 +255,12 @@ def _refuse_others(training: TrainingConfig, config: DistillationConfig) -> None
 
 
 def _check_cacheable(training: TrainingConfig, config: DistillationConfig) -> None:
-    """A cache holds what the teacher says of whole images, by row."""
+    """Refuse settings that need other outputs of the teacher than a cache holds: those for complete images, by row."""
     for name, given in (("random_crops", training.random_crops), ("jitter", config.jitter)):
         if given:
             raise ValueError(f"--{name}: expected a teacher to show other views to, got --feature_cache")
     if training.streaming:
-        raise ValueError("--feature_cache: expected a data set that is not streamed: answers are found by row")
+        raise ValueError("--feature_cache: expected a data set that is not streamed: features are found by row")
 
 
 def _draw_card_picture(result: DistillationResult, image_processor: Any) -> None:

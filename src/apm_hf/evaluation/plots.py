@@ -6,7 +6,6 @@ are black or grey. Accuracies come in as [0, 1] and are drawn in %.
 Colours are those of Okabe & Ito, which colour-blind readers can distinguish (https://jfly.uni-koeln.de/color).
 """
 
-import io
 import itertools
 import math
 import textwrap
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..islands.figures import load_matplotlib
+from ..islands.figures import load_matplotlib, png_bytes
 from .metrics import NUM_BINS, bin_numbers, expected_calibration_error
 from .statistics import Interval, mean_interval
 
@@ -159,6 +158,7 @@ def draw_reliability(
 
 
 def error_bars(axes: Any, x: Sequence[float], y: Sequence[Interval], *, spread: Any = None, **style: Any) -> None:
+    """Draw means with their intervals as bars, in percent."""
     means = [100 * value.mean for value in y]
     below = [100 * (value.mean - value.low) for value in y]
     above = [100 * (value.high - value.mean) for value in y]
@@ -252,6 +252,4 @@ def _png(figure: Any, grid: Sequence[Any]) -> bytes:
         axes.set_xlabel(axes.get_xlabel() if is_lowest else "")
         if spec.num1 % columns:
             axes.set_ylabel("")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png_bytes(figure)

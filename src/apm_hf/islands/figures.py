@@ -4,6 +4,7 @@ import io
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 
 def load_matplotlib() -> tuple[Any, Any]:
@@ -35,10 +36,13 @@ def place(figure: Any, left: float, top: float, width: float, height: float) -> 
     return axes
 
 
-def png_bytes(figure: Any) -> bytes:
-    """Encode a figure as PNG: equal bytes for equal figures and matplotlib versions."""
+def png_bytes(drawn: Any) -> bytes:
+    """Encode a figure, or pixels `(H, W, 3)` in [0, 1], as PNG: equal bytes for equal pictures and versions."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
+    if isinstance(drawn, np.ndarray):
+        Image.fromarray((drawn.clip(0, 1) * 255).round().astype(np.uint8)).save(file, "PNG")
+    else:
+        drawn.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
 
 
