@@ -26,7 +26,7 @@ from apm_hf.data.images import ImageCollator
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
 from apm_hf.distillation import targets as distillation_targets
 from apm_hf.distillation.losses import DistillationTargets, LossWeights
-from apm_hf.distillation.targets import TargetMaker, ask
+from apm_hf.distillation.targets import TargetMaker, query_student
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.teachers.targets import TargetCache
@@ -315,9 +315,9 @@ def test_places_are_drawn_afresh_at_each_step_and_are_some_of_the_teachers(tmp_p
 
     def recorded(*inputs, locations=None, **options):
         drawn.append(locations)
-        return ask(*inputs, locations=locations, **options)
+        return query_student(*inputs, locations=locations, **options)
 
-    monkeypatch.setattr(distillation_targets, "ask", recorded)
+    monkeypatch.setattr(distillation_targets, "query_student", recorded)
     run(tmp_path, random_targets(8), num_locations=5, max_steps=6)
     assert len(drawn) == 6 and len({tuple(places.tolist()) for places in drawn}) == 6
     assert all(len(set(places.tolist())) == 5 and set(places.tolist()) <= set(range(16)) for places in drawn)
@@ -328,9 +328,9 @@ def test_the_loss_at_some_places_is_against_the_teachers_answers_there(tmp_path,
 
     def recorded(*inputs, locations=None, **options):
         drawn.append(locations)
-        return ask(*inputs, locations=locations, **options)
+        return query_student(*inputs, locations=locations, **options)
 
-    monkeypatch.setattr(distillation_targets, "ask", recorded)
+    monkeypatch.setattr(distillation_targets, "query_student", recorded)
     with torch.no_grad():
         answers = machine(data.pixel_values, grid_coordinates(*GRID))
     cell = STUDENT_SIZE // TEACHER_GRID
@@ -367,7 +367,7 @@ def test_the_student_is_asked_at_the_centres_of_the_teachers_patches(grid, locat
     centres = [((2 * (i // cols) + 1) / rows - 1, (2 * (i % cols) + 1) / cols - 1) for i in places]
     expected = machine(pixels, torch.tensor(centres))
     given = None if locations is None else torch.tensor(locations)
-    answer = ask(machine, pixels, targets, grid, locations=given)
+    answer = query_student(machine, pixels, targets, grid, locations=given)
     for name in ("last_hidden_state", "pooler_output", "rgb"):
         torch.testing.assert_close(answer[name], expected[name], atol=1e-5, rtol=1e-5)
     assert expected.last_hidden_state.std(dim=1).max() > 0.05, "all places answer alike"

@@ -484,9 +484,9 @@ def test_losses_at_kept_places_are_the_live_ones_at_the_same_places(teacher, ima
         CachedImages(images, cache), teacher, place, layers=[2], **student_levels
     )
     live_batch, _, live, _ = losses_of(images, teacher, place, layers=[2], **student_levels)
-    main_question, _ = live.questions(live_batch)
+    main, _ = live.head_targets(live_batch)
     assert torch.equal(batch["pixel_values"], live_batch["pixel_values"])
-    coordinates, targets = grid_coordinates(TEACHER_GRID, TEACHER_GRID), main_question.targets
+    coordinates, targets = grid_coordinates(TEACHER_GRID, TEACHER_GRID), main.targets
     errors = {"grid": [], "rgb": [], "level": []}
     for row in range(NUM_IMAGES):  # one image after the other, with no cache
         places = cache[row]["locations"]
@@ -497,7 +497,7 @@ def test_losses_at_kept_places_are_the_live_ones_at_the_same_places(teacher, ima
     for name, each in errors.items():
         expected = torch.stack(each).mean()
         assert abs(cached[f"loss_{name}"] - expected) < 1e-4 * expected, name
-    # A further draw of those that are kept: fewer places, other losses.
+    # Another draw of the cached locations: fewer of them, other losses.
     objective.num_locations = 2
     fewer = objective.losses(machine, batch, torch.Generator().manual_seed(0))
     assert fewer["loss_grid"].isfinite() and abs(fewer["loss_grid"] - cached["loss_grid"]) > 1e-4
@@ -553,7 +553,7 @@ def test_a_distillation_from_a_cache_is_the_one_without_and_asks_no_teacher(plac
         ({"jitter": True}, "--jitter: expected a teacher to show other views to"),
         ({"streaming": True}, "--feature_cache: expected a data set that is not streamed"),
         ({"max_images": 7}, r"number of images \(expected 7, got 11\)"),
-        ({"extra_teachers": ["more=CLIP"]}, "expected whole grids beside further teachers, got some locations"),
+        ({"extra_teachers": ["more=CLIP"]}, "expected complete grids beside additional teachers, got some locations"),
     ],
 )
 def test_what_a_cache_cannot_do_is_said(place, whole, teacher, tmp_path, settings, message):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from apm_hf import APMConfig, APMImageProcessor, APMModel, load_teacher
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
 from apm_hf.distillation.losses import DistillationTargets, LossWeights, distillation_losses
-from apm_hf.distillation.targets import TargetMaker, ask
+from apm_hf.distillation.targets import TargetMaker, query_student
 from apm_hf.teachers.dense_grids import moved
 from apm_hf.teachers.targets import normalise_levels
 from fixtures_tiny import (
@@ -103,7 +103,9 @@ def test_a_moved_teacher_is_asked_about_a_moved_image_and_the_student_where_its_
     colour = window.sum(dim=-1) / 36 * maker.std + maker.mean
     torch.testing.assert_close(targets.rgb[:, 1 * TEACHER_GRID + 2], colour)
     machine = student()
-    outputs = ask(machine, batch["pixel_values"], targets, grid, coordinates=coordinates, locations=torch.tensor([6]))
+    outputs = query_student(
+        machine, batch["pixel_values"], targets, grid, coordinates=coordinates, locations=torch.tensor([6])
+    )
     expected = machine(batch["pixel_values"], place[None]).last_hidden_state
     torch.testing.assert_close(outputs.last_hidden_state, expected)
 

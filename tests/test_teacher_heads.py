@@ -22,7 +22,7 @@ from apm_hf.distillation import DistillationConfig, distill, matching_image_proc
 from apm_hf.distillation import recipe as training
 from apm_hf.distillation.feature_statistics import RunningStatistics, set_statistics
 from apm_hf.distillation.losses import DistillationTargets, LossWeights, distillation_losses
-from apm_hf.distillation.targets import Question, TargetMaker, ask_all
+from apm_hf.distillation.targets import HeadTargets, TargetMaker, query_heads
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.teachers.dense_grids import moved
@@ -267,7 +267,7 @@ def test_every_teacher_has_a_head_on_the_shared_network():
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_answers_of_further_heads_do_not_depend_on_chunks_or_checkpointing(gradients):
+def test_outputs_of_additional_heads_do_not_depend_on_chunks_or_checkpointing(gradients):
     model, places = small_model(teacher_heads=HEADS, **statistics(16)), torch.rand(7, 2) * 2 - 1
     with torch.set_grad_enabled(gradients):
         whole = model(small_images(), places)
@@ -529,11 +529,13 @@ def test_two_teachers_of_different_widths_grids_and_scales_are_both_learnt(tmp_p
     assert str(tmp_path.parent) not in (tmp_path / "config.json").read_text()
 
 
-def test_a_further_teacher_is_shown_the_moved_image_and_asked_where_its_patches_then_are(clip, classifier):
+def test_an_additional_teacher_reads_the_moved_image_and_its_head_is_queried_where_its_patches_then_are(
+    clip, classifier
+):
     batch = {"pixel_values": noise(2, 3, 24, 24)}
     batch |= {name: noise(2, 3, 32, 32) for name in ("teacher_pixel_values", "teacher_pixel_values.loud")}
     loud = Loud(classifier)
-    questions = TargetMaker(clip, PROCESSOR, teachers={"loud": loud}).further(batch, shift=(0.25, -0.5))
+    questions = TargetMaker(clip, PROCESSOR, teachers={"loud": loud}).additional(batch, shift=(0.25, -0.5))
     (targets, coordinates, grid) = questions["loud"]
     seen = moved(batch["teacher_pixel_values.loud"], 0.25 * 16, -0.5 * 16)
     assert torch.equal(targets.features, loud.encode_images(pixel_values=seen).features.flatten(1, 2))
@@ -546,7 +548,7 @@ def test_every_head_is_asked_where_its_own_teachers_patches_are(grids):
     model, pixels = small_model(teacher_heads=HEADS), small_images()
     sizes = (16, 24, 5)
     main, wide, plain = (
-        Question(
+        HeadTargets(
             DistillationTargets(noise(2, size), noise(2, grid[0] * grid[1], size), noise(2, grid[0] * grid[1], 3)),
             None,
             grid,
@@ -554,7 +556,7 @@ def test_every_head_is_asked_where_its_own_teachers_patches_are(grids):
         for size, grid in zip(sizes, grids, strict=True)
     )
     locations = {(4, 4): torch.tensor([3, 9, 1])}
-    outputs, others = ask_all(model, pixels, main, {"wide": wide, "plain-2": plain}, locations)
+    outputs, others = query_heads(model, pixels, main, {"wide": wide, "plain-2": plain}, locations)
     where = {(4, 4): grid_coordinates(4, 4)[[3, 9, 1]], (2, 2): grid_coordinates(2, 2)}
     assert_close(outputs.last_hidden_state, model(pixels, where[4, 4]).last_hidden_state)
     assert_close(outputs.rgb, model(pixels, where[4, 4]).rgb)
@@ -650,7 +652,7 @@ def test_names_say_nothing_of_the_machine(tmp_path, monkeypatch):
     assert public_name(".") == tmp_path.name
 
 
-def test_further_teachers_are_named_with_their_heads(tmp_path, clip, classifier, monkeypatch):
+def test_additional_teachers_are_named_with_their_heads(tmp_path, clip, classifier, monkeypatch):
     rows = [{"image": photo(seed)} for seed in range(8)]
     data = [SimpleNamespace(dataset=part, image_column="image") for part in (rows[:6], rows[6:])]
     monkeypatch.setattr(training, "train_and_validation", lambda *_, **options: data)

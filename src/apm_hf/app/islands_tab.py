@@ -115,7 +115,7 @@ def _made_of(models: AppModels, seen: PhotoFeatures, control_features: Tensor) -
 
 
 def similarity_picture(models: AppModels, seen: PhotoFeatures, point: tuple[float, float]) -> Picture:
-    """Where the features are like those at a point (y, x) in [-1, 1].
+    """Draw how similar the features of every location are to those at a point (y, x) in [-1, 1].
 
     Raises:
         ValueError: for a point outside of the photo.

@@ -27,10 +27,12 @@ class AppModels:
 
     @property
     def model(self) -> APMModel:
+        """The student without a head."""
         return self.apm.bare_model
 
     @property
     def teacher(self) -> Teacher | None:
+        """The student's teacher, if there is one."""
         return self.apm.teacher
 
 

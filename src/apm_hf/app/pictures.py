@@ -19,7 +19,7 @@ _LONGEST = 480  # pixels of the longer side
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """What the page shows with a caption.
+    """Hold an image that the page shows with a caption.
 
     Args:
         title: in one or two words.

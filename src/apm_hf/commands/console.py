@@ -1,4 +1,4 @@
-"""What a command writes where: its result to standard output, remarks and progress to standard error."""
+"""Send a command's result to standard output, and remarks and progress to standard error."""
 
 import argparse
 import contextlib
@@ -14,7 +14,10 @@ from typing import Any, TextIO
 
 @contextlib.contextmanager
 def console(options: argparse.Namespace) -> Iterator[TextIO]:
-    """As `--json`, `--quiet` and `--verbose` ask; gives the stream for the result. What was set before comes back."""
+    """Set logging and progress as `--json`, `--quiet` and `--verbose` say; give the stream for the result.
+
+    Afterwards all is as before.
+    """
     logger, stdout = logging.getLogger("apm_hf"), sys.stdout
     with contextlib.ExitStack() as stack:
         stack.callback(logger.setLevel, logger.level)

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What `RESULT` describes."""
+    """Return what `RESULT` describes."""
     import psutil
     import torch
     from huggingface_hub import constants, get_token
@@ -83,7 +83,7 @@ def _version(name: str) -> str | None:
 
 
 def _extras() -> dict[str, Any]:
-    """Of the installed distribution; empty where the source is used without being installed."""
+    """List the extras of the installed distribution; none where the source is used without being installed."""
     from importlib import metadata
 
     from packaging.requirements import Requirement
@@ -138,7 +138,7 @@ def _processor() -> str:
 
 
 def _cpu_bfloat16() -> bool | None:
-    """Whether the CPU multiplies in bfloat16 itself, as torch finds; None where it does not tell."""
+    """Return whether torch finds instructions for bfloat16 products in the CPU; None where it does not tell."""
     import torch
 
     ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)

@@ -1,4 +1,4 @@
-"""What went wrong, in one line that says what can be done. What no user can mend is a defect, and keeps its traceback.
+"""Explain an error in one line that says what to do. Errors that no user can mend are defects and keep a traceback.
 
 Libraries wrap each other's errors; the Hub's own, at the end of the chain of causes, says most.
 """
@@ -76,7 +76,7 @@ def _of_the_hub(error: BaseException) -> str | None:
 
 
 def _of_an_answer(error: Any) -> str | None:
-    """What the Hub answered to a request."""
+    """Explain what the Hub replied to a request."""
     from huggingface_hub import errors
 
     repository, status = _repository(error), error.response.status_code

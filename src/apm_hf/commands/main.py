@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _without_reader(stdout: TextIO) -> int:
-    """As a program that SIGPIPE ended, for `apm ... | head`; Python's own flush at the end must not fail again."""
+    """End like a program that SIGPIPE ended, for `apm ... | head`; Python's flush at the end must not fail again."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
     except (OSError, ValueError):  # no file

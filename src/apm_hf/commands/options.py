@@ -38,7 +38,7 @@ def add(parser: Any, name: str, more: str = "", **settings: Any) -> None:
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """What every command takes; their defaults are set where the command line is parsed."""
+    """Add the options that every command has; their defaults are set where the command line is parsed."""
     group = parser.add_argument_group("output")
     flag: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
     group.add_argument("--json", help="print the result as one JSON object, and all else to standard error", **flag)

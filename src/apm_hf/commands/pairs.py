@@ -40,6 +40,7 @@ def result(options: argparse.Namespace, files: "Sequence[Path]", pair: "APM", *,
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that [`load_pair`] reads."""
     add(parser, "--model", "distilled; by default, without --teacher, the embedded one")
     add(parser, "--teacher", "alone, a fresh student is fitted to its features")
     parser.add_argument(
@@ -73,6 +74,7 @@ def load_pair(options: argparse.Namespace, *, local_patch: bool = True, dense: b
 
 
 def note_embedded() -> None:
+    """Log that the embedded student and teacher are used."""
     logger.info("no --teacher and no --model: the embedded ones, which know drawn scenes only")
 
 

@@ -80,7 +80,7 @@ def corrupt_image(
 
 
 def imagenet_crop(image: Image.Image) -> Image.Image:
-    """What ImageNet-C was made from: the shorter side resized to 256 pixels, then the central 224 x 224."""
+    """Crop as ImageNet-C does before it corrupts: shorter side resized to 256 pixels, then the central 224 x 224."""
     short = min(image.size)
     width, height = (int(256 * side / short) for side in image.size)
     left, top = round((width - 224) / 2), round((height - 224) / 2)

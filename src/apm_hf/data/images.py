@@ -1,4 +1,4 @@
-"""From whatever a row holds to a picture, and from rows to a batch.
+"""Decode the images that rows hold, and collate rows into batches.
 
 Legend: B rows in a batch, (S_h, S_w) a processor's output height and width.
 """
@@ -116,17 +116,17 @@ class ImageCollator:
     """Make a batch of dataset rows, for `torch.utils.data.DataLoader(collate_fn=...)`.
 
     Calling it with B rows returns `pixel_values` `(B, 3, S_h, S_w)`, `teacher_pixel_values` likewise if there is a
-    teacher's processor, `teacher_pixel_values.NAME` for every further teacher's, `labels` `(B,)` int64 if there is a
-    label column, and `index` `(B,)` int64 if the rows have such a column. Teachers' processors see the same picture as
-    8-bit RGB, since few handle other modes well. Rows of [`apm_hf.teachers.feature_cache.CachedImages`] bring the
-    teacher's answers; these are put together instead of `teacher_pixel_values`.
+    teacher's processor, `teacher_pixel_values.NAME` for every additional teacher's, `labels` `(B,)` int64 if there is
+    a label column, and `index` `(B,)` int64 if the rows have such a column. Teachers' processors read the same
+    picture as 8-bit RGB, since few handle other modes well. Rows of [`apm_hf.teachers.feature_cache.CachedImages`]
+    bring the teacher's outputs; these are collated instead of `teacher_pixel_values`.
 
     Attributes:
         image_processor: the student's; None leaves `pixel_values` out.
         image_column: as in [`ImageData`].
         label_column: as in [`ImageData`]; `None` leaves labels out.
         teacher_image_processor: the teacher's, if it is to run in this batch.
-        teacher_image_processors: further teachers', by the names of their heads.
+        teacher_image_processors: additional teachers', by the names of their heads.
         max_bad_images: unreadable images that do not stop the run, of each process that loads images. With more than
             0, such a row becomes a blank picture, so that batches keep their size, and batches say in `problem`, see
             [`apm_hf.runs.unreadable_images`], which rows are blank and why. The same image counts once.
@@ -207,7 +207,7 @@ class ImageCollator:
 
 
 def _name(row: Mapping[str, Any], column: str) -> str:
-    """Which image it is, the same in every epoch: by its number, its file or its bytes."""
+    """Name an image by its number, its file or its bytes, the same in every epoch."""
     image = row[column]
     path = image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
     data = image.get("bytes") if isinstance(image, Mapping) else image

@@ -140,7 +140,7 @@ def train_and_validation(
 
 @dataclass(frozen=True)
 class Source:
-    """Where a dataset lies and how it is read: by `datasets`, or a folder of images as it is listed or described."""
+    """Describe where a data set lies and how it is read: by `datasets`, or as a listed or described folder."""
 
     name: str
     path: str
@@ -188,6 +188,7 @@ class Source:
 
     @cached_property
     def split_names(self) -> list[str]:
+        """The names of all splits."""
         datasets = import_datasets()
         if self.listed is not None:
             return list(self.listed.splits)
@@ -199,6 +200,7 @@ class Source:
             )
 
     def choose_split(self, split: str | None, flag: str = "--split") -> str:
+        """Return the split to read: the one given, else the only one or `train`; a ValueError lists them otherwise."""
         names = self.split_names
         if split is None and (len(names) == 1 or "train" in names):
             return names[0] if len(names) == 1 else "train"
@@ -209,6 +211,7 @@ class Source:
         return split
 
     def load(self, split: str, streaming: bool) -> Any:
+        """Open a split, as a table or as a stream."""
         if self.listed is not None and not (streaming and split not in self.split_names):
             return self._load_listed(self.listed, split, streaming)
         if self.saved_to_disk:
@@ -271,6 +274,7 @@ class Source:
 
 
 def import_datasets() -> Any:
+    """Import and return the package `datasets`; an ImportError says what to install."""
     try:
         import datasets
     except ImportError as error:

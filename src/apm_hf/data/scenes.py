@@ -98,7 +98,7 @@ class SceneDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return {name: getattr(scene, name) for name in ("image", "label", "whole_mask", "part_mask")}
 
     def to_hf_dataset(self) -> "datasets.Dataset":
-        """The same rows as a `datasets.Dataset`; masks become greyscale images holding the same numbers."""
+        """Return the rows as a `datasets.Dataset`; masks become greyscale images holding the same numbers."""
         from datasets import ClassLabel, Dataset, Features
         from datasets import Image as ImageFeature
 
@@ -210,7 +210,7 @@ def _light(image_size: int, rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def _rasterize(shapes: list[Shape], size: int) -> NDArray[np.uint8]:
-    """Which shape is seen where, `(size, size)` uint8: 0 for none, else its number from 1."""
+    """Return the number of the shape that is visible at each pixel, `(size, size)` uint8: from 1, or 0 for none."""
     canvas = Image.new("L", (size, size))
     draw = ImageDraw.Draw(canvas)
     for number, (part, outline, _) in enumerate(shapes, start=1):

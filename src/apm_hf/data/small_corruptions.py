@@ -43,6 +43,7 @@ def corrupt_small(image: Image.Image, name: str, *, severity: int, generator: Ge
 
 
 def shot_noise(pixels: FloatImage, photons: float, generator: Generator) -> FloatImage:
+    """Draw photon counts: Poisson noise."""
     return generator.poisson(pixels * photons) / photons
 
 
@@ -53,10 +54,12 @@ def impulse_noise(pixels: FloatImage, amount: float, generator: Generator) -> Fl
 
 
 def speckle_noise(pixels: FloatImage, scale: float, generator: Generator) -> FloatImage:
+    """Add Gaussian noise in proportion to each value."""
     return pixels + pixels * generator.normal(scale=scale, size=pixels.shape)
 
 
 def gaussian_blur(pixels: FloatImage, sigma: float, generator: Generator) -> FloatImage:
+    """Blur with a Gaussian."""
     return ndimage.gaussian_filter(pixels, (sigma, sigma, 0), mode="nearest")
 
 
@@ -75,6 +78,7 @@ def glass_blur(pixels: FloatImage, constant: tuple[float, int, int], generator: 
 
 
 def motion_blur(pixels: FloatImage, constant: tuple[int, float], generator: Generator) -> FloatImage:
+    """Blur along a line of random direction."""
     return move(pixels, *constant, angle=generator.uniform(-45, 45))
 
 
@@ -171,12 +175,14 @@ def plasma(size: int, decay: float, generator: Generator) -> FloatMap:
 
 
 def brightness(pixels: FloatImage, added: float, generator: Generator) -> FloatImage:
+    """Add to the value of every pixel in HSV."""
     hsv = rgb2hsv(pixels)
     hsv[..., 2] = np.clip(hsv[..., 2] + added, 0, 1)
     return hsv2rgb(hsv)
 
 
 def saturate(pixels: FloatImage, constant: tuple[float, float], generator: Generator) -> FloatImage:
+    """Scale and shift the saturation of every pixel in HSV."""
     hsv = rgb2hsv(pixels)
     hsv[..., 1] = np.clip(hsv[..., 1] * constant[0] + constant[1], 0, 1)
     return hsv2rgb(hsv)
@@ -205,6 +211,7 @@ def elastic_transform(pixels: FloatImage, constant: tuple[float, ...], generator
 
 
 def pixelate(pixels: FloatImage, scale: float, generator: Generator) -> FloatImage:
+    """Shrink and enlarge the image."""
     image = to_image(pixels)
     small = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BOX)
     return np.asarray(small.resize(image.size, Image.Resampling.BOX)) / 255

@@ -53,7 +53,7 @@ class SplitStream(IterableDataset):
         return f"stream {name}, {columns}, {self.dataset.num_shards} shards"
 
     def share(self, process: int, num_processes: int, num_workers: int) -> None:
-        """Which part this process reads, with so many workers."""
+        """Set which part this process reads, and with how many workers."""
         self.process, self.num_processes, self.num_workers = process, num_processes, max(1, num_workers)
         if self.num_shards % num_processes:
             logger.warning(
@@ -62,7 +62,7 @@ class SplitStream(IterableDataset):
             )
 
     def go_on(self, state: list[dict[str, Any]]) -> None:
-        """From where the readers of all processes stood, [`StreamPlace.state`] of each.
+        """Continue from where the readers of all processes stood, given [`StreamPlace.state`] of each.
 
         With another number of readers there is no such place: a new epoch begins.
         """
@@ -146,7 +146,7 @@ class PlacedCollator:
 
 
 class StreamPlace:
-    """Where a process's readers stand: the places of the batches that were taken, whatever was read ahead."""
+    """Track how far a process has read: the places of the batches that were taken, not of those read ahead."""
 
     def __init__(self, stream: SplitStream) -> None:
         self.stream = stream
@@ -165,7 +165,7 @@ class StreamPlace:
         return batch
 
     def state(self) -> Mapping[str, Any]:
-        """As JSON holds it."""
+        """Return the place as JSON."""
         places = {str(worker): list(place) for worker, place in self.places.items()}
         stream = self.stream
         return {

@@ -24,7 +24,7 @@ class Reconnecting(IterableDataset):
         dataset: a `datasets.IterableDataset`, or anything else that can be iterated over again.
         name: for messages.
         attempts: readings in a row that may end without one row more.
-        wait: seconds before the first new attempt, doubled before each further one.
+        wait: seconds before the first new attempt, doubled before each next one.
 
     Raises:
         ConnectionError: the network stays away.

@@ -1,4 +1,4 @@
-"""What Accelerate is told about a run, and how a student goes into its hands and comes back whole.
+"""Configure Accelerate for a run, prepare the student with it, and get the trained student back as a plain model.
 
 One process, several (DDP) or parameters in shards (FSDP2) are Accelerate's to choose, from its launcher or its
 configuration file: see `docs/distributed.md` and `examples/configs`. What differs between them stands here.
@@ -27,13 +27,13 @@ FUSED = ("cpu", "cuda")
 
 
 def make_accelerator(config: DistillationConfig, student: APMConfig, *, heads: Iterable[str] = ()) -> Any:
-    """An `Accelerator` for the processes that were launched.
+    """Make an `Accelerator` for the processes that were launched.
 
     Args:
-        heads: of further teachers, those that are trained.
+        heads: names of the additional teachers' heads that are trained.
 
     Raises:
-        ImportError: where Accelerate, or the tracker that is asked for, is not installed.
+        ImportError: where Accelerate, or the tracker in `report_to`, is not installed.
         ValueError: for an unknown tracker, and for kinds of sharding that a student is not made for.
     """
     # Accelerate is an extra: models load and run without it.
@@ -66,13 +66,13 @@ def make_accelerator(config: DistillationConfig, student: APMConfig, *, heads: I
 
 
 def precision(wanted: str | None) -> str:
-    """The run's own word, else the launcher's if that is more than its default `no`, else what the device is for."""
+    """Return the run's precision, else the launcher's unless it is the default `no`, else the device's."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     return wanted or (launched if launched != "no" else default_precision())
 
 
 def check_tracker(name: str) -> None:
-    """Accelerate leaves trackers that are not installed out without a word.
+    """Refuse a tracker that is not installed, which Accelerate would leave out silently.
 
     Raises:
         ImportError: for one that is not installed; says which package is missing.
@@ -91,17 +91,17 @@ def check_tracker(name: str) -> None:
 
 
 def make_optimizer(student: APMModel, learning_rate: float, device: torch.device) -> torch.optim.Adam:
-    """Adam over the plain parameters, in one kernel where the device has it; FSDP2 puts its shards in their place."""
+    """Make Adam for the student's parameters, in one kernel where the device has it; FSDP2 shards them later."""
     return torch.optim.Adam(student.parameters(), lr=learning_rate, fused=device.type in FUSED or None)
 
 
 def sharded(accelerator: Any) -> bool:
-    """Whether each process holds a part of every weight."""
+    """Return whether each process holds a part of every weight."""
     return str(accelerator.distributed_type).endswith("FSDP")
 
 
 def prepare(accelerator: Any, student: APMModel, *others: Any) -> tuple[Any, ...]:
-    """`accelerator.prepare(student, *others)`; under FSDP2 the student becomes one unit.
+    """Call `accelerator.prepare(student, *others)`; under FSDP2 the student becomes one unit.
 
     It is gathered as a whole for a pass, in the dtype of `mixed_precision`, and its gradients are reduced in float32.
     Inputs stay as they are: coordinates in bfloat16 would miss their patches.
@@ -114,7 +114,7 @@ def prepare(accelerator: Any, student: APMModel, *others: Any) -> tuple[Any, ...
         reduced = None if dtype is None else torch.float32
         plugin.mixed_precision_policy = MixedPrecisionPolicy(dtype, reduced, cast_forward_inputs=False)
         plugin.auto_wrap_policy = None
-        # FSDP2 warns of writing into views that a module answers, such as the trigger column; nobody here does.
+        # FSDP2 warns of writing into views that a module returns, such as the trigger column; nothing here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         # Accelerate would shard the input embeddings as a unit of their own.
         student.get_input_embeddings = lambda: None  # type: ignore[method-assign, assignment, return-value]
@@ -138,7 +138,7 @@ def compile_in_place(prepared: Any, backend: str | None) -> None:
 
 
 def whole_student(accelerator: Any, prepared: Any, config: APMConfig) -> APMModel:
-    """The student that was trained, plain and on the CPU, in every process; of shards a new one is put together.
+    """Return the trained student as a plain model on the CPU, in every process; shards are gathered into a new one.
 
     Args:
         config: the student's.
@@ -153,7 +153,7 @@ def whole_student(accelerator: Any, prepared: Any, config: APMConfig) -> APMMode
 
 
 def gathered(student: Any, config: APMConfig) -> APMModel:
-    """A plain student with the weights of one in shards; called by all processes."""
+    """Return a plain student with the weights of a sharded one; called by all processes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state: dict[str, Any] = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True))

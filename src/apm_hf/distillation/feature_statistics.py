@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a teacher's features, measured on a first pass over some images.
+"""Measure mean and standard deviation of a teacher's features in a first pass over some images.
 
 Teachers differ in scale by orders of magnitude; Theia (arXiv:2407.20179) standardises every channel, PHI-S
 (arXiv:2410.01680) compares that with one deviation for all channels, which keeps cosines as they are.
@@ -24,7 +24,7 @@ SMALLEST_SHARE = 1e-3
 
 
 class RunningStatistics:
-    """Mean and variance per channel of rows that come in batches, in float64.
+    """Accumulate mean and variance per channel over batches of rows, in float64.
 
     Batches are merged by their counts, means and squared deviations (Chan, Golub & LeVeque, 1979): the difference of
     large sums never occurs.
@@ -35,14 +35,14 @@ class RunningStatistics:
         self.mean, self.squares = torch.zeros(2, feature_size, dtype=torch.float64).unbind()
 
     def add(self, rows: Tensor) -> None:
-        """`(..., F)`, from any device."""
+        """Add rows `(..., F)`, from any device."""
         device = "cpu" if rows.device.type == "mps" else rows.device  # which has no float64
         rows = rows.detach().flatten(0, -2).to(device, torch.float64)
         variance, mean = torch.var_mean(rows, dim=0, correction=0)
         self._merge(float(len(rows)), mean.cpu(), variance.cpu() * len(rows))
 
     def merged(self, gather: Callable[[Tensor], Tensor]) -> "RunningStatistics":
-        """Those of all processes, the same in each of them.
+        """Return the statistics of all processes' rows together, the same in each process.
 
         Args:
             gather: `(1, N)` of every process -> `(processes, N)`; see `Accelerator.gather`.
@@ -55,7 +55,7 @@ class RunningStatistics:
         return whole
 
     def result(self, kind: str = "channel") -> tuple[Tensor, Tensor]:
-        """Mean `(F,)`, and deviation `(F,)` or, for `"scalar"`, `()`: the root of the channels' mean variance.
+        """Return mean `(F,)` and deviation: `(F,)` or, for `"scalar"`, `()`, the root of the channels' mean variance.
 
         Raises:
             ValueError: for an unknown kind, for no rows, or where they are all the same.
@@ -80,12 +80,12 @@ class RunningStatistics:
 
 
 def set_statistics(
-    student: APMModel, answers: Iterable[Mapping[str, Tensor]], *, kind: str, gather: Callable[[Tensor], Tensor]
+    student: APMModel, features: Iterable[Mapping[str, Tensor]], *, kind: str, gather: Callable[[Tensor], Tensor]
 ) -> None:
     """Measure the features of heads that have no statistics, and put them into the student.
 
     Args:
-        answers: of every batch, the teachers' features `(..., F)` by head, the main one's under the empty name; every
+        features: of every batch, the teachers' features `(..., F)` by head, the main one's under the empty name; every
             process sees a part of the images.
         kind: see [`RunningStatistics.result`].
         gather: see [`RunningStatistics.merged`].
@@ -96,9 +96,9 @@ def set_statistics(
     }
     if not running:
         return
-    for answer in answers:
-        for name in running.keys() & answer.keys():
-            running[name].add(answer[name])
+    for batch in features:
+        for name in running.keys() & batch.keys():
+            running[name].add(batch[name])
     for name, statistics in running.items():
         whole = statistics.merged(gather)
         if whole.count:  # else it has no teacher in this run
@@ -108,7 +108,7 @@ def set_statistics(
 
 
 def statistics_of(config: APMConfig) -> dict[str, dict[str, Any]]:
-    """Arguments of `set_feature_statistics`, as JSON holds them, by head, of those that have statistics."""
+    """Return the arguments of `set_feature_statistics` as JSON, by head; heads without statistics are left out."""
     fields = {name: config.teacher_head(name) for name in ("", *(config.teacher_heads or {}))}
     return {
         name: {"mean": head["feature_mean"], "std": head["feature_std"]}

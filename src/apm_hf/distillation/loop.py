@@ -68,9 +68,9 @@ def distill(
             [`TargetMaker`]), `teacher_pixel_values`.
         config: see [`DistillationConfig`].
         image_processor: the student's; saved beside it.
-        teacher: frozen; asked for the targets.
-        teachers: further ones, by the names of the student's `teacher_heads`. Heads whose teacher is missing are left
-            as they are, unless batches carry their targets.
+        teacher: frozen; computes the targets.
+        teachers: additional ones, by the names of the student's `teacher_heads`. Heads whose teacher is missing are
+            left unchanged, unless batches carry their targets.
         validation_data: rows like those of `train_data`.
         collate_fn: e.g. [`apm_hf.data.images.ImageCollator`].
 
@@ -88,10 +88,10 @@ def distill(
         raise ValueError(
             f"feature_size: expected the teacher's {teacher.feature_size}, got {student.config.feature_size}"
         )
-    for name, further in (teachers or {}).items():
+    for name, additional in (teachers or {}).items():
         width = student.config.teacher_head(name)["feature_size"]
-        if further.feature_size != width:
-            raise ValueError(f"teacher_heads: expected {name!r} to be {further.feature_size} wide, got {width}")
+        if additional.feature_size != width:
+            raise ValueError(f"teacher_heads: expected {name!r} to be {additional.feature_size} wide, got {width}")
     if student.config.trigger_source == "tokens":
         raise ValueError("trigger_source: expected 'conv' or 'embedding', got 'tokens': use distill_dense")
     num_layers, num_levels = len(config.level_layers or ()), student.config.num_levels
@@ -194,7 +194,7 @@ class _Distillation:
             largest=self._largest,
             peak=None if config.peak_tflops is None else config.peak_tflops * 1e12,
         )
-        self.objective.asking = self.speed.teacher
+        self.objective.around_teachers = self.speed.teacher
         self.metrics: list[dict[str, float]] = []
         # Where in the data the run is: images of this epoch that all processes together are done with.
         self.epoch, self.images, self.images_a_pass = 0, 0, config.batch_size * processes
@@ -210,11 +210,11 @@ class _Distillation:
         with StopRequests() as requests:
             step = self._train(step, requests)
             result = self._finish() if step >= config.max_steps else None
-        # A wrapper for several processes that outlives its process group takes it along when it dies, without letting
-        # go of the interpreter: a thread of the group that waits for it at that moment is waited for until for ever.
+        # A DDP wrapper that outlives its process group destroys the group while it holds the interpreter's lock: if a
+        # thread of the group then waits for the lock, both wait forever.
         self.student, self.optimizer = accelerator.free_memory(self.student, self.optimizer)
         del self.scheduler  # it knows the optimizer
-        accelerator.end_training()  # leaves the process group: nobody can be waited for afterwards
+        accelerator.end_training()  # leaves the process group: no process can wait for another afterwards
         if result is None:
             stopped = RunStopped(f"stopped by {requests.received or 'another process'}, saved after step {step}")
             logger.info(str(stopped))
@@ -222,7 +222,7 @@ class _Distillation:
         return result
 
     def _train(self, step: int, requests: StopRequests) -> int:
-        """All steps, or those until one of the processes is asked to stop; the number of the last."""
+        """Train until the last step or until a process is asked to stop; return the number of steps done."""
         config, accelerator = self.config, self.accelerator
         if step == 0:
             self._validate(step)
@@ -262,30 +262,30 @@ class _Distillation:
         return step
 
     def _any(self, value: object) -> bool:
-        """Whether any process has it: all get the same answer, at the same step."""
+        """Return whether the value is true in any process, the same in all of them."""
         if self.accelerator.num_processes == 1:
             return bool(value)
         return self._largest(float(bool(value))) > 0
 
     def _largest(self, value: float) -> float:
-        """Of all processes' numbers."""
+        """Return the largest of all processes' numbers."""
         own = torch.tensor([value], dtype=torch.float32, device=self.accelerator.device)
         return self.accelerator.gather(own).max().item()
 
     def _set_statistics(self, student: APMModel, collate_fn: Callable | None) -> None:
-        """Measured; a run that is resumed goes on with those that it began with."""
+        """Measure the teachers' feature statistics; a resumed run keeps those it began with."""
         if self.config.resume:
             for name, statistics in self.progress["statistics"].items():
                 student.set_feature_statistics(**statistics, head=name)
         elif self.config.statistics_images:
-            answers = (self.objective.features(batch) for batch in self._first_batches(collate_fn))
+            features = (self.objective.features(batch) for batch in self._first_batches(collate_fn))
             gather, device = self.accelerator.gather, self.accelerator.device
             set_statistics(
-                student, answers, kind=self.config.statistics, gather=lambda packed: gather(packed.to(device))
+                student, features, kind=self.config.statistics, gather=lambda packed: gather(packed.to(device))
             )
 
     def _first_batches(self, collate_fn: Callable | None) -> Iterator[dict[str, Tensor]]:
-        """This process's share of the images that the run begins with, as many as statistics are measured on."""
+        """Yield this process's share of the first images, as many as statistics are measured on."""
         share = (self.accelerator.process_index, self.config.statistics_images, self.accelerator.num_processes)
         rows = iter(self.train_data)
         if self.sampler is not None:
@@ -297,7 +297,7 @@ class _Distillation:
                 yield {name: values.to(self.accelerator.device) for name, values in collated.items()}
 
     def _step(self, batch: dict[str, Tensor], step: int, passes: list[tuple[float, dict[str, Tensor]]]) -> None:
-        """One pass, added to those of its step; after the last one, the weights move.
+        """Compute one pass and add it to those of its step; after the last one, update the weights.
 
         A pass counts by its images: the last one of a stream has fewer, in all processes as many.
         """
@@ -364,13 +364,15 @@ class _Distillation:
         self.student.eval()
         metrics: dict[str, ValidationMetrics] = {}
         for index, batch in enumerate(self.validation_loader):
-            answers = self.objective.answers(self.student, batch)
-            found = {name: ValidationMetrics.statistics(one, asked.targets) for name, (one, asked) in answers.items()}
-            found = self.skipped.sift_answers(found, batch, self.accelerator.gather_for_metrics, step)
+            predictions = self.objective.predict(self.student, batch)
+            found = {
+                name: ValidationMetrics.statistics(one, head.targets) for name, (one, head) in predictions.items()
+            }
+            found = self.skipped.sift_figures(found, batch, self.accelerator.gather_for_metrics, step)
             for name, gathered in found.items():
                 metrics.setdefault(name, ValidationMetrics()).add(gathered)
             if index == 0 and self.config.num_pictures and self.accelerator.is_main_process:
-                outputs, (targets, _, grid) = answers[MAIN]
+                outputs, (targets, _, grid) = predictions[MAIN]
                 picture = validation_picture(outputs, targets, grid, num_images=self.config.num_pictures)
                 path = self.output_dir / "pictures" / f"step_{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
@@ -378,8 +380,8 @@ class _Distillation:
         if not metrics:
             raise ValueError("validation: expected at least one image, got none")
         values = metrics.pop(MAIN).compute()
-        for name, further_metrics in metrics.items():
-            values |= {f"{name}/{figure}": value for figure, value in further_metrics.compute().items()}
+        for name, head_metrics in metrics.items():
+            values |= {f"{name}/{figure}": value for figure, value in head_metrics.compute().items()}
         if self.config.max_bad_images:
             values["skipped_images"] = float(len(self.skipped))
         self.metrics.append({"step": step, **values})
@@ -415,7 +417,7 @@ class _Distillation:
             raise refused
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
-        """The one that all processes go on from, verified by the main one, and what it knows of its run."""
+        """Return the checkpoint that all processes resume, verified by the main one, and its progress."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -445,7 +447,7 @@ class _Distillation:
         return self.progress["step"]
 
     def _set_schedule(self, step: int) -> None:
-        """The learning rate is a function of settings and step alone, whatever the number of processes."""
+        """Set the learning rate, a function of settings and step alone for any number of processes."""
         config, optimizer = self.config, self.optimizer.optimizer
         for group in optimizer.param_groups:
             group["initial_lr"] = config.learning_rate
@@ -454,7 +456,7 @@ class _Distillation:
         )
 
     def _finish(self) -> DistillationResult:
-        """Saved to the side and moved: a run that is killed here can be resumed."""
+        """Save the model under another name and move it: a run that is killed here can be resumed."""
         student = whole_student(self.accelerator, self.student, self.architecture)
         if self.metrics and (said := worse_than_constant(self.metrics[-1])):
             logger.warning(said)

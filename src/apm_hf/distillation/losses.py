@@ -1,4 +1,4 @@
-"""What a student is asked for: tensors in, scalars out, in float32.
+"""Compute the losses of distillation, in float32.
 
 Source: arXiv:2410.20535, section 3: L_grid on the teacher's patch features, L_cls on its image embedding, L_rgb on the
 image itself; all are mean squared errors. L_level is ours: the teacher's layers, for a column of levels per location.
@@ -17,7 +17,7 @@ from ..modeling_apm import APMModelOutput
 
 @dataclass(frozen=True)
 class DistillationTargets:
-    """A teacher's answers for B images, at L locations.
+    """Hold a teacher's outputs for B images at L locations.
 
     Args:
         image_embeds: `(B, F)`.
@@ -32,7 +32,7 @@ class DistillationTargets:
     levels: Tensor | None = None
 
     def at(self, locations: Tensor | None) -> "DistillationTargets":
-        """The same for the locations with these indices, `(L',)`; None for all of them."""
+        """Select the locations with these indices `(L',)`; None keeps all."""
         if locations is None:
             return self
         rgb, levels = (None if x is None else x[:, locations] for x in (self.rgb, self.levels))
@@ -41,7 +41,7 @@ class DistillationTargets:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the losses; a loss of weight 0 is not computed.
+    """Weigh the losses; a loss of weight 0 is not computed.
 
     Raises:
         ValueError: for a negative weight, or where all are 0.
@@ -54,7 +54,7 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         weights = (self.grid, self.cls, self.rgb, self.level)
-        # Levels alone are not enough: what a model answers without them has to be learnt.
+        # Levels alone are not enough: the features that they stand beside have to be learnt.
         if not all(0 <= weight < float("inf") for weight in weights) or not any(weights[:3]):
             raise ValueError(f"loss weights: expected numbers >= 0, one of grid, cls and rgb positive, got {self}")
 
@@ -66,7 +66,7 @@ def distillation_losses(
     *,
     feature_std: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """L_grid, L_cls, L_rgb and L_level, as far as they are weighted, and their weighted sum under the name `loss`.
+    """Return those of L_grid, L_cls, L_rgb and L_level that are weighted, and their weighted sum as `loss`.
 
     Levels count where there are targets for them.
 
@@ -75,7 +75,7 @@ def distillation_losses(
             the standardised space, where the means cancel.
 
     Raises:
-        ValueError: where colours are asked for and the student has no RGB head, or levels of another shape than its.
+        ValueError: where colours are weighted and the student has no RGB head, or levels of another shape than its.
     """
     if weights.rgb and outputs.rgb is None:
         raise ValueError("rgb: expected a student with use_rgb_head=True, or a weight of 0, got a student without")

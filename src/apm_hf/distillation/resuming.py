@@ -1,7 +1,7 @@
-"""What a resumed run may do otherwise than the one it goes on from.
+"""Compare a resumed run's settings with those it began with.
 
-Refused is what would be silently without effect, or make the place in the data mean something else. The rest changes
-the course of the run from here on, and is said.
+Changes that would silently have no effect, or would change the meaning of the place in the data, are refused. Others
+change the course of the run from here on, and are logged.
 """
 
 import json
@@ -74,16 +74,16 @@ def facts(
     sharded: bool = False,
     feature_cache: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a run's weights depend on, as JSON gives it back.
+    """Return everything that a run's weights depend on, as JSON.
 
     Args:
         config: a [`apm_hf.distillation.DistillationConfig`].
         teachers: by the names of their heads.
         image_processor: the student's.
-        num_images: None where nobody knows.
+        num_images: None for a stream.
         data, validation_data: digests of the images' contents, where the data sets have them.
         sharded: whether checkpoints are those of FSDP2, which nothing else reads.
-        feature_cache: settings of the one that is read instead of asking the teachers.
+        feature_cache: settings of the cache that is read instead of running the teachers.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
     known = settings | {
@@ -103,13 +103,13 @@ def facts(
 
 
 def _weights(teacher: Any) -> str:
-    """Digest of a teacher's weights, whatever their precision; of what is no module, none."""
+    """Return a digest of a teacher's weights that does not depend on their precision."""
     is_module = isinstance(teacher.model, torch.nn.Module)
     return weights_digest(teacher.model, dtype=torch.bfloat16) if is_module else "unknown"
 
 
 def check_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Log what changed.
+    """Log the settings that changed.
 
     Raises:
         ValueError: for a change that is refused; names all of them.

@@ -1,4 +1,4 @@
-"""Every setting of a distillation, and what a run leaves behind."""
+"""Define the settings of a distillation, and its result."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from .losses import LossWeights
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """Settings of a distillation run; the names are also the flags of `apm distill` and `examples/train.py`.
+    """Configure a distillation run; the names are also the options of `apm distill`.
 
     Raises:
         ValueError: for a value outside its range; says what was expected.
@@ -114,18 +114,19 @@ class DistillationConfig:
 
     @property
     def loss_weights(self) -> LossWeights:
+        """The weights of the losses."""
         return LossWeights(self.grid_weight, self.cls_weight, self.rgb_weight, self.level_weight)
 
 
 @dataclass(frozen=True)
 class DistillationResult:
-    """What a run leaves behind.
+    """Hold the result of a distillation.
 
     Args:
         student: the trained student, on the CPU.
         metrics: of every validation, in order: `step`, `feature_cosine`, `feature_r2`, `mean_cosine` (of a
-            constant, the mean of the teacher's features), `embed_cosine`, `rgb_mse`, and those of further teachers
-            behind their names, as `dinov2/feature_cosine`.
+            constant, the mean of the teacher's features), `embed_cosine`, `rgb_mse`, and those of additional teachers
+            with their names in front, e.g. `dinov2/feature_cosine`.
         output_dir: where the model was saved.
     """
 

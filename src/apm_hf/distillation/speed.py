@@ -1,8 +1,8 @@
-"""How fast a run is, and what for: images a second, memory, the teacher's and the student's part, MFU.
+"""Measure a run's speed: images per second, memory, the shares of teacher and student, MFU.
 
 MFU is the share of the devices' peak (dense products in 16 bits, as their makers state it) that the products of
 teacher and student need (PaLM, arXiv:2204.02311, appendix B). Products are counted once, at the first pass, by
-`torch.utils.flop_counter`: the teacher's while it answers, the student's on tensors without content (device `meta`),
+`torch.utils.flop_counter`: the teacher's while it runs, the student's on tensors without content (device `meta`),
 forward and backward, without those of a recomputation. A device that is not in the table has no MFU.
 
 Times are taken at marks on the device's own queue (CUDA events), which are read when a report waits for the device
@@ -42,33 +42,33 @@ GIB = 2**30
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of one device by its name; None for one that is not in the table."""
+    """Return the peak FLOP/s of a device by its name; None for one that is not in the table."""
     words = device_name.replace("-", " ").split()
     fitting = [name for name in PEAK_TFLOPS if words[: len(name.split())] == name.split() and "MIG" not in words]
     return PEAK_TFLOPS[max(fitting, key=len)] * 1e12 if fitting else None
 
 
 class Recorded:
-    """A student that notes what it is asked first; everything else is the student's own."""
+    """Wrap a student and record the inputs of its last call."""
 
     def __init__(self, student: Any, config: APMConfig) -> None:
         self.student, self.config = student, config
-        self.asked: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        self.asked = inputs, options
+        self.call = inputs, options
         return self.student(*inputs, **options)
 
 
 def student_flops(config: APMConfig, inputs: tuple[Any, ...], options: Mapping[str, Any], used: set[str]) -> int:
-    """Of one forward and backward pass of such a student; nothing is computed.
+    """Count the operations of one forward and backward pass of such a student, without computing it.
 
     Args:
         inputs, options: of its `forward`; tensors on any device.
         used: fields of the output that the loss looks at.
     """
-    asked = [(name, _shape(value)) for name, value in (*enumerate(inputs), *options.items())]
-    return _counted(config.to_json_string(use_diff=False), tuple(asked), frozenset(used))
+    call = [(name, _shape(value)) for name, value in (*enumerate(inputs), *options.items())]
+    return _counted(config.to_json_string(use_diff=False), tuple(call), frozenset(used))
 
 
 class _Shape(NamedTuple):
@@ -81,7 +81,7 @@ def _shape(value: Any) -> Any:
 
 
 @lru_cache
-def _counted(config: str, asked: tuple[tuple[int | str, Any], ...], used: frozenset[str]) -> int:
+def _counted(config: str, call: tuple[tuple[int | str, Any], ...], used: frozenset[str]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     def empty(value: Any) -> Any:
@@ -89,8 +89,8 @@ def _counted(config: str, asked: tuple[tuple[int | str, Any], ...], used: frozen
 
     with torch.device("meta"):
         student = APMModel(APMConfig.from_dict(json.loads(config))).train()
-    inputs = [empty(value) for name, value in asked if isinstance(name, int)]
-    options = {name: empty(value) for name, value in asked if isinstance(name, str)}
+    inputs = [empty(value) for name, value in call if isinstance(name, int)]
+    options = {name: empty(value) for name, value in call if isinstance(name, str)}
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         outputs = student(*inputs, **options)
         fields = [outputs.get(name) for name in sorted(used)]
@@ -147,8 +147,8 @@ class SpeedMeter:
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
-        """Around the teachers' answers to a pass; at the first one their products are counted."""
-        self._marks["asked"] = self._mark()
+        """Time the teachers' part of a pass; at the first one their products are counted."""
+        self._marks["teacher_begin"] = self._mark()
         if self._counted:
             yield
         else:
@@ -157,7 +157,7 @@ class SpeedMeter:
             with FlopCounterMode(display=False) as counter:
                 yield
             self.flops["teacher"] = counter.get_total_flops() / self._pass_images
-        self._marks["answered"] = self._mark()
+        self._marks["teacher_end"] = self._mark()
 
     def recorded(self, student: Any, config: APMConfig) -> Any:
         """The student for a pass: at the first one it is watched, for [`count_student`]."""
@@ -165,10 +165,10 @@ class SpeedMeter:
 
     def count_student(self, student: Any, used: set[str]) -> None:
         """Count the products of what [`recorded`] watched; without effect after the first pass."""
-        if isinstance(student, Recorded) and student.asked is not None:
-            inputs, options = student.asked
+        if isinstance(student, Recorded) and student.call is not None:
+            inputs, options = student.call
             self.flops["student"] = student_flops(student.config, inputs, options, used) / self._pass_images
-            student.asked = None
+            student.call = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -199,7 +199,7 @@ class SpeedMeter:
         return values
 
     def summary(self) -> dict[str, Any]:
-        """What this start of a run was like: medians over the reports, without the first, in which things warm up."""
+        """Return medians over this start's reports, without the first one, in which things warm up."""
         windows = self.windows[1:] or self.windows
         names = dict.fromkeys(name for window in windows for name in window)
         figures = {name: statistics.median([window[name] for window in windows if name in window]) for name in names}
@@ -219,7 +219,7 @@ class SpeedMeter:
     # --- within -------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """From here on time counts, until the next report."""
+        """Begin to measure the time until the next report."""
         self._started, self._paused, self._images = time.perf_counter(), 0.0, 0
 
     def _mark(self) -> Any:
@@ -237,8 +237,8 @@ class SpeedMeter:
             marks["end"].synchronize()
         whole = self._between(marks["before"], marks["end"])
         training = self._between(marks["begin"], marks["end"])
-        asking = self._between(marks["asked"], marks["answered"]) if "answered" in marks else 0.0
-        return {"teacher_share": asking / whole, "student_share": (training - asking) / whole} if whole > 0 else {}
+        teacher = self._between(marks["teacher_begin"], marks["teacher_end"]) if "teacher_end" in marks else 0.0
+        return {"teacher_share": teacher / whole, "student_share": (training - teacher) / whole} if whole > 0 else {}
 
     def _between(self, first: Any, second: Any) -> float:
         return first.elapsed_time(second) / 1e3 if self.cuda else second - first

@@ -1,4 +1,4 @@
-"""How well a student answers: figures over a validation set, and a picture to look at.
+"""Measure a student on a validation set, and draw its features beside its teacher's.
 
 Legend: B images, L locations, F feature width, (rows, cols) the teacher's grid.
 """
@@ -19,7 +19,7 @@ TILE = 112  # side of one panel of a validation picture, in pixels
 
 
 class ValidationMetrics:
-    """Sums over images, in float64; every image counts once, whatever the batches and processes."""
+    """Accumulate sums over images, in float64; every image counts once for any batches and processes."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -27,7 +27,7 @@ class ValidationMetrics:
 
     @staticmethod
     def statistics(outputs: APMModelOutput, targets: DistillationTargets) -> dict[str, Tensor]:
-        """What is summed, one row per image: `(B, ...)`, ready to be gathered from all processes."""
+        """Return what is summed, one row per image: `(B, ...)`, ready to be gathered from all processes."""
         assert outputs.last_hidden_state is not None and outputs.pooler_output is not None
         # R² takes a small difference of large sums; MPS has no float64.
         wide = torch.float32 if targets.features.device.type == "mps" else torch.float64
@@ -55,7 +55,7 @@ class ValidationMetrics:
             self.sums[name] = self.sums.get(name, 0) + values.cpu().double().sum(dim=0)
 
     def compute(self) -> dict[str, float]:
-        """Means over images, and R² of the features: 1 - error / variance about their mean over all locations.
+        """Return means over images, and R² of the features: 1 - error / variance about their mean over all locations.
 
         `mean_cosine` is the cosine that this mean, a constant, has to the features: a student has to be above it.
 
@@ -88,7 +88,7 @@ def worse_than_constant(metrics: Mapping[str, float]) -> str | None:
 def validation_picture(
     outputs: APMModelOutput, targets: DistillationTargets, grid: tuple[int, int], *, num_images: int
 ) -> PIL.Image.Image:
-    """One row per image: its colours, the teacher's features, the student's features in the same colours, its RGB."""
+    """Draw one row per image: its colours, the teacher's features, the student's in the same colours, its RGB."""
     assert outputs.last_hidden_state is not None and targets.rgb is not None
     num_images = min(num_images, len(targets.features))
     teacher, student = targets.features[:num_images], outputs.last_hidden_state[:num_images]

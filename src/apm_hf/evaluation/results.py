@@ -39,6 +39,7 @@ class Cell(NamedTuple):
 
     @property
     def scene(self) -> Scene:
+        """The condition: corruption and severity."""
         return self.corruption, self.severity
 
 
@@ -63,6 +64,7 @@ class Predictions:
 
     @classmethod
     def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
+        """Concatenate predictions, e.g. of several seeds."""
         common = set.intersection(*(set(part.by_step) for part in parts))
         steps = [part.steps for part in parts if part.steps is not None]
         return cls(
@@ -76,12 +78,15 @@ class Predictions:
 
     @property
     def num_images(self) -> int:
+        """The number of different images."""
         return len(np.unique(self.images))
 
     def accuracy(self) -> Interval:
+        """Return the share of images whose first class is correct."""
         return mean_interval(self.correct, groups=self.images)
 
     def accuracy_at(self, step: int) -> Interval:
+        """Return the share of images whose class after `step` gradient steps is correct."""
         return mean_interval(self.by_step[step], groups=self.images)
 
     def best_step(self) -> int | None:
@@ -113,6 +118,7 @@ class Run:
 
     @property
     def methods(self) -> list[str]:
+        """The names of the methods, in the run's order."""
         return list(self.info["methods"])
 
     def method_title(self, method: str) -> str:
@@ -124,15 +130,19 @@ class Run:
         return title if titles[title] == 1 else f"{title} ({method})"
 
     def benchmark_title(self, benchmark: str) -> str:
+        """Return the title of a benchmark in tables and figures."""
         return self.info["benchmarks"][benchmark]["title"]
 
     def baseline(self, method: str) -> str | None:
+        """Return the name of the method that this one is compared with, if any."""
         return self.info["methods"][method]["baseline"]
 
     def teachers(self) -> list[str]:
+        """Return the teachers' names, sorted."""
         return sorted({cell.teacher for cell in self.predictions})
 
     def benchmarks(self, teacher: str) -> list[str]:
+        """Return the benchmarks that a teacher was evaluated on, in the run's order."""
         seen = {cell.benchmark for cell in self.predictions if cell.teacher == teacher}
         return [benchmark for benchmark in self.info["benchmarks"] if benchmark in seen]
 
@@ -148,6 +158,7 @@ class Run:
         return sorted(cells) if {cell.scene for cell in cells} == wanted else []
 
     def pooled(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> Predictions | None:
+        """Return a method's predictions of these scenes, all seeds together; None if it lacks one."""
         cells = self.cells(benchmark, teacher, method, scenes)
         return Predictions.join([self.predictions[cell] for cell in cells]) if cells else None
 
@@ -177,6 +188,7 @@ class Run:
         return None if pairs is None else paired_interval(pairs[0], pairs[1], groups=pairs[2])
 
     def cost(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> Cost | None:
+        """Return a method's cost over these scenes; None if any is unknown."""
         parts = [self.costs.get(cell) for cell in self.cells(benchmark, teacher, method, scenes)]
         known = [part for part in parts if part is not None]
         if not known or len(known) < len(parts):

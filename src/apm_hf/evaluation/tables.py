@@ -101,6 +101,7 @@ _ORACLE = "oracle step (unattainable)"
 
 
 def methods_table(run: Run) -> str:
+    """Format the table of methods: title, name, views, baseline, options."""
     rows = []
     for method, entry in run.info["methods"].items():
         baseline = NOTHING if entry["baseline"] is None else run.method_title(entry["baseline"])
@@ -114,6 +115,7 @@ def _top1(predictions: Predictions | None) -> str:
 
 
 def percent(interval: Interval, num_images: int) -> str:
+    """Format a share in percent, with its interval if there are few images."""
     text = f"{100 * interval.mean:.1f}"
     return text if num_images >= FEW_IMAGES else f"{text} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
@@ -128,6 +130,7 @@ def _calibration(predictions: Predictions) -> str:
 
 
 def difference_cell(interval: Interval | None) -> str:
+    """Format a difference in percentage points with its interval."""
     if interval is None:
         return NOTHING
     # Adding 0.0 makes -0.0 positive.
@@ -141,6 +144,7 @@ def _oracle(predictions: Predictions) -> str:
 
 
 def seconds_per_image(cost: Cost) -> float:
+    """Return the mean time per image."""
     return math.fsum(cost.seconds) / int(cost.images.sum())  # fsum: independent of the order of the lines
 
 

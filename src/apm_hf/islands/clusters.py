@@ -67,5 +67,6 @@ def unit_features(features: Tensor) -> np.ndarray:
 
 
 def check_finite(features: Tensor) -> None:
+    """Raise a ValueError for features that are not finite."""
     if not features.isfinite().all():
         raise ValueError("features: expected finite numbers, got NaN or infinity")

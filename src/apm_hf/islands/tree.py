@@ -81,6 +81,7 @@ class RegionTree:
 
     @property
     def num_locations(self) -> int:
+        """L, the number of leaves."""
         return self.shape[0] * self.shape[1]
 
     def cut(self, num_regions: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The model card: how a model was made, what was measured, whose obligations it carries, how it is loaded.
+"""Write the model card: how a model was made, what was measured, which licences it inherits, how it is loaded.
 
 The card is `model_card.md`, filled in through `huggingface_hub.ModelCard.from_template`. What it was filled in with is
 kept beside it in `card.json`, so that a model that moves can be given a card for its new place.
@@ -28,11 +28,11 @@ _TASK = "image-feature-extraction"
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card says.
+    """Hold the facts of a model card.
 
     Args:
         repo_id: how the model is loaded: `user/name`, or a folder.
-        teacher, dataset: names on the Hub, or of local folders, of which only the last part is told.
+        teacher, dataset: names on the Hub, or of local folders, of which only the last part is written.
         command: that made the model.
         steps: optimiser steps.
         num_parameters: of the student.
@@ -52,7 +52,7 @@ class CardFacts:
     versions: Mapping[str, str] | None = None
 
     def public(self) -> "CardFacts":
-        """The same without paths of this computer."""
+        """Return the facts without paths of this computer."""
         versions = self.versions
         if versions is None:
             at_hand, commit = provenance.versions(), provenance.commit()

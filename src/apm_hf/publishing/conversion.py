@@ -56,6 +56,7 @@ class ReleaseNetwork:
 
     @property
     def has_attention(self) -> bool:
+        """Whether the network pools by attention."""
         return PRESETS[self.preset]["pooling"] == "attention"
 
     def modules(self) -> dict[str, str]:

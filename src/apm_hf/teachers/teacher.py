@@ -180,10 +180,12 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
+        """The device of the teacher's weights."""
         return device_and_dtype(self.model)[0]
 
     @property
     def dtype(self) -> torch.dtype:
+        """The precision of the teacher's weights."""
         return device_and_dtype(self.model)[1]
 
     def encode_images(

@@ -54,14 +54,17 @@ class FamilyVision:
     # Descriptions hold functions that cannot be pickled, so they are looked up.
     @property
     def family(self) -> VisionTower:
+        """The facts about this kind of vision tower."""
         return VISION_TOWERS[self.tower.config.model_type]
 
     @property
     def dual_encoder(self) -> DualEncoder:
+        """The facts about this kind of dual encoder."""
         return DUAL_ENCODERS[self.model.config.model_type]
 
     @property
     def tower(self) -> Any:
+        """The vision tower, without heads or text tower."""
         if self.dual:
             return self.model.vision_model
         return VISION_TOWERS[self.model.config.model_type].tower(self.model) if self.is_classifier else self.model

@@ -116,6 +116,7 @@ class LabelledImages:
             raise ValueError(f"image {index} of {self.title}: {error}") from error
 
     def label(self, index: int) -> int:
+        """Return the class index of an image."""
         return int(self.labels[index])
 
     def digest(self) -> str:

@@ -86,6 +86,7 @@ class NameOptions:
     split_words: bool = False
 
     def readable(self, names: Sequence[str]) -> list[str]:
+        """Return class names as words for prompts: without identifiers and underscores, renamed where configured."""
         names = [_without_id(name).replace("_", " ") for name in names]
         if self.split_words:
             names = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name) for name in names]

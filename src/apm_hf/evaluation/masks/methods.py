@@ -110,11 +110,13 @@ class Models:
 
     @property
     def teacher(self) -> Teacher:
+        """The teacher."""
         assert self.apm.teacher is not None
         return self.apm.teacher
 
     @property
     def model(self) -> APMModel:
+        """The student without a head."""
         return self.apm.bare_model
 
     @property
@@ -124,6 +126,7 @@ class Models:
 
     @property
     def teacher_grid(self) -> Size:
+        """(rows, cols) of the teacher's features at its usual side."""
         side = self.teacher.image_size // self.teacher.patch_size
         return side, side
 
@@ -141,6 +144,7 @@ class Models:
         return pixels, self.apm.trigger_column(list(images))
 
     def teacher_maps(self, images: Images, size: Size, *, factor: int = 1) -> Tensor:
+        """Return the teacher's features, interpolated: `(B, rows, cols, F)`."""
         return upsample(self.encode(images, factor=factor).features, size)
 
     def twice_maps(self, images: Images, size: Size) -> Tensor:
@@ -159,9 +163,11 @@ class Models:
             return rival(tokens.cpu(), grid_coordinates(*size)[None], pixels.cpu()).unflatten(1, size)
 
     def teacher_level_maps(self, images: Images, size: Size, *, layer: int) -> Tensor:
+        """Return the normalised tokens of a teacher's layer, interpolated: `(B, rows, cols, C)`."""
         return upsample(normalise_levels(self.encode(images, layers=[layer]).levels[:, 0]), size)
 
     def apm_maps(self, images: Images, size: Size, *, model: APMModel, level: int | None = None) -> Tensor:
+        """Query a student at every location: its features `(B, rows, cols, F)`, or one of its levels."""
         pixels, trigger_column = self.inputs(images)
         if level is None:
             return feature_map(model, pixels, size, trigger_column=trigger_column)

@@ -79,6 +79,7 @@ class APMAdapted:
 
     @property
     def config(self) -> TTTConfig:
+        """The settings of the fits: the preset with the method's own values."""
         return TTTConfig.preset(self.preset, **{**self.overrides, "start": self.start})
 
     def __call__(self, task: ZeroShotTask, batch: ImageBatch) -> MethodOutput:
