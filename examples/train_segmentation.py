@@ -5,9 +5,9 @@
         --max_images 4983 --max_validation_images 2135 --map_size 256 --output_dir runs/food
 
 The first takes what travels with the package: its APM and drawn scenes. A data set has a column of masks, whose pixels
-are class indices, and 255 where there is none. The machine itself stays as it is. It is asked about sampled pixels of
-the training masks and about every pixel of held-out ones, and so is one with random weights, the control. The result
-runs as `pipeline("image-segmentation", OUTPUT_DIR)`; it sees the whole picture, squeezed into its square.
+are class indices, and 255 where there is none. The APM is frozen. It is queried at sampled pixels of the training
+masks and at every pixel of held-out ones, and so is one with random weights, the control. The result runs as
+`pipeline("image-segmentation", OUTPUT_DIR)`; it reads the whole picture, squeezed into its square.
 """
 
 import json
@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModel, HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from apm_hf import APMForSemanticSegmentation, APMModel
+from apm_hf import APM, APMForSemanticSegmentation
 from apm_hf.assets import DEMO_MODEL
 from apm_hf.data.images import decode_image
 from apm_hf.data.loading import train_and_validation
@@ -37,12 +37,12 @@ from apm_hf.position_encoding import grid_coordinates
 from apm_hf.runs.files import write_atomically
 from apm_hf.runs.processes import process_state
 
-SCENE_SEEDS = 2, 3  # the package's own machines have seen scenes of the seeds 0 and 1
+SCENE_SEEDS = 2, 3  # the embedded models have learnt from scenes of the seeds 0 and 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptConfig:
-    """Which machine, which images, how many of their pixels."""
+    """Configure which APM is used, on which images and how many of their pixels."""
 
     output_dir: str = field(metadata={"help": "folder of the segmentation model, and of metrics.json"})
     model: str = field(default=DEMO_MODEL, metadata={"help": "folder or name of a distilled APM"})
@@ -55,17 +55,17 @@ class ScriptConfig:
     class_names: str | None = field(default=None, metadata={"help": "JSON file, the list of the classes' names"})
     ignore_index: int = field(default=IGNORE_INDEX, metadata={"help": "value of mask pixels without class"})
     map_size: int | None = field(default=None, metadata={"help": "long side of the masks; by default their own"})
-    num_locations: int = field(default=256, metadata={"help": "training pixels from each image"})
-    balanced: bool = field(default=False, metadata={"help": "as many of each class that an image shows"})
-    regularisation: float = field(default=1e-3, metadata={"help": "of the logistic regression"})
-    max_iter: int = field(default=1000, metadata={"help": "of the logistic regression"})
-    max_images: int = field(default=256, metadata={"help": "train on so many images, drawn with the seed"})
-    max_validation_images: int = field(default=64, metadata={"help": "measure on so many images"})
+    num_locations: int = field(default=256, metadata={"help": "training pixels of each image"})
+    balanced: bool = field(default=False, metadata={"help": "sample as many pixels of each class of an image"})
+    regularisation: float = field(default=1e-3, metadata={"help": "L2 penalty of the logistic regression"})
+    max_iter: int = field(default=1000, metadata={"help": "iterations of the logistic regression"})
+    max_images: int = field(default=256, metadata={"help": "use at most this many images for training"})
+    max_validation_images: int = field(default=64, metadata={"help": "use at most this many images for validation"})
     seed: int = 0
 
 
 def load_rows(config: ScriptConfig) -> tuple[Any, Any]:
-    """Training and held-out rows."""
+    """Load training and held-out rows."""
     if config.dataset is None:
         train_seed, validation_seed = SCENE_SEEDS
         validation = SceneDataset(config.max_validation_images, seed=validation_seed)
@@ -84,7 +84,7 @@ def load_rows(config: ScriptConfig) -> tuple[Any, Any]:
 
 
 def read_mask(row: dict[str, Any], config: ScriptConfig) -> np.ndarray:
-    """`(rows, cols)` class indices, 255 where there is none, at `map_size`."""
+    """Return a mask `(rows, cols)` of class indices, 255 where there is none, at `map_size`."""
     if config.mask_column not in row:
         raise ValueError(f"--mask_column: expected one of {list(row)}, got {config.mask_column!r}")
     value = row[config.mask_column]
@@ -99,13 +99,13 @@ def read_mask(row: dict[str, Any], config: ScriptConfig) -> np.ndarray:
 
 
 def read(rows: Iterable[dict[str, Any]], config: ScriptConfig, what: str) -> Iterator[tuple[Image.Image, np.ndarray]]:
-    """Images and masks."""
+    """Yield images and masks."""
     for row in tqdm(rows, desc=what):
         yield decode_image(row[config.image_column]), read_mask(row, config)
 
 
 def class_names(config: ScriptConfig, *datasets: Iterable[dict[str, Any]]) -> list[str]:
-    """From the file, the scenes' own, or one number for each class up to the largest in any mask."""
+    """Return class names: from the file, those of the scenes, or a number for each up to the largest in a mask."""
     if config.class_names is not None:
         return json.loads(Path(config.class_names).read_text())
     if config.dataset is None:
@@ -115,20 +115,15 @@ def class_names(config: ScriptConfig, *datasets: Iterable[dict[str, Any]]) -> li
     return [f"class {index}" for index in range(num_classes)]
 
 
-@torch.no_grad()
-def fit(
-    machine: APMModel, image_processor: Any, rows: Any, names: list[str], config: ScriptConfig
-) -> APMForSemanticSegmentation:
-    """The probe of a machine, joined with it."""
+def fit(apm: APM, rows: Any, names: list[str], config: ScriptConfig) -> APMForSemanticSegmentation:
+    """Fit a probe to an APM's features of sampled pixels, and join both."""
     generator = torch.Generator().manual_seed(config.seed)
     features: list[Tensor] = []
     labels: list[Tensor] = []
     for image, mask in read(rows, config, "train"):
         picked = sample_locations(mask, config.num_locations, generator, balanced=config.balanced)
         if len(picked):
-            coordinates = grid_coordinates(*mask.shape)[picked].to(machine.device)
-            pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(machine.device)
-            features.append(machine(pixel_values, coordinates).last_hidden_state[0].float().cpu())
+            features.append(apm.encode_dense(image, coordinates=grid_coordinates(*mask.shape)[picked])[0])  # (L, F)
             labels.append(torch.from_numpy(mask).flatten()[picked])
     probe = LinearProbe.fit(
         torch.cat(features),
@@ -138,12 +133,12 @@ def fit(
         seed=config.seed,
         max_iter=config.max_iter,
     )
-    return segmentation_model(machine, probe, dict(enumerate(names)))
+    return segmentation_model(apm.bare_model, probe, dict(enumerate(names)))
 
 
 @torch.no_grad()
 def evaluate(model: APMForSemanticSegmentation, image_processor: Any, rows: Any, config: ScriptConfig) -> MeanIoU:
-    """The model asked about every pixel of every mask."""
+    """Query the model at every pixel of every mask."""
     score = MeanIoU(model.num_labels)
     for image, mask in read(rows, config, "evaluate"):
         pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device)
@@ -152,20 +147,17 @@ def evaluate(model: APMForSemanticSegmentation, image_processor: Any, rows: Any,
 
 
 def run(config: ScriptConfig) -> dict[str, dict[str, float]]:
-    device = process_state().device
-    machine = AutoModel.from_pretrained(config.model).eval().to(device)
-    side = {"height": machine.config.image_size, "width": machine.config.image_size}
+    apm = APM.load(config.model, device=process_state().device)
+    side = {"height": apm.bare_model.config.image_size, "width": apm.bare_model.config.image_size}
     image_processor = AutoImageProcessor.from_pretrained(config.model, do_center_crop=False, do_resize=True, size=side)
-    set_seed(config.seed)
-    control = APMModel(machine.config).eval().to(device)
     train, validation = load_rows(config)
     names = class_names(config, train, validation)
     figures = {}
-    for name, candidate in (("APM", machine), ("control: random weights", control)):
-        model = fit(candidate, image_processor, train, names, config)
+    for name, candidate in (("APM", apm), ("control: random weights", apm.control(seed=config.seed))):
+        model = fit(candidate, train, names, config)
         score = evaluate(model, image_processor, validation, config)
         figures[name] = {"mean_iou": score.mean_iou, "pixel_accuracy": score.pixel_accuracy}
-        if candidate is machine:
+        if candidate is apm:
             model.save_pretrained(config.output_dir)
             image_processor.save_pretrained(config.output_dir)
     write_atomically(Path(config.output_dir) / "metrics.json", json.dumps(figures, indent=2) + "\n")
