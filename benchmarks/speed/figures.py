@@ -153,7 +153,7 @@ def few_locations(settings: Settings, device: torch.device, dtype: torch.dtype) 
     numbers = [number for number in FEW if number < cells]
 
     def written_out(number: int) -> Tensor:
-        return naive.query(trigger, position_codes(model, places[:number]))["last_hidden_state"]
+        return naive(None, position_codes(model, places[:number]), trigger_column=trigger).last_hidden_state
 
     calls: Calls = {f"all {cells}": lambda: model.query(trigger)}
     for number in numbers:
@@ -188,8 +188,8 @@ def growth(settings: Settings, device: torch.device, dtype: torch.dtype) -> Figu
     trigger = model.fold(images(model))
     places = _places(max(settings.growth), device)
     some = places[:64]
-    expected = NaiveAPM(model).query(trigger, position_codes(model, some))["last_hidden_state"]
-    check_equal("off the grid", model.query(trigger, some).last_hidden_state, expected)
+    expected = NaiveAPM(model)(None, position_codes(model, some), trigger_column=trigger)
+    check_equal("off the grid", model.query(trigger, some).last_hidden_state, expected.last_hidden_state)
     calls: Calls = {str(n): lambda n=n: model.query(trigger, places[:n]) for n in settings.growth}
     times = smallest_times(calls, max(2, settings.repeats // 2), device)
     table = Table(f"More and more locations: {label}", ("locations", "ms", "µs a location", "times the row above"))

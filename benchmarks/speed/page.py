@@ -11,10 +11,10 @@ Written by `{command}`; do not edit. Every figure is a ratio inside one run: rep
 time of each counts, outputs are compared before anything is timed (relative error at most 1e-5 in float32, 5e-2 in
 bfloat16), and rivals run in the same dtype, on the same threads, at their best chunk. Weights are random: no figure
 depends on what a model learnt. The *naive* form writes every query out, [trigger ; position], one row a location; it
-is given the position codes of the grid, and computes those of other places, which depend on the call. The *release's*
-does so 16 locations at a time, as observing it shows (its source was not read). The *matmul peak* is the highest rate
-of a product in PyTorch's public operations, over several shapes. The command ends with status 1 where a goal is
-missed.
+is given the position codes of the grid, and computes those of other places, which depend on the call; it checks no
+inputs, and returns a `ModelOutput`, as a model does. The *release's* does so 16 locations at a time, as observing it
+shows (its source was not read). The *matmul peak* is the highest rate of a product in PyTorch's public operations,
+over several shapes. The command ends with status 1 where a goal is missed.
 """
 
 
@@ -29,8 +29,8 @@ NOTES = """
 * The first layer over [trigger ; position] is a sum of Linears and is never written out: one row per image, and one
   per row and column of the grid. Nothing is kept between calls.
 * Every layer is a plain `nn.Linear`. *Products* above shows what other forms of the product would give.
-* Chunks of locations are as long as keeps the widest activation at 8 MiB (float32) on a CPU, and at 64 MiB elsewhere:
-  `CACHED_ELEMENTS`, `CHUNK_ELEMENTS` in `modeling_apm.py`.
+* Chunks of locations are as long as keeps the widest activation at 8 MiB on a CPU, and at 2^24 elements elsewhere:
+  `CACHED_BYTES`, `CHUNK_ELEMENTS` in `modeling_apm.py`.
 * Mean pooling alone (`APMModel.pooled_features`) decodes neither colours nor levels.
 * The fixed cost of a call, checks of its inputs included, is what a very small model spends its time on.
 * On a GPU, for many calls of the same shape, `torch.compile(model, mode="reduce-overhead")` captures CUDA graphs and

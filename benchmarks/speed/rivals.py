@@ -1,6 +1,7 @@
 """The rivals of an APM, each written as fast as its description allows.
 
-* `NaiveAPM`: every query written out, [trigger ; position], one row a location; all at once or in chunks.
+* `NaiveAPM`: every query written out, [trigger ; position], one row a location; all at once or in chunks. It is called
+  as a model is and returns what a model returns, so that both pay for the call and for a `ModelOutput`.
 * the release's form: the same, 16 locations a chunk (what observing the release shows; its source was not read).
 * CLIP ViT-B/16 and DINOv2-L with registers: the classes of transformers, with random weights.
 
@@ -17,7 +18,7 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
-from apm_hf import APMConfig, APMModel
+from apm_hf import APMConfig, APMModel, APMModelOutput
 from apm_hf.modeling_apm import APMQuery
 from apm_hf.position_encoding import grid_coordinates, position_code
 
@@ -43,10 +44,10 @@ def images(model: APMModel, batch_size: int = 1) -> Tensor:
 
 def position_codes(model: APMModel, coordinates: Tensor | None = None) -> Tensor:
     """Return `(L, P)` for coordinates `(L, 2)`; None is the grid."""
-    config = model.config
+    side, dtype = model.grid_size, model.decoder.feature_head.weight.dtype
     if coordinates is None:
-        coordinates = grid_coordinates(config.grid_size, config.grid_size, device=model.device)
-    return position_code(coordinates, config.grid_size, config.grid_size, config.position_size).to(model.dtype)
+        coordinates = grid_coordinates(side, side, device=model.device)
+    return position_code(coordinates, side, side, model.decoder.position_size).to(dtype)
 
 
 class NaiveAPM(nn.Module):
@@ -63,18 +64,24 @@ class NaiveAPM(nn.Module):
         self.layers = nn.ModuleList([_joined(decoder.query), *decoder.layers])
         self.rgb_layers = nn.ModuleList([_joined(decoder.rgb_head.query), *decoder.rgb_head.layers])
 
-    def forward(self, pixel_values: Tensor, codes: Tensor, chunk: int | None = None) -> dict[str, Tensor]:
-        """Fold, then query; arguments and outputs as below."""
-        return self.query(self.trigger(pixel_values).flatten(1), codes, chunk)
-
-    def query(self, trigger_column: Tensor, codes: Tensor, chunk: int | None = None) -> dict[str, Tensor]:
-        """Return `last_hidden_state (B, L, F)`, `rgb (B, L, 3)` and `pooler_output (B, F)`.
+    def forward(
+        self,
+        pixel_values: Tensor | None,
+        codes: Tensor,
+        chunk: int | None = None,
+        *,
+        trigger_column: Tensor | None = None,
+    ) -> APMModelOutput:
+        """Fold, then query: `last_hidden_state (B, L, F)`, `rgb (B, L, 3)` and `pooler_output (B, F)`.
 
         Args:
-            trigger_column: `(B, D)`.
+            pixel_values: `(B, C, S, S)`.
             codes: `(L, P)`.
             chunk: locations decoded at a time; None is all.
+            trigger_column: `(B, D)`, instead of folding.
         """
+        if trigger_column is None:
+            trigger_column = self.trigger(pixel_values).flatten(1)
         features, colours = [], []
         for part in codes.split(chunk or len(codes)):
             shape = (len(trigger_column), len(part), -1)
@@ -88,11 +95,12 @@ class NaiveAPM(nn.Module):
                 rgb = layer(rgb).relu()
             colours.append(rgb)
         whole = features[0] if len(features) == 1 else torch.cat(features, dim=1)
-        return {
-            "last_hidden_state": whole,
-            "rgb": colours[0] if len(colours) == 1 else torch.cat(colours, dim=1),
-            "pooler_output": whole.mean(dim=1),
-        }
+        return APMModelOutput(
+            last_hidden_state=whole,
+            pooler_output=whole.mean(dim=1),
+            rgb=colours[0] if len(colours) == 1 else torch.cat(colours, dim=1),
+            trigger_column=trigger_column,
+        )
 
     def gradients(self, model: APMModel) -> dict[str, Tensor]:
         """Return the gradients of this form under the names of the model's weights, of which it shares most."""

@@ -16,6 +16,7 @@ in [-1, 1] as in `torch.nn.functional.grid_sample(align_corners=False)`.
 import copy
 import hashlib
 import inspect
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ from .position_encoding import (
 )
 
 # Without gradients, locations are decoded in chunks whose widest activation stays below this many elements. On the
-# CPU it should also stay in the cache (8 MiB in float32), unless the chunk were less than a row of the grid.
-CHUNK_ELEMENTS, CACHED_ELEMENTS = 2**24, 2**21
+# CPU it should also stay in the cache, below this many bytes, unless the chunk were less than a row of the grid.
+CHUNK_ELEMENTS, CACHED_BYTES = 2**24, 2**23
 # Coordinates are clamped to this distance: beyond, float32 overflows and cannot resolve positions.
 FAR = 1e30
 # Pixels of the image for each of the teacher's, along a side, where a model reads a teacher's tokens.
@@ -119,11 +120,14 @@ class APMQuery(nn.Module):
             patches: `(B, L, Q)`, with `config.local_patch`.
             features: `(B, L, F)`, in the RGB head.
         """
+        trigger = self.trigger(trigger_column)[:, None]  # (B, 1, H)
         # Layers get at most three axes: adapters treat four as an image.
-        row = self.row(row_code.squeeze(2))[:, :, None]  # (1 or B, R, 1, H)
-        column = self.column(column_code.flatten(1, 2)).unflatten(1, column_code.shape[1:3])  # (1 or B, 1 or R, C, H)
-        hidden = self.trigger(trigger_column)[:, None, None] + row + column
-        hidden = hidden.flatten(1, 2)  # (B, R, C, H) -> (B, L, H)
+        row, column = self.row(row_code.flatten(1, 2)), self.column(column_code.flatten(1, 2))  # (1 or B, R or C, H)
+        if column_code.shape[2] == 1:  # every location is a row of its own
+            hidden = row + column + trigger
+        else:
+            hidden = (row + trigger)[:, :, None] + column[:, None]  # (B, R, C, H)
+            hidden = hidden.flatten(1, 2)
         if self.patch is not None:
             hidden = hidden + self.patch(patches)
         if self.features is not None:
@@ -664,19 +668,20 @@ class APMModel(APMPreTrainedModel):
         Raises:
             ValueError: for shapes that do not fit the configuration.
         """
-        if unknown := [name for name in heads or () if name not in self.decoder.teacher_heads]:
-            raise ValueError(f"heads: expected names among {list(self.decoder.teacher_heads)}, got {unknown}")
+        config, decoder = self.config, self.decoder
+        if unknown := [name for name in heads or () if name not in decoder.teacher_heads]:
+            raise ValueError(f"heads: expected names among {list(decoder.teacher_heads)}, got {unknown}")
         if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
-        heads = tuple(self.decoder.teacher_heads if heads is None else heads)
+            output_hidden_states = bool(config.output_hidden_states)
+        heads = tuple(decoder.teacher_heads if heads is None else heads)
         # The name of each output of the decoder, with its pooling and the map to its teacher's space.
         features: dict[str, tuple[Any, Any]] = {"features": (self.pooler, self.feature_space)}
         for name in heads:
-            head = self.decoder.teacher_head(name)
+            head = decoder.teacher_head(name)
             features[f"teacher_features.{name}"] = head.pooler, head.space
         outputs = list(features)
-        outputs += ["rgb"] * (self.decoder.rgb_head is not None) + ["levels"] * (self.decoder.level_head is not None)
-        num_layers = len(self.config.hidden_sizes) if output_hidden_states else 0
+        outputs += ["rgb"] * (decoder.rgb_head is not None) + ["levels"] * (decoder.level_head is not None)
+        num_layers = len(config.hidden_sizes) if output_hidden_states else 0
         outputs += [f"hidden_states.{index}" for index in range(num_layers)]
 
         trigger_column = self._trigger_column(trigger_column, pixel_values)
@@ -684,9 +689,9 @@ class APMModel(APMPreTrainedModel):
         column = self._column(trigger_column)
         states: dict[str, tuple[Any, ...]] = dict.fromkeys(features, ())
         pooled: dict[str, Tensor] = {}
-        chunks = _Chunks(self.config.num_locations if coordinates is None else coordinates.shape[1])
+        chunks = _Chunks(self.grid_size**2 if coordinates is None else coordinates.shape[1])
         for rows, columns, patches, tokens in self._locations(trigger_column, coordinates, pixel_values, chunk_size):
-            values = self.decoder(column, rows, columns, patches, outputs, tokens)
+            values = decoder(column, rows, columns, patches, outputs, tokens)
             decoded = dict(zip(outputs, values, strict=True))
             for name, (pooler, space) in features.items():
                 pooled[name], states[name] = pooler(decoded[name], rows, columns, states[name])
@@ -866,7 +871,8 @@ class APMModel(APMPreTrainedModel):
         elements = max(1, len(trigger_column)) * self.widest  # per location
         size = CHUNK_ELEMENTS // elements
         if trigger_column.device.type == "cpu":
-            size = min(size, max(CACHED_ELEMENTS // elements, self.grid_size))
+            cached = CACHED_BYTES // (elements * trigger_column.element_size())
+            size = min(size, max(cached, self.grid_size))
         return max(1, size // columns.shape[2])
 
     def _check_pixels(self, pixel_values: Tensor) -> Tensor:
@@ -928,7 +934,8 @@ def _are_finite(coordinates: Tensor) -> bool:
     if coordinates.device.type != "cpu" or torch.compiler.is_compiling():
         return True
     try:
-        return bool(coordinates.abs().amax() < torch.inf)
+        # The sum is finite only if all are; it may overflow where they are.
+        return math.isfinite(coordinates.detach().sum().item()) or bool(coordinates.isfinite().all())
     except RuntimeError:  # under `torch.vmap` no values can be read
         return True
 

@@ -63,8 +63,11 @@ def sincos_code(indices: Tensor, size: int) -> Tensor:
 
 def axis_codes(size: int, *axes: Tensor) -> list[Tensor]:
     """Return the `sincos_code` of each tensor of indices, all on one device."""
+    if len(axes) > 1 and all(indices.shape == axes[0].shape for indices in axes):  # in one pass
+        return list(sincos_code(torch.stack(axes), size).unbind())
     dtype = torch.promote_types(axes[0].dtype, torch.float32)
-    frequencies = MAX_PERIOD ** (torch.arange(0, -size, -2, dtype=dtype, device=axes[0].device) / size)  # (size / 2,)
+    last = 2 / size - 1  # the exponent of the last frequency
+    frequencies = torch.logspace(0, last, size // 2, base=MAX_PERIOD, dtype=dtype, device=axes[0].device)
     angles = [indices[..., None] * frequencies for indices in axes]  # (...) -> (..., size / 2)
     return [torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2) for angle in angles]  # -> (..., size)
 
