@@ -567,6 +567,9 @@ class APMModel(APMPreTrainedModel):
     torch.Size([1, 2, 144])
     ```"""
 
+    # Of a repository that also holds the words of the teacher.
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
+
     def __init__(self, config: APMConfig, *, output_size: tuple[int, int] | None = None):
         super().__init__(config)
         self.output_size = output_size

@@ -19,6 +19,7 @@ from ..data.split_streams import SplitStream
 from ..modeling_apm import APMModel
 from ..publishing.cards import CardFacts, write_card, write_card_picture
 from ..publishing.hub import publish
+from ..publishing.zero_shot import check_text, save_with_text
 from ..runs.identity import images_digest
 from ..runs.processes import process_state
 from ..runs.run import Run, own_folder
@@ -76,6 +77,10 @@ class TrainingConfig:
     streaming: bool = field(default=False, metadata={"help": "read the dataset while training"})
     max_images: int | None = field(default=None, metadata={"help": "use at most this many images; for training"})
     max_validation_images: int = field(default=256, metadata={"help": "use at most this many images for validation"})
+    with_text: bool = field(
+        default=False,
+        metadata={"help": "save the text tower of a CLIP-like teacher too, for zero-shot classification"},
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "publish the result, with its card"})
     hub_model_id: str | None = field(default=None, metadata={"help": "repository, user/name"})
 
@@ -135,6 +140,8 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
     if config.level_layers:
         overrides = {"num_levels": len(config.level_layers), "level_size": teacher.hidden_size, **overrides}
     student = APMModel(APMConfig.preset(training.preset, **overrides))
+    if training.with_text:
+        check_text(teacher, student.config)
     inherit(student.config, [teacher, *teachers.values()], dataset=training.dataset)
     image_processor = matching_image_processor(teacher, student.config.image_size, **processor_options)
     data, validation = train_and_validation(
@@ -181,6 +188,8 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
     state, address = process_state(), None
     if state.is_main_process:
         _draw_card_picture(result, image_processor)
+        if training.with_text:
+            save_with_text(result.student, teacher, image_processor, result.output_dir)
         address = _publish(training, config, result, command)
     return TrainingResult(result, state.num_processes, state.is_main_process, address)
 
@@ -248,7 +257,7 @@ def _refuse_others(training: TrainingConfig, config: DistillationConfig) -> None
         "extra_teachers": training.extra_teachers, "feature_cache": training.feature_cache, "resume": config.resume,
         "random_crops": training.random_crops, "streaming": training.streaming, "level_layers": config.level_layers,
         "jitter": config.jitter, "statistics_images": config.statistics_images,
-        "max_bad_images": config.max_bad_images,
+        "max_bad_images": config.max_bad_images, "with_text": training.with_text,
     }  # fmt: skip
     if names := [name for name, value in given.items() if value]:
         raise ValueError(f"--{names[0]}: expected none with --preset dense")

@@ -38,7 +38,8 @@ class TestTimeTrainingPipeline(Pipeline):
     Args:
         model: the APM, bare or with a head; never changed, but moved to `device`. `transformers.pipeline` takes a
             folder or Hub name too, by default the demo's; here None is a fresh `clip-ttt` as wide as the teacher.
-        teacher: computes targets and class embeddings: a [`Teacher`], or a name or folder for [`load_teacher`].
+        teacher: computes targets and class embeddings: a [`Teacher`], or a name or folder for [`load_teacher`]; by
+            default the first one that the model's configuration says it was distilled from.
         preset: recipe, `"fast"` by default; it starts from the weights of the given model.
         ttt_config: a [`TTTConfig`] instead, used unchanged; `transformers.pipeline` has a different `config`.
         **options: options of [`Pipeline`], and defaults for those of a call. `image_processor`, the model's, is by
@@ -46,6 +47,7 @@ class TestTimeTrainingPipeline(Pipeline):
 
     Raises:
         ValueError: for no teacher, no APM, widths that differ, or both a preset and a configuration.
+        OSError: for a teacher that the model's configuration names and that cannot be loaded by that name.
     """
 
     __test__ = False  # else pytest would collect the class as a test
@@ -60,6 +62,8 @@ class TestTimeTrainingPipeline(Pipeline):
         ttt_config: Any = None,
         **options: Any,
     ):
+        if teacher is None:
+            teacher = _named_teacher(model)
         if not isinstance(teacher, Teacher | str | os.PathLike):
             raise ValueError(f"teacher: expected a Teacher, or a name or folder of one, got {type(teacher).__name__}")
         if preset is not None and ttt_config is not None:
@@ -157,6 +161,20 @@ class TestTimeTrainingPipeline(Pipeline):
             columns["teacher_score"] = outputs["teacher_scores"][0].tolist()
         predictions = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return sorted(predictions, key=lambda prediction: -prediction["score"]) if known else predictions
+
+
+def _named_teacher(model: Any) -> Any:
+    """Load the first teacher that a model's configuration names; None where it names none."""
+    origins = getattr(getattr(model, "config", None), "distilled_from", None) or []
+    name = next((entry["name"] for entry in origins if entry.get("name")), None)
+    if name is None:
+        return None
+    try:
+        return load_teacher(name)
+    except OSError as error:
+        raise OSError(
+            f"teacher: expected a name or folder; the model's configuration says {name!r}, which cannot be loaded"
+        ) from error
 
 
 PIPELINE_REGISTRY.register_pipeline(

@@ -141,12 +141,12 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
         raise FileNotFoundError(f"model_card.md: expected the card's template in one of {list(map(str, _TEMPLATES))}")
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
     teachers = [entry for entry in config.get("distilled_from") or [] if entry.get("name")]
-    name = Path(facts.repo_id).name
+    name, reads_text = Path(facts.repo_id).name, config.get("text_config") is not None
     data = ModelCardData(
         license=_licence(teachers),
         license_name=None if _licence(teachers) != "other" else "see-teacher-and-data",
         library_name="transformers",
-        pipeline_tag=_TASK,
+        pipeline_tag="zero-shot-image-classification" if reads_text else _TASK,
         tags=["apm", "glom", "distillation", "custom_code"],
         model_name=name if facts.metrics else None,
         eval_results=[
@@ -181,6 +181,7 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
         licences=_licence_table(teachers, facts.teacher),
         metrics=f"| | |\n| --- | --- |\n{rows}" if rows else "Nothing was measured.",
         comparison=facts.comparison,
+        reads_text=reads_text,
         reads_tokens=config.get("trigger_source") == "tokens",
         picture=PICTURE if (folder / PICTURE).exists() else None,
     )

@@ -1,0 +1,74 @@
+"""Save a student with its teacher's words: a folder for zero-shot classification without the teacher.
+
+    save_with_text(student, teacher, image_processor, "runs/photos")
+    pipeline("zero-shot-image-classification", model="runs/photos", trust_remote_code=True)
+
+The folder holds the student without colours and levels, the teacher's text tower and tokenizer, and the image
+processor.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..configuration_apm import APMConfig
+from ..modeling_apm import APMForZeroShotImageClassification, APMModel
+from ..runs.files import move_files
+from ..runs.progress import no_loading_bars
+from ..teachers import Teacher
+from ..teachers.families import DUAL_ENCODERS
+
+_PARTIAL = ".with_text.partial"
+
+
+def check_text(teacher: Teacher, config: APMConfig) -> None:
+    """Refuse a student and a teacher that make no zero-shot classifier; before anything is distilled.
+
+    Raises:
+        ValueError: for a teacher without a text tower, one whose texts the pipeline prepares in another way, or a
+            student that reads its teacher.
+    """
+    family = DUAL_ENCODERS.get(teacher.model.config.model_type)
+    if family is None or teacher.tokenizer is None:
+        raise ValueError(f"with_text: expected a teacher with a text tower, such as CLIP, got {teacher.name}")
+    if family.tokenizer_options.get("padding") == "max_length":
+        raise ValueError(
+            f"with_text: expected a text tower that ignores padding, such as CLIP's, got {teacher.name}: it reads "
+            "padding that transformers' pipeline leaves out for an APM"
+        )
+    if config.trigger_source != "conv":
+        raise ValueError(f"with_text: expected trigger_source 'conv', got {config.trigger_source!r}")
+
+
+def save_with_text(
+    student: APMModel, teacher: Teacher, image_processor: Any, folder: str | os.PathLike[str]
+) -> APMForZeroShotImageClassification:
+    """Save a student joined with its teacher's text tower; files of a saved model in the folder are replaced.
+
+    Args:
+        student: distilled from `teacher`.
+        image_processor: the student's.
+        folder: other files in it stay.
+
+    Returns:
+        The joined model, in evaluation mode.
+
+    Raises:
+        ValueError: as [`check_text`] does, and for widths that differ.
+    """
+    check_text(teacher, student.config)
+    folder = Path(folder)
+    partial = folder / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    model = APMForZeroShotImageClassification.from_dual_encoder(student, teacher.model)
+    with no_loading_bars():
+        model.save_pretrained(partial)
+    image_processor.save_pretrained(partial)
+    assert teacher.tokenizer is not None
+    teacher.tokenizer.save_pretrained(partial)
+    move_files(partial, folder, last="config.json")
+    return model
+
+
+__all__ = ["check_text", "save_with_text"]
