@@ -116,6 +116,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     }
     text |= {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=144)
+    config.id2label, config.label2id = dict(enumerate(CLASS_NAMES)), {name: i for i, name in enumerate(CLASS_NAMES)}
     config._attn_implementation = "eager"  # in bfloat16 on a CPU, twice as fast as sdpa; not saved
     return CLIPModel(config)
 

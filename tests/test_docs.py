@@ -38,7 +38,7 @@ def blocks(path, *languages):
 def commands(path):
     """Words of every command that starts `apm` or a script of this project, whatever launches it."""
     for block in blocks(path, *SHELL):
-        for line in block.replace("\\\n", " ").replace("-m apm_hf.commands.main ", "apm ").splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             if found := PROGRAM.search(line):
                 yield shlex.split(re.split(r"[|>&]", line[found.start(2) :])[0], comments=True)
 
@@ -92,9 +92,10 @@ def options_of(script):
         spec = importlib.util.spec_from_file_location(f"{script.stem}_documented", script)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
         printed = []
         patch = pytest.MonkeyPatch()
+        patch.syspath_prepend(script.parent)  # where it finds its neighbours
+        spec.loader.exec_module(module)
         patch.setattr(
             argparse.ArgumentParser, "print_help", lambda parser, file=None: printed.append(parser.format_help())
         )

@@ -6,3 +6,4 @@ _ASSETS = Path(__file__).parent
 DEMO_TEACHER = str(_ASSETS / "demo-teacher")  # made by scripts/make_demo_teacher.py
 DEMO_MODEL = str(_ASSETS / "demo-apm")  # made by scripts/make_demo_model.py
 DENSE_MODEL = str(_ASSETS / "dense-deit-tiny")  # made by scripts/make_dense.py
+PHOTO_TEACHER = str(_ASSETS / "photo-teacher")  # made by scripts/make_photo_teacher.py

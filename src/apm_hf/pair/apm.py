@@ -224,12 +224,14 @@ class APM:
 
     @property
     def default_labels(self) -> list[str]:
-        """Class names to begin with: those of the drawn scenes for the embedded teacher, else a classifier's own."""
-        if self.teacher is not None and self.teacher.name == DEMO_TEACHER:
-            from ..data.part_shapes import CLASS_NAMES
-
-            return list(CLASS_NAMES)
-        return [] if self.teacher is None else list(self.teacher.class_names or ())
+        """Class names to begin with: a classifier's own, or those in a dual encoder's configuration (`id2label`)."""
+        if self.teacher is None or self.teacher.class_names is not None:
+            return [] if self.teacher is None else list(self.teacher.class_names or ())
+        names = getattr(getattr(self.teacher.model, "config", None), "id2label", None) or {}
+        # Without names of its own, a configuration has LABEL_0 and LABEL_1.
+        return (
+            [] if any(name == f"LABEL_{row}" for row, name in names.items()) else [names[row] for row in sorted(names)]
+        )
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the student's outputs: configuration, weights' digest, image processor's options."""
