@@ -6,10 +6,9 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..assets import DEMO_MODEL, DEMO_TEACHER
+from ..assets import DEMO_TEACHER, PHOTO_TEACHER
 from .console import printable
 from .options import add
-from .pairs import note_embedded
 
 if TYPE_CHECKING:
     from ..ttt.classification import TTTClassifier
@@ -19,21 +18,26 @@ logger = logging.getLogger("apm_hf")
 HELP = "adapt to photos and classify them, the teacher beside the APM"
 DESCRIPTION = """
 Adapt an APM to each photo at test time and classify it zero-shot, the teacher's own answer beside it: a student that
-is fitted to the end repeats its teacher. With --teacher alone a fresh student is fitted; without --teacher and --model
-the embedded ones are used, which know drawn scenes only.
+is fitted to the end repeats its teacher. With --teacher alone a fresh student is fitted. Without --teacher and --model
+a small teacher of photos in this package is used, which knows the kinds of Caltech-101 and some everyday words.
 """
 EXAMPLES = (
     "apm classify photo.jpg --teacher openai/clip-vit-large-patch14 --labels classes.txt",
     "apm classify *.png --model user/apm-photos --teacher openai/clip-vit-base-patch16 --labels classes.txt --json",
 )
 RESULT = {
-    "teacher": "as given; null is the demo's",
-    "model": "as given; null is the demo's, or with --teacher a fresh one",
+    "teacher": "as given; null is the teacher of photos in the package",
+    "model": "as given; null is a fresh one",
+    "note": "what the teacher in the package does not know; null for others",
     "labels": "those that are ranked; what the teacher has no words for is left out",
     "photos": "a list: photo, steps, loss (at the first and the last step), cosine (to the teacher's embedding), "
     "agrees (on the first class), seconds, and teacher and apm: the --top_k classes as label and score",
     "errors": "a list: photo and message, of those that could not be read",
 }
+NOTE = (
+    "no --teacher and no --model: the small teacher of photos in the package, which knows 100 kinds of things and "
+    "some everyday words; it is wrong about photos of anything else, see docs/photo_teacher.md"
+)
 INTERRUPTED = "what is printed is done; start again with the other photos"
 SMALLER = "a smaller --batch_size"
 
@@ -80,6 +84,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "teacher": options.teacher,
         "model": options.model,
+        "note": NOTE if _by_default(options) else None,
         "labels": classifier.class_names,
         "photos": photos,
         "errors": errors,
@@ -92,15 +97,16 @@ def _classifier(options: argparse.Namespace) -> "TTTClassifier":
     from ..teachers.zero_shot import read_labels
     from ..ttt import TTTConfig
 
-    if options.teacher is None and options.model is None:
-        note_embedded()
-    alone = options.model is None and options.teacher is not None
+    if _by_default(options):
+        logger.info(NOTE)
+    alone = options.model is None
     overrides: dict[str, Any] = {"seed": options.seed, "start": "random" if alone else "model"}
     if options.steps is not None:
         overrides["steps"] = options.steps
     config = TTTConfig.preset(options.preset, **overrides)
     labels = None if options.labels is None else read_labels(options.labels)
-    pair = APM.load(None if alone else options.model or DEMO_MODEL, teacher=options.teacher or DEMO_TEACHER)
+    teacher = options.teacher or (PHOTO_TEACHER if alone else DEMO_TEACHER)
+    pair = APM.load(options.model, teacher=teacher)
     labels = labels or pair.default_labels
     if not labels:
         raise ValueError(
@@ -108,6 +114,10 @@ def _classifier(options: argparse.Namespace) -> "TTTClassifier":
         )
     labels = _known(pair.teacher, labels)
     return pair.classifier(labels, config=config, templates=options.template or DEFAULT_TEMPLATES)
+
+
+def _by_default(options: argparse.Namespace) -> bool:
+    return options.teacher is None and options.model is None
 
 
 def _known(teacher: Any, labels: list[str]) -> list[str]:
