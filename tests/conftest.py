@@ -10,8 +10,8 @@ import pytest
 
 # Files that keep a core busy for long begin first, so that no core is idle at the end.
 LONG = (
-    "examples", "demo", "scaling", "hub_roundtrip", "app", "evaluation_runner", "benchmarks", "resume", "memory",
-    "cli_islands", "dense_evaluation",
+    "hub_roundtrip", "app", "demo", "scaling", "resume", "docs", "evaluation_runner", "benchmarks", "app_actions",
+    "cli_islands", "dense_evaluation", "evaluation_suites", "export", "ecosystem_layers", "evaluation_ablations",
 )  # fmt: skip
 
 

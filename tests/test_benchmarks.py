@@ -1,5 +1,6 @@
 """`make bench` in small: it compares outputs before it times them, and a slowed build does not pass its check."""
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from apm_hf.modeling_apm import APMDecoder, APMModel
+from fixtures_runs import forked, status_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -25,6 +27,23 @@ def runner():
     sys.path.remove(str(BENCHMARKS))
     for name in [name for name in sys.modules if name == "run" or name.split(".")[0] == "speed"]:
         del sys.modules[name]
+
+
+def in_a_fork(folder):
+    """A stand-in for `subprocess.run` of benchmarks/memory.py: a child that has imported everything already."""
+
+    def run(command, **options):
+        def work():
+            import memory
+
+            sys.argv = command[1:]
+            with open(folder / "printed", "w") as file, contextlib.redirect_stdout(file):
+                memory.main()
+
+        assert status_of(forked(work)) == 0
+        return SimpleNamespace(stdout=(folder / "printed").read_text())
+
+    return run
 
 
 @pytest.fixture
@@ -58,6 +77,7 @@ def slowed(monkeypatch, seconds: float) -> None:
 
 def test_quick_run_writes_its_page_and_a_slowed_build_fails(runner, small, monkeypatch, tmp_path, capsys):
     figures = sys.modules["speed.figures"]
+    monkeypatch.setattr(sys.modules["speed.resources"], "subprocess", SimpleNamespace(run=in_a_fork(tmp_path)))
     # On a computer that is busy with other tests, a wide margin: the slowed build is a hundred times slower.
     monkeypatch.setattr(figures, "NAIVE_BOUND", 0.2)
     monkeypatch.setattr(figures, "GROWTH_BOUND", 50.0)

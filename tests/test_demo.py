@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel
 
 from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER
+from apm_hf.data.basic_corruptions import corrupt
 from apm_hf.data.scenes import CLASS_NAMES, SceneDataset
 from apm_hf.demo import story as demo
 from apm_hf.demo.story import ADAPTED, CONDITIONS, DISTILLED, RANDOM, SHUFFLED, TEACHER, DemoConfig, run_demo
@@ -17,6 +19,8 @@ from apm_hf.position_encoding import grid_coordinates
 from apm_hf.teachers import load_teacher
 from apm_hf.teachers.targets import TargetCache
 from apm_hf.teachers.zero_shot import classify
+
+SHOWN = ("clean", "jpeg")  # of the demo's five conditions, of which each costs as much as another
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,7 @@ def run(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "distill", recorded)
+        patch.setattr(demo, "CONDITIONS", SHOWN)
         return run_demo(config), students
 
 
@@ -92,14 +97,22 @@ def test_the_distilled_apm_beats_both_controls(run, held_out):
 
 
 def test_every_row_stands_beside_its_teacher(result):
-    for condition in CONDITIONS:
+    for condition in SHOWN:
         assert all(0 <= row[f"top-1, {condition}"] <= 1 for row in result.rows.values())
     assert f"| {TEACHER} |" in result.table and f"| {SHUFFLED} |" in result.table
     stored = json.loads((result.output_dir.parent / "apm_report" / "results.json").read_text())
     assert stored == result.rows
 
 
-def test_adapted_machines_come_closer_to_their_teachers_predictions(result):
+def test_every_condition_of_the_demo_changes_an_image():
+    image = SceneDataset(1, seed=5)[0]["image"]
+    assert set(SHOWN) < set(CONDITIONS) and CONDITIONS[0] == "clean"
+    for condition in CONDITIONS[1:]:
+        changed = corrupt(image, condition, severity=demo.SEVERITY, generator=np.random.default_rng(0))
+        assert changed.size == image.size and np.asarray(changed).tobytes() != np.asarray(image).tobytes(), condition
+
+
+def test_adapted_models_come_closer_to_their_teachers_predictions(result):
     gap = {name: abs(result.rows[name]["top-1, clean"] - result.rows[TEACHER]["top-1, clean"]) for name in result.rows}
     assert gap[ADAPTED] < gap[DISTILLED]
 

@@ -18,7 +18,7 @@ pytest.importorskip("imagecorruptions")
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation") / "smoke"
-    assert main(["evaluate", "--suite", "smoke", "--output_dir", str(folder)]) == 0
+    assert main(["evaluate", "--suite", "smoke", "--num_views", "4", "--output_dir", str(folder)]) == 0
     return folder
 
 
