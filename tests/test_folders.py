@@ -106,7 +106,7 @@ def test_links_to_nothing_pipes_and_names_that_no_table_holds_are_left_out_by_na
         data = load_images(folder)
     assert names(data) == ["0.jpg", "1.jpg"]
     assert "3 images that are links to nothing, or no files: gone.jpg, loop.jpg, pipe.jpg" in caplog.text
-    assert latin is None or "names are not UTF-8, which tables cannot hold: caf\udce9.jpg" in caplog.text
+    assert latin is None or "names are not UTF-8, which tables cannot hold: caf\\udce9.jpg" in caplog.text
     assert len(find_photos([str(folder)])) == 5 + (latin is not None)  # each says for itself what is wrong
 
 

@@ -144,6 +144,7 @@ def _described(root: Path, descriptions: list[Path]) -> DescribedFolder:
 def _say_left_out(log: Callable[[str], None], what: str, left: list[Path]) -> None:
     if left:
         named = ", ".join(path.as_posix() for path in left[:5]) + (", ..." if len(left) > 5 else "")
+        named = named.encode(errors="backslashreplace").decode()  # of names that are not UTF-8
         log(f"left out {len(left)} {what}: {named}")
 
 
