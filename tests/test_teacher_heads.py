@@ -490,6 +490,7 @@ class Loud:
 
     def __init__(self, teacher):
         self.teacher, self.mix = teacher, 100 * noise(16, 12, seed=7) / 4
+        self.image_processor = teacher.image_processor
 
     def encode_images(self, *, pixel_values, layers=None):
         answer = self.teacher.encode_images(pixel_values=pixel_values)
