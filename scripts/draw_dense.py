@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw
 
 from apm_hf import APM
 from apm_hf.assets import DENSE_MODEL
-from apm_hf.data.images import decode_image, eight_bit_rgb
 from apm_hf.data.loading import train_and_validation
 from apm_hf.islands.colours import PCAColours
 from apm_hf.runs.files import write_atomically
@@ -40,10 +39,7 @@ def main() -> None:
     _, held_out = train_and_validation(
         options.dataset, validation_fraction=0.1, max_images=3000, max_validation_images=256, seed=0
     )
-    rows = [
-        panels(apm, eight_bit_rgb(decode_image(held_out.dataset[number][held_out.image_column])))
-        for number in range(options.num_photos)
-    ]
+    rows = [panels(apm, held_out.photo(number)) for number in range(options.num_photos)]
     sheet = Image.new("RGB", (len(TITLES) * (SIDE + GAP) - GAP, TITLE + len(rows) * (SIDE + GAP) - GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(TITLES):

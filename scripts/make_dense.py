@@ -15,13 +15,10 @@ them is in `metrics.json`.
 import argparse
 import json
 import logging
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from apm_hf import APMModel, load_teacher
 from apm_hf.assets import DENSE_MODEL
-from apm_hf.data.images import decode_image, eight_bit_rgb
 from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DenseConfig, DensePairs, distill_dense
 from apm_hf.publishing.cards import CardFacts, write_card
@@ -52,7 +49,7 @@ def main() -> None:
     parts = train_and_validation(
         options.dataset, validation_fraction=0.1, max_images=options.max_images, max_validation_images=256, seed=0
     )
-    photos = [[partial(_photo, part, row) for row in range(len(part.dataset))] for part in parts]
+    photos = [part.photos() for part in parts]
     train = DensePairs.build(photos[0], teacher, seed=options.seed, description="teacher")
     held_out = DensePairs.build(photos[1], teacher, shifted=False, description="teacher, held out")
     teacher.name = TEACHER  # wherever it was loaded from
@@ -88,10 +85,6 @@ def write_facts(student: APMModel, folder: str, metrics: dict[str, float], optio
     )
     write_card(folder, facts)
     print(metrics)
-
-
-def _photo(part: Any, row: int) -> Any:
-    return eight_bit_rgb(decode_image(part.dataset[row][part.image_column]))
 
 
 if __name__ == "__main__":

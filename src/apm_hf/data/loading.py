@@ -11,16 +11,17 @@ reported with its row instead of failing inside `datasets`, which the extra `apm
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from transformers.utils import logging
 
 from .folders import DescribedFolder, ListedFolder, list_images
+from .images import decode_image, eight_bit_rgb
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +52,21 @@ class ImageData:
     label_column: str | None
     class_names: list[str] | None
     split: str
+
+    def photo(self, row: int) -> Any:
+        """Return one image, upright, 8-bit RGB.
+
+        Raises:
+            ValueError: for an image that cannot be read; names the row.
+        """
+        try:
+            return eight_bit_rgb(decode_image(self.dataset[row][self.image_column]))
+        except ValueError as error:
+            raise ValueError(f"row {row}: {error}") from error
+
+    def photos(self) -> list[Callable[[], Any]]:
+        """Return a function for every image, which reads it."""
+        return [partial(self.photo, row) for row in range(len(self.dataset))]
 
     def require_labels(self) -> str:
         """The label column, or a ValueError for callers that cannot do without."""

@@ -5,7 +5,6 @@ This is what `apm distill` does. [`apm_hf.distillation.distill`] takes objects i
 
 import json
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any
 
 from transformers import set_seed
@@ -13,8 +12,8 @@ from transformers.utils import logging
 
 from ..configuration_apm import APMConfig
 from ..data.augmentation import RandomCrops
-from ..data.images import ImageCollator, decode_image, eight_bit_rgb
-from ..data.loading import ImageData, train_and_validation
+from ..data.images import ImageCollator
+from ..data.loading import train_and_validation
 from ..data.split_streams import SplitStream
 from ..modeling_apm import APMModel
 from ..publishing.cards import CardFacts, write_card, write_card_picture
@@ -220,7 +219,7 @@ def _train_dense(
         raise ValueError(f"--dataset: expected 20 photos or more, or --validation_split, got {len(data.dataset) + 1}")
     state = process_state()
     teacher = load_teacher(training.teacher, device=state.device, dtype=training.teacher_dtype)
-    photos = [[partial(_photo, part, row) for row in range(len(part.dataset))] for part in (data, validation)]
+    photos = [part.photos() for part in (data, validation)]
     train_pairs = DensePairs.build(photos[0], teacher, seed=config.seed, description="teacher")
     held_out = DensePairs.build(photos[1], teacher, shifted=False, description="teacher, held out")
     result = distill_dense(teacher, train_pairs, held_out, settings, dataset=training.dataset, **overrides)
@@ -242,13 +241,6 @@ def _publish(
     address = publish(result.output_dir, training.hub_model_id)
     logger.info(address)
     return address
-
-
-def _photo(data: ImageData, row: int) -> Any:
-    try:
-        return eight_bit_rgb(decode_image(data.dataset[row][data.image_column]))
-    except ValueError as error:
-        raise ValueError(f"row {row}: {error}") from error
 
 
 def _refuse_others(training: TrainingConfig, config: DistillationConfig) -> None:

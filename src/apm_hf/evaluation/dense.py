@@ -11,7 +11,6 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
-from ..data.images import decode_image, eight_bit_rgb
 from ..data.loading import load_images
 from ..distillation.dense import DensePairs, as_upsampler
 from ..distillation.rivals import Upsampler, bicubic, bilinear, fitted_rivals
@@ -90,8 +88,7 @@ def evaluate_features(
     found = load_images(data, split=split, image_column=image_column, max_images=max_images, seed=seed)
     if len(found.dataset) < 2:
         raise ValueError(f"data: expected two photos or more, got {len(found.dataset)}")
-    photos = [partial(_photo, found, row) for row in range(len(found.dataset))]
-    pairs = DensePairs.build(photos, source, shifted=False, description="teacher")
+    pairs = DensePairs.build(found.photos(), source, shifted=False, description="teacher")
     upsamplers: dict[str, Upsampler] = {"bilinear": bilinear, "bicubic": bicubic, **fitted_rivals(model)}
     upsamplers["apm"] = as_upsampler(student.cpu())
     known = [name for name in TITLES if name in upsamplers or name in ("mean", "position_only", "moved")]
@@ -245,10 +242,3 @@ def _facts(results: Mapping[str, Any]) -> str:
     facts = {name: results[name] for name in names if results[name] not in (None, "")}
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
     return "".join(f"* {name}: `{value}`\n" for name, value in facts.items())
-
-
-def _photo(found: Any, row: int) -> Any:
-    try:
-        return eight_bit_rgb(decode_image(found.dataset[row][found.image_column]))
-    except ValueError as error:
-        raise ValueError(f"row {row}: {error}") from error

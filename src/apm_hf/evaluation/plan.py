@@ -91,7 +91,7 @@ class Cell:
 
     @property
     def clean(self) -> bool:
-        """Whether the images are not corrupted."""
+        """Return whether the images are not corrupted."""
         return self.corruption == CLEAN
 
     @property

@@ -51,7 +51,7 @@ PART_PHOTOS = 512  # n: seconds to minutes of work to lose, and row groups of pa
 
 @dataclass(frozen=True)
 class Vectors:
-    """What was written.
+    """Say what was written.
 
     Args:
         file: with the vectors.

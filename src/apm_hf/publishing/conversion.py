@@ -56,7 +56,7 @@ class ReleaseNetwork:
 
     @property
     def has_attention(self) -> bool:
-        """Whether the network pools by attention."""
+        """Return whether the network pools by attention."""
         return PRESETS[self.preset]["pooling"] == "attention"
 
     def modules(self) -> dict[str, str]:
