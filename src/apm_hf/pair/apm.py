@@ -255,8 +255,12 @@ class APM:
             return self.model.config.feature_size
         return self._needed_teacher("features are asked of").feature_size
 
-    def trigger_column(self, images: Any) -> Tensor | None:
+    def trigger_column(self, images: Any, pixel_values: Tensor | None = None) -> Tensor | None:
         """Return what the student's queries begin with, where it is more than a convolution of the pixels.
+
+        Args:
+            images: see the class.
+            pixel_values: what [`APM.pixel_values`] returned for them, if it was called already.
 
         Returns:
             The teacher's embeddings `(B, D)`; or its tokens `(B, rows, cols, F)`, of the teacher inside the student or
@@ -267,7 +271,7 @@ class APM:
         """
         source = self.bare_model.config.trigger_source
         if source == "tokens":
-            return self._tokens(self.pixel_values(images))
+            return self._tokens(self.pixel_values(images) if pixel_values is None else pixel_values)
         if source == "conv":
             return None
         teacher = self._needed_teacher("this student takes its trigger columns from")
@@ -387,7 +391,8 @@ class APM:
                 grid = teacher_features(self._needed_teacher("features are asked of"), batch, fine=False)
                 values = grid if where is None else upsample(grid, where)
             else:
-                pixel_values, column = self.pixel_values(batch), self.trigger_column(batch)
+                pixel_values = self.pixel_values(batch)
+                column = self.trigger_column(batch, pixel_values)
                 model = self.bare_model
                 if coordinates is not None:
                     outputs = query(model, pixel_values, coordinates, trigger_column=column).last_hidden_state

@@ -33,7 +33,8 @@ def dense_rows(apm: APM, photo: Image.Image, size: tuple[int, int]) -> Iterator[
         assert apm.teacher is not None
         grid = teacher_features(apm.teacher, [photo], fine=False).float().cpu()
     else:
-        pixel_values, column = apm.pixel_values(photo), apm.trigger_column(photo)
+        pixel_values = apm.pixel_values(photo)
+        column = apm.trigger_column(photo, pixel_values)
     y, x = cell_centres(rows), cell_centres(cols)
     for part in y.split(max(1, BAND_LOCATIONS // cols)):
         places = torch.stack(torch.meshgrid(part, x, indexing="ij"), dim=-1).flatten(0, 1)  # (L, 2)

@@ -141,7 +141,7 @@ class Models:
         pixels = self.apm.pixel_values(list(images))
         if self.model.config.trigger_source == "embedding":
             return pixels, self.encode(images).image_embeds.to(pixels.device)  # of the complete image
-        return pixels, self.apm.trigger_column(list(images))
+        return pixels, self.apm.trigger_column(list(images), pixels)
 
     def teacher_maps(self, images: Images, size: Size, *, factor: int = 1) -> Tensor:
         """Return the teacher's features, interpolated: `(B, rows, cols, F)`."""
