@@ -121,6 +121,17 @@ def test_labels_that_the_teacher_has_no_words_for_are_left_out_and_named(tmp_pat
     assert main(words) == 1 and "expected words that the teacher knows, got none: samovar, quasar" in caplog.text
 
 
+def test_labels_that_are_the_same_to_the_teacher_are_named(apm, place):
+    """All their words are known, but they make the same prompt."""
+    (place / "same.txt").write_text("a cat\na_cat\ndog\n")
+    status, lines, logged = apm("0.png", "--teacher", "clip", "--labels", "same.txt", "--steps", "1", defaults=False)
+    assert status == 0 and len(predictions(lines, "0.png")) == 3
+    assert [line for line in logged if "cannot tell apart: a cat, a_cat;" in line]
+    (place / "same.txt").write_text("a cat\na_cat\n")
+    status, lines, logged = apm("0.png", "--teacher", "clip", "--labels", "same.txt", "--steps", "1", defaults=False)
+    assert status == 1 and not lines and "expected words that the teacher can tell apart" in logged[-1]
+
+
 def test_only_unreadable_photos_is_status_1(apm):
     status, lines, logged = apm("broken.jpg")
     assert (status, lines) == (1, []) and len(logged) == 1

@@ -43,6 +43,7 @@ from apm_hf.teachers.feature_cache import (
     write_feature_cache,
     writer,
 )
+from apm_hf.teachers.feature_cache.layout import VERIFIED
 from apm_hf.teachers.targets import normalise_levels
 from fixtures_runs import damaged_places, forget_accelerate, forked, processes, status_of
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, TEACHER_GRID, photo, save_clip, save_splits, student
@@ -106,7 +107,7 @@ def whole(teacher, images, tmp_path_factory):
 
 
 def contents_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in (LOCK, VERIFIED)}
 
 
 # --- what is read ---------------------------------------------------------------------------------------------------
@@ -225,12 +226,15 @@ def test_a_flipped_byte_in_any_file_is_detected_and_mended(whole, teacher, image
 
 def test_damage_to_any_file_of_a_cache_is_found_by_who_reads_it(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "cache")
+    FeatureCache(folder).verify()
     run, index = Run(folder, process_state(), parts="."), read_sealed(folder / "index.json")
     identity = read_sealed(folder / "run.json")["identity"]
     for path in damaged_places([path for path in folder.iterdir() if path.name != LOCK]):
         if path.name == "run.json":
             with pytest.raises(ValueError, match=path.name):
                 run.claim(identity)
+        elif path.name == VERIFIED:  # all is read again
+            assert FeatureCache(folder).verify().index == index
         elif path.suffix == ".json" and path.name != "index.json":  # the reader has all of it from the index
             assert run.load(path.stem) is None
             assert FeatureCache(folder).verify().index == index
@@ -238,6 +242,25 @@ def test_damage_to_any_file_of_a_cache_is_found_by_who_reads_it(whole, tmp_path)
             with pytest.raises(ValueError, match=path.name):
                 FeatureCache(folder).verify()
     FeatureCache(folder).verify()
+
+
+def test_a_file_is_read_once_until_its_size_or_time_changes(whole, tmp_path):
+    folder, name = shutil.copytree(whole, tmp_path / "cache"), "00001.safetensors"
+    FeatureCache(folder).verify()
+    facts = (folder / name).stat()
+    flip(folder / name)
+    with pytest.raises(ValueError, match=f"{name}: expected SHA-256"):
+        FeatureCache(folder)[5]
+    os.utime(folder / name, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    FeatureCache(folder).verify()[5]
+    with pytest.raises(ValueError, match=f"{name}: expected SHA-256"):
+        FeatureCache(folder).verify(again=True)
+    flip(folder / name)
+    folder.chmod(0o500)
+    try:
+        FeatureCache(folder).verify()
+    finally:
+        folder.chmod(0o700)
 
 
 def test_truncated_missing_and_broken_shards_are_named(whole, tmp_path):

@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 
-from apm_hf.teachers.zero_shot import DEFAULT_TEMPLATES, ENSEMBLE_TEMPLATES, Prediction, classify, read_labels, topk
+from apm_hf.teachers.zero_shot import (
+    DEFAULT_TEMPLATES,
+    ENSEMBLE_TEMPLATES,
+    Prediction,
+    classify,
+    read_labels,
+    same_words,
+    topk,
+)
 
 
 def test_logits_are_scaled_cosines():
@@ -21,6 +29,12 @@ def test_logits_are_scaled_cosines():
 def test_only_directions_matter_however_long_the_rows(factor):
     embeds = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(classify(factor * embeds, embeds), classify(embeds, embeds / 7))
+
+
+def test_classes_of_one_direction_are_grouped():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [7.0, 0.0], [1.0, 0.01], [0.0, 2.0], [-1.0, 0.0]])
+    assert same_words(rows, list("abcdef")) == [["a", "c"], ["b", "e"]]
+    assert same_words(rows[[0, 3, 5]], list("adf")) == []
 
 
 def test_half_precision_is_scored_in_float32():

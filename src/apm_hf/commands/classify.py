@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _classifier(options: argparse.Namespace) -> "TTTClassifier":
     from ..pair import APM
     from ..teachers import DEFAULT_TEMPLATES
-    from ..teachers.zero_shot import read_labels
+    from ..teachers.zero_shot import read_labels, same_words
     from ..ttt import TTTConfig
 
     if _by_default(options):
@@ -113,7 +113,12 @@ def _classifier(options: argparse.Namespace) -> "TTTClassifier":
             f"--labels: expected a file of class names, since {options.teacher} has no classes of its own"
         )
     labels = _known(pair.teacher, labels)
-    return pair.classifier(labels, config=config, templates=options.template or DEFAULT_TEMPLATES)
+    classifier = pair.classifier(labels, config=config, templates=options.template or DEFAULT_TEMPLATES)
+    for names in (same := same_words(classifier.text_embeds, labels)):
+        logger.warning(f"the teacher cannot tell apart: {printable(', '.join(names))}; their order means nothing")
+    if len(labels) > 1 and len(same) == 1 and len(same[0]) == len(labels):
+        raise ValueError("--labels: expected words that the teacher can tell apart, got none")
+    return classifier
 
 
 def _by_default(options: argparse.Namespace) -> bool:

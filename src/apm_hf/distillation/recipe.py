@@ -165,7 +165,8 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
         images = RandomCrops(images, data.image_column, seed=config.seed)
     rows = numbered(images, digest=digest)
     if training.feature_cache is not None:
-        cache = FeatureCache(training.feature_cache)
+        with process_state().main_process_first():  # the others find what it remembered
+            cache = FeatureCache(training.feature_cache).verify()
         cache.check(teacher, images, image_column=data.image_column, level_layers=config.level_layers)
         rows = CachedImages(images, cache)
     result = distill(

@@ -45,6 +45,7 @@ from .text import (
     ordinary,
     parse_template,
     prompt_embeds,
+    words_of,
 )
 from .vision import FamilyVision, ModuleOutputs, ModuleVision, device_and_dtype
 
@@ -276,10 +277,11 @@ class Teacher:
     def unknown_labels(self, labels: Sequence[str]) -> list[str]:
         """Return labels with words that the tokenizer has no token for: to this teacher they are all the same."""
         unknown = None if self.tokenizer is None else self.tokenizer.unk_token_id
-        if unknown is None:
+        if unknown is None or not labels:
             return []
         # Without special tokens: CLIP's tokenizer has one token for the unknown and for the end of a text.
-        return [one for one in labels if unknown in self.tokenizer(one, add_special_tokens=False)["input_ids"]]
+        tokens = self.tokenizer([words_of(label) for label in labels], add_special_tokens=False)["input_ids"]
+        return [label for label, ids in zip(labels, tokens, strict=True) if unknown in ids]
 
     def identity(self) -> dict[str, Any]:
         """Return what outputs depend on, as JSON: sizes, the SHA-256 of all weights, the image processor's options."""

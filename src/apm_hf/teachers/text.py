@@ -61,6 +61,11 @@ def trained_case(model: Any, prompts: list[str]) -> list[str]:
     return [prompt.lower() for prompt in prompts] if lowercase else prompts
 
 
+def words_of(class_name: str) -> str:
+    """Return a class name as prompts have it: data sets write "ruffed_grouse"."""
+    return class_name.replace("_", " ")
+
+
 def prompt_embeds(
     encode: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[Template], what: str
 ) -> Tensor:
@@ -73,7 +78,7 @@ def prompt_embeds(
     Raises:
         ValueError: Embeddings that are not finite, naming the prompts.
     """
-    words = [name.replace("_", " ") for name in class_names]  # data sets write "ruffed_grouse"
+    words = [words_of(name) for name in class_names]
     means = []
     for start in range(0, len(words), TEXT_BATCH_SIZE):
         total: Tensor | int = 0

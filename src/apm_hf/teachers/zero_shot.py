@@ -32,6 +32,8 @@ ENSEMBLE_TEMPLATES = (
     "a dark photo showing a {}.",
 )
 
+SAME = 1e-6  # of 1 - cosine, which batches of other sizes change by less
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -45,6 +47,24 @@ def class_embeds(teacher: Teacher, class_names: Sequence[str], templates: Sequen
     """Return `(K, F)` of [`Teacher.encode_text`]; names may repeat, as in ImageNet, and then have equal rows."""
     unique = list(dict.fromkeys(class_names))
     return teacher.encode_text(unique, templates)[[unique.index(name) for name in class_names]]
+
+
+def same_words(text_embeds: Tensor, class_names: Sequence[str]) -> list[list[str]]:
+    """Return groups of classes whose embeddings have the same direction: no image can tell such classes apart.
+
+    Names that differ only where a tokenizer cuts, or in case for one that ignores it, are such classes.
+
+    Args:
+        text_embeds: `(K, F)`.
+        class_names: K names.
+    """
+    unit, groups, grouped = _unit_rows(text_embeds, "text_embeds"), [], set[int]()
+    for row in range(len(unit)):
+        if row not in grouped:
+            same = (unit[row:] @ unit[row] > 1 - SAME).nonzero().flatten() + row
+            grouped.update(same.tolist())
+            groups.append([class_names[other] for other in same.tolist()])
+    return [group for group in groups if len(group) > 1]
 
 
 def classify(image_embeds: Tensor, text_embeds: Tensor, *, logit_scale: float = DEFAULT_LOGIT_SCALE) -> Tensor:

@@ -23,6 +23,7 @@ from ..licenses import public_name
 
 FORMAT = 1
 INDEX = "index.json"
+VERIFIED = ".verified.json"  # which shards were compared with the index, by size and time
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHARD_BYTES = 2**28  # of features, where nothing else is asked for: some seconds of any disk, a short time to lose
 

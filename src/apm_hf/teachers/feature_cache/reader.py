@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...runs.checksums import fault_of, read_sealed
+from ...runs.checksums import fault_of, read_sealed, write_sealed
 from ...runs.identity import images_digest
 from ...runs.run import differences
-from .layout import INDEX
+from .layout import INDEX, VERIFIED
 
 
 class FeatureCache(Dataset):
@@ -40,7 +40,8 @@ class FeatureCache(Dataset):
 
     Raises:
         ValueError: for what is no complete cache, or a file of another size; names the file, what was expected and
-            found. A file's SHA-256 is compared when its first row is read.
+            found. A file's SHA-256 is compared when its first row is read, unless [`FeatureCache.verify`] compared it
+            before, in any process, and neither its size nor its time of change differs since.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -61,6 +62,7 @@ class FeatureCache(Dataset):
         everything = range(self.index["num_rows"])
         self.rows: np.ndarray | range = np.delete(everything, self._bad) if len(self._bad) else everything
         self._open: dict[int, dict[str, Tensor]] = {}
+        self._verified = self._remembered()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -85,14 +87,27 @@ class FeatureCache(Dataset):
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Tensor]]:
         return [self[position] for position in positions]
 
-    def verify(self) -> "FeatureCache":
-        """Read every file and compare its SHA-256 with the index.
+    def verify(self, *, again: bool = False) -> "FeatureCache":
+        """Compare the SHA-256 of every file with the index, and remember in the folder which files were compared.
+
+        Args:
+            again: compare those too whose size and time of change are as they were remembered.
 
         Raises:
             ValueError: for the first that is not as it was written.
         """
-        for number in range(len(self.index["shards"])):
-            self._shard(number)
+        before, self._verified = {} if again else self._remembered(), {}
+        for number, shard in enumerate(self.index["shards"]):
+            mark = self._mark(shard)
+            if before.get(shard["file"]) != mark:
+                self._open.pop(number, None)
+                self._shard(number)
+            self._verified[shard["file"]] = mark
+        if self._verified != before:
+            try:
+                write_sealed(self.folder / VERIFIED, {"files": self._verified})
+            except OSError:  # a folder that can only be read is verified once in every process
+                pass
         return self
 
     def digest(self) -> str:
@@ -126,11 +141,27 @@ class FeatureCache(Dataset):
         if found:
             raise ValueError(f"feature_cache: {self.folder} does not fit, it has other {', '.join(found)}")
 
+    def _remembered(self) -> dict[str, list[Any]]:
+        """Return the marks of files that were compared before, by name; none where that cannot be read."""
+        try:
+            return read_sealed(self.folder / VERIFIED)["files"]
+        except (OSError, ValueError):
+            return {}
+
+    def _mark(self, shard: dict[str, Any]) -> list[Any]:
+        """Return what tells whether a file has changed: its size in bytes and its time of change in nanoseconds."""
+        try:
+            facts = (self.folder / shard["file"]).stat()
+        except OSError:  # whoever reads it says what is wrong
+            return []
+        return [facts.st_size, facts.st_mtime_ns, shard["sha256"]]
+
     def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._open:
             shard = self.index["shards"][number]
             path = self.folder / shard["file"]
-            if fault := fault_of(path, shard["size"], shard["sha256"]):
+            known = self._verified.get(shard["file"]) == self._mark(shard)
+            if fault := fault_of(path, shard["size"], None if known else shard["sha256"]):
                 raise ValueError(f"feature_cache: {path}: {fault}{_AGAIN}")
             try:
                 with safe_open(path, framework="pt") as file:
