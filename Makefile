@@ -15,7 +15,7 @@ TORCHVISION_BIN := .venv-torchvision/bin
 # Every test file in which pictures become pixel values, through whichever backend there is.
 IMAGE_TESTS = $(shell grep -lE 'torchvision|load_teacher|save_clip|[Ii]mage_?[Pp]rocessor|DEMO_|photos?\b' tests/test_*.py)
 
-.PHONY: demo test test-torchvision lint style bench docs assets clean
+.PHONY: demo test test-torchvision test-transformers lint style bench docs assets clean
 
 demo: .venv/installed
 	$(BIN)/apm demo --output_dir apm
@@ -28,6 +28,10 @@ test: .venv/installed .venv/browser
 # About 6 GB of wheels; no part of CI.
 test-torchvision: .venv-torchvision/installed
 	$(TORCHVISION_BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(IMAGE_TESTS)
+
+# The library's own tests of its models, from its source on the package index; no part of CI.
+test-transformers: .venv/installed
+	$(BIN)/python scripts/run_transformers_tests.py --work_dir .venv/transformers_tests
 
 lint: .venv/installed
 	$(BIN)/ruff check .

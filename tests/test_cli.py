@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from apm_hf import load_teacher
@@ -130,6 +131,21 @@ def test_labels_that_are_the_same_to_the_teacher_are_named(apm, place):
     (place / "same.txt").write_text("a cat\na_cat\n")
     status, lines, logged = apm("0.png", "--teacher", "clip", "--labels", "same.txt", "--steps", "1", defaults=False)
     assert status == 1 and not lines and "expected words that the teacher can tell apart" in logged[-1]
+
+
+def test_a_fit_that_diverges_is_reported_and_the_others_are_done(apm, monkeypatch):
+    answer = TTTClassifier.__call__
+
+    def diverged(self, images, **options):
+        result = answer(self, images, **options)
+        result.logits[1] = torch.nan
+        return result
+
+    monkeypatch.setattr(TTTClassifier, "__call__", diverged)
+    status, lines, logged = apm("0.png", "1.png", "2.png")
+    assert status == 1 and [len(predictions(lines, f"{seed}.png")) for seed in range(3)] == [3, 0, 3]
+    assert len([line for line in lines if re.fullmatch(r"\s+[\d.]+% \S+\s*", line)]) == 3, "the teacher's scores"
+    assert [line for line in logged if "1.png: the fit diverged" in line]
 
 
 def test_only_unreadable_photos_is_status_1(apm):

@@ -435,8 +435,24 @@ def test_the_command_makes_a_student_that_the_pair_queries(place, teacher):
 
 def test_options_of_other_presets_are_refused(place, teacher, caplog):
     words = ["distill", "--preset", "dense", "--teacher", teacher.name, "--dataset", str(place / "photos")]
-    assert main([*words, "--output_dir", str(place / "other"), "--jitter"]) == 1
-    assert "--jitter: expected none with --preset dense" in caplog.text
+    words += ["--output_dir", str(place / "other")]
+    for option in ("--jitter", "--warmup_steps=0", "--streaming", '--image_processor={"do_min_max": true}'):
+        assert main([*words, option]) == 1
+        assert f"{option.partition('=')[0]}: expected none with --preset dense" in caplog.text
+
+
+def test_options_that_are_given_count_though_they_equal_the_defaults_of_other_presets(place, teacher, monkeypatch):
+    taken = []
+
+    def stop(teacher, pairs, held_out, settings, **options):
+        taken.append(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("apm_hf.distillation.recipe.distill_dense", stop)
+    words = ["distill", "--preset", "dense", "--teacher", teacher.name, "--dataset", str(place / "photos")]
+    main([*words, "--output_dir", str(place / "other"), "--max_steps", "1000", "--learning_rate", "1e-4"])
+    main([*words, "--output_dir", str(place / "other")])
+    assert [(one.max_steps, one.learning_rate) for one in taken] == [(1000, 1e-4), (1500, 2e-3)]
 
 
 def test_a_map_is_written_row_by_row_as_it_is_queried(place, teacher, monkeypatch, capsys):

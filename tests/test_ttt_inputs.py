@@ -87,6 +87,12 @@ def test_other_values_are_refused_by_name(values):
         adapt(model, values, targets, config=CONFIG)
 
 
+def test_a_model_of_residual_blocks_is_refused():
+    model, (images, targets) = small_model(hidden_sizes=[32], num_residual_blocks=2), problem()
+    with pytest.raises(ValueError, match="model: expected one with num_residual_blocks=0, got 2"):
+        adapt(model, images, targets, config=CONFIG)
+
+
 def test_given_arrays_are_not_changed_and_not_kept():
     model, (images, targets) = small_model(), problem()
     given = images.numpy().copy(), targets.numpy().copy()

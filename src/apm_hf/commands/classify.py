@@ -32,7 +32,7 @@ RESULT = {
     "labels": "those that are ranked; what the teacher has no words for is left out",
     "photos": "a list: photo, steps, loss (at the first and the last step), cosine (to the teacher's embedding), "
     "agrees (on the first class), seconds, and teacher and apm: the --top_k classes as label and score",
-    "errors": "a list: photo and message, of those that could not be read",
+    "errors": "a list: photo and message, of those that could not be read, or whose fit diverged",
 }
 NOTE = (
     "no --teacher and no --model: the small teacher of photos in the package, which knows 100 kinds of things and "
@@ -68,19 +68,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("batch_size", "top_k"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: expected a positive number, got {getattr(options, name)}")
-    classifier = _classifier(options)
-    readable, errors = [], []
-    for name in find_photos(options.photos):
-        try:
-            readable.append((name, eight_bit_rgb(decode_image(name))))
-        except ValueError as error:
-            logger.error(f"apm classify: {printable(f'{name}: {error}')}")
-            errors.append({"photo": name, "message": str(error)})
-    photos = []
-    for start in range(0, len(readable), options.batch_size):
-        for entry in _classify(classifier, readable[start : start + options.batch_size], options.top_k):
+    classifier, names = _classifier(options), find_photos(options.photos)
+    photos: list[dict[str, Any]] = []
+    errors: list[dict[str, str]] = []
+
+    def report(name: str, message: str) -> None:
+        logger.error(f"apm classify: {printable(f'{name}: {message}')}")
+        errors.append({"photo": name, "message": message})
+
+    for start in range(0, len(names), options.batch_size):
+        readable = []
+        for name in names[start : start + options.batch_size]:
+            try:
+                readable.append((name, eight_bit_rgb(decode_image(name))))
+            except ValueError as error:
+                report(name, str(error))
+        for entry in _classify(classifier, readable, options.top_k) if readable else ():
             _print(entry)
             photos.append(entry)
+            if not entry["apm"]:
+                report(entry["photo"], "the fit diverged, so that there are the teacher's scores alone")
     return {
         "teacher": options.teacher,
         "model": options.model,
@@ -147,8 +154,8 @@ def _classify(classifier: "TTTClassifier", batch: list[tuple[str, Any]], top_k: 
     result = classifier([image for _, image in batch])
     seconds = (time.perf_counter() - started) / len(batch)
     top_k = min(top_k, len(classifier.class_names))
-    teachers = topk(result.teacher_logits, classifier.class_names, top_k)
-    adapted = topk(result.logits, classifier.class_names, top_k)
+    teachers, sound = topk(result.teacher_logits, classifier.class_names, top_k), result.logits.isfinite().all(dim=1)
+    adapted = iter(topk(result.logits[sound], classifier.class_names, top_k))
     entries = []
     for index, (name, _) in enumerate(batch):
         losses = result.adapted.losses[index]
@@ -162,7 +169,7 @@ def _classify(classifier: "TTTClassifier", batch: list[tuple[str, Any]], top_k: 
                 "agrees": bool(result.agreement[index]),
                 "seconds": seconds,
                 "teacher": [asdict(prediction) for prediction in teachers[index]],
-                "apm": [asdict(prediction) for prediction in adapted[index]],
+                "apm": [asdict(prediction) for prediction in next(adapted)] if sound[index] else [],
             }
         )
     return entries
@@ -175,6 +182,9 @@ def _print(entry: dict[str, Any]) -> None:
         f"embedding {entry['cosine']:.4f}, {entry['seconds']:.2f} s"
     )
     print(f"  {'teacher':<38}  adapted APM")
-    for left, right in zip(entry["teacher"], entry["apm"], strict=True):
-        labels = [printable(one["label"])[:30] for one in (left, right)]
-        print(f"  {left['score']:6.1%} {labels[0]:<31}  {right['score']:6.1%} {labels[1]}")
+    for row, left in enumerate(entry["teacher"]):
+        line = f"  {left['score']:6.1%} {printable(left['label'])[:30]:<31}"
+        if entry["apm"]:
+            right = entry["apm"][row]
+            line += f"  {right['score']:6.1%} {printable(right['label'])[:30]}"
+        print(line)

@@ -2,9 +2,12 @@
 
 import argparse
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .options import SHARED, add
+
+if TYPE_CHECKING:
+    from ..distillation.dense import DenseConfig
 
 HELP = "distil a teacher into an APM"
 DESCRIPTION = """
@@ -62,14 +65,20 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     from ..distillation.recipe import TrainingConfig, train
     from ..runs.processes import command_line
 
-    config = DistillationConfig(**_given(options, DistillationConfig))
-    training = TrainingConfig(**_given(options, TrainingConfig))
-    result = train(training, config, command=command_line("apm", options.arguments))
+    settings: DistillationConfig | DenseConfig
+    training = TrainingConfig(**{field.name: getattr(options, field.name) for field in fields(TrainingConfig)})
+    if training.preset == "dense":
+        settings = _dense_settings(options)
+    else:
+        settings = DistillationConfig(
+            **{field.name: getattr(options, field.name) for field in fields(DistillationConfig)}
+        )
+    result = train(training, settings, command=command_line("apm", options.arguments))
     if not result.is_main_process:
         return None
     return {
         "output_dir": result.distillation.output_dir,
-        "steps": config.max_steps,
+        "steps": settings.max_steps,
         "processes": result.num_processes,
         "num_parameters": result.distillation.student.num_parameters(),
         "metrics": result.distillation.metrics,
@@ -77,5 +86,16 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     }
 
 
-def _given(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in fields(kind)}
+def _dense_settings(options: argparse.Namespace) -> "DenseConfig":
+    """Return the settings that were given; others have the defaults of a dense student, not those in the help.
+
+    Raises:
+        ValueError: for an option of other distillations.
+    """
+    from ..distillation import DistillationConfig
+    from ..distillation.dense import DenseConfig
+
+    known, others = ({field.name for field in fields(kind)} for kind in (DenseConfig, DistillationConfig))
+    if unknown := sorted(options.given & others - known):
+        raise ValueError(f"--{unknown[0]}: expected none with --preset dense")
+    return DenseConfig(**{name: getattr(options, name) for name in known & options.given})

@@ -14,7 +14,9 @@ DESCRIPTION = "The Asynchronous Perception Machine (arXiv:2410.20535): distil, a
 
 
 def parse(commands: Mapping[str, ModuleType], arguments: Sequence[str], *, version: str) -> argparse.Namespace:
-    """The options, with `command`, all `commands` and, as they were given, `arguments`.
+    """Parse a command line; the options come with `command`, all `commands`, `arguments` and `given`.
+
+    `arguments` are those that were given, typed or in the file behind `--config`; `given` are their options' names.
 
     Options are added to the chosen command's parser alone: some ask for libraries that take seconds to load.
 
@@ -39,10 +41,12 @@ def parse(commands: Mapping[str, ModuleType], arguments: Sequence[str], *, versi
                 parsers[name].error(str(error))
             _refuse_unknown(parsers[name], own)
             arguments = [*arguments[:place], *own, *arguments[place:]]  # what is typed comes last, and counts
-    given = argparse.Namespace(
-        commands=commands, arguments=arguments, json=False, quiet=False, verbose=False, debug=False
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    given = frozenset(word.partition("=")[0][2:] for word in arguments[:end] if _is_option(word))
+    start = argparse.Namespace(
+        commands=commands, arguments=arguments, given=given, json=False, quiet=False, verbose=False, debug=False
     )
-    return parser.parse_args(arguments, given)
+    return parser.parse_args(arguments, start)
 
 
 def _from_file(arguments: Sequence[str]) -> list[str]:

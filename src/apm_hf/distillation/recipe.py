@@ -4,7 +4,7 @@ This is what `apm distill` does. [`apm_hf.distillation.distill`] takes objects i
 """
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import set_seed
@@ -56,7 +56,10 @@ class TrainingConfig:
     )
     preset: str = field(
         default="tiny",
-        metadata={"help": "ready-made settings; dense refines the teacher's tokens, others read pixels"},
+        metadata={
+            "help": "ready-made settings; dense refines the teacher's tokens and has defaults of its own "
+            "(docs/dense.md), others read pixels"
+        },
     )
     config_overrides: str = field(
         default="{}", metadata={"help": "JSON: fields of APMConfig, e.g. '{\"local_patch\": true}'"}
@@ -101,30 +104,36 @@ class TrainingResult:
     address: str | None
 
 
-def train(training: TrainingConfig, config: DistillationConfig, *, command: str) -> TrainingResult:
+def train(training: TrainingConfig, config: DistillationConfig | DenseConfig, *, command: str) -> TrainingResult:
     """Load, distil, save with a card, and publish where `push_to_hub` says so.
 
     Args:
+        config: a [`DenseConfig`] for the preset `dense`, and for that alone.
         command: what the card says made the model, e.g. [`apm_hf.runs.processes.command_line`].
 
     Raises:
         ValueError: for settings, data or a teacher that do not go together.
         OSError: for a teacher or data that cannot be reached.
     """
+    if isinstance(config, DenseConfig) != (training.preset == "dense"):
+        raise ValueError(f"config: expected a DenseConfig for the preset dense alone, got {type(config).__name__}")
     if training.push_to_hub and training.hub_model_id is None:
         raise ValueError("--push_to_hub: expected --hub_model_id user/name, got none")
     if training.random_crops and training.streaming:
         raise ValueError("--random_crops: expected a data set that is not streamed")
-    if training.feature_cache is not None:
+    if isinstance(config, DenseConfig):
+        _refuse_others(training)
+    elif training.feature_cache is not None:
         _check_cacheable(training, config)
     if wrong := [one for one in training.extra_teachers if "=" not in one]:
         raise ValueError(f"--extra_teachers: expected NAME=TEACHER, got {wrong}")
     folders = {"teacher": training.teacher, "dataset": training.dataset, "feature_cache": training.feature_cache}
     own_folder(config.output_dir, **folders)  # before anything is fetched
-    if not config.resume and not config.overwrite:
+    resumes = isinstance(config, DistillationConfig) and config.resume
+    if not resumes and not config.overwrite:
         make_room(Run(config.output_dir, process_state()), overwrite=False)  # refuses a folder with a run
     overrides, processor_options = (_json_object(training, name) for name in ("config_overrides", "image_processor"))
-    if training.preset == "dense":
+    if isinstance(config, DenseConfig):
         return _train_dense(training, config, overrides, command=command)
     set_seed(config.seed)
     # Each process's own device: of several GPUs "cuda" alone is the first one until Accelerate has shared them out.
@@ -195,17 +204,9 @@ def train(training: TrainingConfig, config: DistillationConfig, *, command: str)
 
 
 def _train_dense(
-    training: TrainingConfig, config: DistillationConfig, overrides: dict[str, Any], *, command: str
+    training: TrainingConfig, config: DenseConfig, overrides: dict[str, Any], *, command: str
 ) -> TrainingResult:
-    """Distil a decoder of the teacher's tokens, see [`apm_hf.distillation.dense`].
-
-    Settings that are left at their defaults take those of [`DenseConfig`].
-    """
-    defaults = DistillationConfig(output_dir=config.output_dir)
-    shared = {field.name for field in fields(DenseConfig)} & {field.name for field in fields(DistillationConfig)}
-    given = {name: value for name in shared if (value := getattr(config, name)) != getattr(defaults, name)}
-    settings = DenseConfig(**{"output_dir": config.output_dir, **given})
-    _refuse_others(training, config)
+    """Distil a decoder of the teacher's tokens, see [`apm_hf.distillation.dense`]."""
     data, validation = train_and_validation(
         training.dataset,
         split=training.split,
@@ -223,16 +224,16 @@ def _train_dense(
     photos = [part.photos() for part in (data, validation)]
     train_pairs = DensePairs.build(photos[0], teacher, seed=config.seed, description="teacher")
     held_out = DensePairs.build(photos[1], teacher, shifted=False, description="teacher, held out")
-    result = distill_dense(teacher, train_pairs, held_out, settings, dataset=training.dataset, **overrides)
-    found = DistillationResult(result.student, [{"step": settings.max_steps, **result.metrics}], result.output_dir)
+    result = distill_dense(teacher, train_pairs, held_out, config, dataset=training.dataset, **overrides)
+    found = DistillationResult(result.student, [{"step": config.max_steps, **result.metrics}], result.output_dir)
     address = None
     if state.is_main_process:
-        address = _publish(training, replace(config, max_steps=settings.max_steps), found, command)
+        address = _publish(training, config, found, command)
     return TrainingResult(found, state.num_processes, state.is_main_process, address)
 
 
 def _publish(
-    training: TrainingConfig, config: DistillationConfig, result: DistillationResult, command: str
+    training: TrainingConfig, config: DistillationConfig | DenseConfig, result: DistillationResult, command: str
 ) -> str | None:
     """Write the model's card and, where `push_to_hub` asks for it, upload its folder; return the commit's address."""
     write_card(result.output_dir, _facts(training, config, result, command))
@@ -244,16 +245,14 @@ def _publish(
     return address
 
 
-def _refuse_others(training: TrainingConfig, config: DistillationConfig) -> None:
+def _refuse_others(training: TrainingConfig) -> None:
     """Refuse options that the dense preset has no use for, instead of ignoring them."""
-    given = {
-        "extra_teachers": training.extra_teachers, "feature_cache": training.feature_cache, "resume": config.resume,
-        "random_crops": training.random_crops, "streaming": training.streaming, "level_layers": config.level_layers,
-        "jitter": config.jitter, "statistics_images": config.statistics_images,
-        "max_bad_images": config.max_bad_images, "with_text": training.with_text,
-    }  # fmt: skip
-    if names := [name for name, value in given.items() if value]:
-        raise ValueError(f"--{names[0]}: expected none with --preset dense")
+    names = ("extra_teachers", "feature_cache", "random_crops", "streaming", "with_text")
+    given = [name for name in names if getattr(training, name)]
+    if training.image_processor != "{}":
+        given.append("image_processor")
+    if given:
+        raise ValueError(f"--{given[0]}: expected none with --preset dense")
 
 
 def _check_cacheable(training: TrainingConfig, config: DistillationConfig) -> None:
@@ -275,7 +274,7 @@ def _draw_card_picture(result: DistillationResult, image_processor: Any) -> None
 
 
 def _facts(
-    training: TrainingConfig, config: DistillationConfig, result: DistillationResult, command: str
+    training: TrainingConfig, config: DistillationConfig | DenseConfig, result: DistillationResult, command: str
 ) -> CardFacts:
     last = {name: value for name, value in result.metrics[-1].items() if name != "step"} if result.metrics else {}
     comparison = ""

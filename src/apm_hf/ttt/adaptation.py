@@ -340,6 +340,8 @@ def check_inputs(
         raise ValueError(f"text_embeds: expected shape (K, {width}), got {tuple(text_embeds.shape)}")
     if architecture.trigger_source == "tokens":
         raise ValueError("model: expected one that is fitted to its teacher's features, got one that reads them")
+    if architecture.num_residual_blocks:
+        raise ValueError(f"model: expected one with num_residual_blocks=0, got {architecture.num_residual_blocks}")
     if trigger_column is None and architecture.trigger_source == "embedding":
         raise ValueError("trigger_column: expected (B, D) for trigger_source='embedding', got none")
     if pixel_values is None and trigger_column is None:
