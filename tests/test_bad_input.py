@@ -109,7 +109,7 @@ def test_an_image_whose_exif_data_are_damaged_is_read_as_it_lies(kind):
 def test_labels_come_from_a_file_of_a_sensible_size(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", tmp_path / "pipe", tmp_path):
-        with pytest.raises(ValueError, match="Expected a text file of labels, got .*, which is none"):
+        with pytest.raises(ValueError, match="Expected a text file of labels, got .*, which is no regular file"):
             read_labels(path)
     (tmp_path / "deep.json").write_text("[" * 200_000)
     with pytest.raises(ValueError, match="Expected a JSON list of strings in .*deep.json"):
@@ -339,7 +339,10 @@ TABLE = {
     "infinite features": (lambda c: fit(c.folder / "o", teacher_like(broken=np.inf)), "step 0: .*features of the t"),
     "wide features": (lambda c: fit(c.folder / "o", teacher_like(width=20)), "feature_size: .* 20, got 16"),
     "images of another size": (lambda c: fit(c.folder / "o", teacher_like(side=9)), "pixel_values: expected shape"),
-    "negative limit": (lambda c: DistillationConfig(output_dir="o", max_bad_images=-1), "max_bad_images: expected 0"),
+    "negative limit": (
+        lambda c: DistillationConfig(output_dir="o", max_unreadable_images=-1),
+        "max_unreadable_images: expected 0",
+    ),
     "file for a folder": (lambda c: fit(c.file("out"), teacher_like()), "output_dir: cannot write to '.*out'"),
     "file in the way": (lambda c: fit(c.file("out") + "/run", teacher_like()), "output_dir: cannot write to"),
 }  # fmt: skip
@@ -425,11 +428,11 @@ def skip_run(folder, rows, clip, *, limit, validation=None, **settings):
     return distill(
         student(),
         numbered(rows),
-        config=DistillationConfig(output_dir=str(folder), max_bad_images=limit, learning_rate=1e-2, **settings),
+        config=DistillationConfig(output_dir=str(folder), max_unreadable_images=limit, learning_rate=1e-2, **settings),
         image_processor=processor,
         teacher=clip,
         validation_data=None if validation is None else numbered(validation),
-        collate_fn=ImageCollator(processor, teacher_image_processor=clip.image_processor, max_bad_images=limit),
+        collate_fn=ImageCollator(processor, teacher_image_processor=clip.image_processor, max_unreadable_images=limit),
     )
 
 
@@ -475,11 +478,13 @@ def test_one_bad_image_beyond_the_limit_stops_the_run_and_is_named(tmp_path, cli
 def test_the_limit_holds_for_all_processes_together(tmp_path, clip):
     """The loop's own limit, where no single process has seen more than it may."""
     processor = matching_image_processor(clip, STUDENT_SIZE)
-    collator = ImageCollator(processor, teacher_image_processor=clip.image_processor, max_bad_images=9)
+    collator = ImageCollator(processor, teacher_image_processor=clip.image_processor, max_unreadable_images=9)
     config = DistillationConfig(
-        output_dir=str(tmp_path), max_bad_images=1, report_to="none", max_steps=4, batch_size=2
+        output_dir=str(tmp_path), max_unreadable_images=1, report_to="none", max_steps=4, batch_size=2
     )
-    with pytest.raises(ValueError, match="max_bad_images: expected at most 1 unreadable images, got 2, .*row [14]:"):
+    with pytest.raises(
+        ValueError, match="max_unreadable_images: expected at most 1 unreadable images, got 2, .*row [14]:"
+    ):
         distill(
             student(), numbered(photos(6, 1, 4)), config=config, image_processor=processor, teacher=clip,
             collate_fn=collator,
@@ -517,12 +522,12 @@ def test_a_resumed_run_skips_the_same_and_ends_the_same(tmp_path, clip):
 
 def test_cropping_leaves_what_cannot_be_read_to_the_limit(tmp_path, clip):
     crops = RandomCrops(photos(4, 2), "image")
-    batch = collate(crops[2]["image"], max_bad_images=1)
+    batch = collate(crops[2]["image"], max_unreadable_images=1)
     assert problems(batch)[0].startswith("row 7: cannot decode")
 
 
 def test_the_same_bad_image_counts_once():
-    collator = ImageCollator(PROCESSOR, max_bad_images=1)
+    collator = ImageCollator(PROCESSOR, max_unreadable_images=1)
     for _ in range(3):
         assert collator([{"image": b"", "index": 3}, {"image": PNG, "index": 4}])["problem"].any(dim=1).tolist() == [
             True,

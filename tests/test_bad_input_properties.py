@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from apm_hf import APMConfig, APMModel
 from apm_hf.data.images import decode_image, eight_bit_rgb
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
-from apm_hf.runs.checksums import read_sealed, write_sealed
+from apm_hf.runs.checksums import read_checksummed, write_checksummed
 from apm_hf.teachers.zero_shot import read_labels
 from fixtures_tiny import STUDENT_SIZE, photo, student
 
@@ -252,8 +252,8 @@ def test_a_part_is_read_as_it_was_written_or_refused(content, edit):
     content.pop("checksum", None)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.json"
-        write_sealed(path, content)
-        assert read_sealed(path) == content
+        write_checksummed(path, content)
+        assert read_checksummed(path) == content
         whole = path.read_bytes()
         start = edit.draw(st.integers(0, len(whole)))
         end = edit.draw(st.integers(start, min(start + 8, len(whole))))
@@ -262,4 +262,4 @@ def test_a_part_is_read_as_it_was_written_or_refused(content, edit):
         if changed == whole:
             return
         with pytest.raises(ValueError, match="part.json: expected text that fits its checksum"):
-            read_sealed(path)
+            read_checksummed(path)

@@ -128,7 +128,7 @@ def test_a_file_of_options_that_cannot_be_used_is_one_line(tmp_path, capsys, tex
 def test_a_file_of_options_is_a_file(capsys):
     with pytest.raises(SystemExit):
         parse(COMMANDS, ["evaluate", "--output_dir", "x", "--config", "/dev/zero"], version="0")
-    assert "Expected a text file of options, got /dev/zero, which is none" in capsys.readouterr().err
+    assert "Expected a text file of options, got /dev/zero, which is no regular file" in capsys.readouterr().err
 
 
 def test_no_option_takes_a_token(parsers):

@@ -193,7 +193,7 @@ def test_without_a_validation_split_a_part_is_held_out(tmp_path, streaming, capl
     make_dataset(20).to_parquet(tmp_path / "train.parquet")
     options = {"validation_fraction": 0.25, "streaming": streaming}
     if streaming:  # a bare parquet stream does not know its length
-        with pytest.raises(ValueError, match="does not tell its length.*--validation_split"):
+        with pytest.raises(ValueError, match="does not say its length.*--validation_split"):
             train_and_validation(tmp_path, **options)
         load_images(tmp_path)  # prepares the dataset, after which its length is known
     with caplog.at_level("INFO"):
@@ -212,7 +212,7 @@ def test_a_saved_part_does_not_go_by_the_length_of_the_whole(tmp_path):
     part = load_images(tmp_path / "train.parquet", max_images=6).dataset
     assert part.info.splits["train"].num_examples == 20
     path = save(tmp_path, part)
-    with pytest.raises(ValueError, match="does not tell its length"):
+    with pytest.raises(ValueError, match="does not say its length"):
         train_and_validation(path, streaming=True, validation_fraction=0.5)
     train, validation = train_and_validation(path, validation_fraction=0.5)
     assert len(ids(train)) == len(ids(validation)) == 3

@@ -256,7 +256,7 @@ def damaged(monkeypatch):
 
 
 def test_images_that_cannot_be_read_are_left_out_for_every_method_and_listed(damaged, tmp_path, monkeypatch):
-    folder = run(tmp_path / "run", max_bad_images=5)
+    folder = run(tmp_path / "run", max_unreadable_images=5)
     found = {(line["corruption"], line["method"]): set() for line in lines(folder)}
     for line in lines(folder):
         found[line["corruption"], line["method"]].add(line["image"])
@@ -273,11 +273,11 @@ def test_more_bad_images_than_the_limit_stop_the_run_and_lose_nothing(damaged, t
     with pytest.raises(ValueError, match="^image 2 of .*: expected an encoded image, got an empty file"):
         run(folder)
     with pytest.raises(
-        ValueError, match="max_bad_images: expected at most 3 unreadable images, got 5, .* image 11 of"
+        ValueError, match="max_unreadable_images: expected at most 3 unreadable images, got 5, .* image 11 of"
     ):
-        run(folder, max_bad_images=3)
+        run(folder, max_unreadable_images=3)
     there = set(folder.glob(f"{PARTS}/*/*.json"))
-    run(folder, max_bad_images=5)  # goes on
+    run(folder, max_unreadable_images=5)  # goes on
     assert there and there < set(folder.glob(f"{PARTS}/*/*.json"))
 
 

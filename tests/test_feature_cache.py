@@ -30,7 +30,7 @@ from apm_hf.distillation.losses import LossWeights
 from apm_hf.distillation.objective import Objective
 from apm_hf.distillation.targets import TargetMaker
 from apm_hf.position_encoding import grid_coordinates
-from apm_hf.runs.checksums import read_sealed
+from apm_hf.runs.checksums import read_checksummed
 from apm_hf.runs.identity import images_digest
 from apm_hf.runs.processes import process_state
 from apm_hf.runs.run import LOCK, Run
@@ -84,7 +84,7 @@ def images():
     return [{"image": photo(seed)} for seed in range(NUM_IMAGES)]
 
 
-def write(folder, teacher, images, *, batch_size=3, max_bad_images=0, num_workers=0, **settings):
+def write(folder, teacher, images, *, batch_size=3, max_unreadable_images=0, num_workers=0, **settings):
     settings = {"dtype": "float32", "images_per_shard": 4, **settings}
     return write_feature_cache(
         folder,
@@ -92,7 +92,7 @@ def write(folder, teacher, images, *, batch_size=3, max_bad_images=0, num_worker
         images,
         settings=CacheSettings(**settings),
         batch_size=batch_size,
-        max_bad_images=max_bad_images,
+        max_unreadable_images=max_unreadable_images,
         num_workers=num_workers,
     )
 
@@ -227,8 +227,8 @@ def test_a_flipped_byte_in_any_file_is_detected_and_mended(whole, teacher, image
 def test_damage_to_any_file_of_a_cache_is_found_by_who_reads_it(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "cache")
     FeatureCache(folder).verify()
-    run, index = Run(folder, process_state(), parts="."), read_sealed(folder / "index.json")
-    identity = read_sealed(folder / "run.json")["identity"]
+    run, index = Run(folder, process_state(), parts="."), read_checksummed(folder / "index.json")
+    identity = read_checksummed(folder / "run.json")["identity"]
     for path in damaged_places([path for path in folder.iterdir() if path.name != LOCK]):
         if path.name == "run.json":
             with pytest.raises(ValueError, match=path.name):
@@ -288,7 +288,7 @@ def test_another_cache_or_other_files_in_the_folder_are_refused(whole, teacher, 
         write(whole, teacher, images, dtype="bfloat16")
     assert contents_of(whole) == before
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="expected an empty folder or a run to go on with"):
+    with pytest.raises(ValueError, match="expected an empty folder or an earlier run to resume"):
         write(tmp_path, teacher, images)
 
 
@@ -411,7 +411,7 @@ def test_a_full_disk_is_one_line(place, teacher, images, tmp_path, monkeypatch, 
 def test_bad_images_are_listed_and_left_out_up_to_a_limit(teacher, images, tmp_path):
     rows = [dict(row) for row in images]
     rows[2]["image"] = rows[5]["image"] = b"junk"
-    cache = write(tmp_path / "cache", teacher, rows, max_bad_images=2)
+    cache = write(tmp_path / "cache", teacher, rows, max_unreadable_images=2)
     assert [bad["row"] for bad in cache.index["bad"]] == [2, 5] and "cannot decode" in cache.index["bad"][0]["reason"]
     data = CachedImages(rows, cache)
     assert len(data) == 9 and [data[position]["index"] for position in range(9)] == [0, 1, 3, 4, 6, 7, 8, 9, 10]
@@ -420,9 +420,9 @@ def test_bad_images_are_listed_and_left_out_up_to_a_limit(teacher, images, tmp_p
         torch.testing.assert_close(row["features"], answer.features[0], atol=1e-5, rtol=1e-5)
     # One to a shard: no shard's writer has too many, all together do.
     with pytest.raises(
-        ValueError, match="max_bad_images: expected at most 1 unreadable images, got 2, .* row 5: cannot"
+        ValueError, match="max_unreadable_images: expected at most 1 unreadable images, got 2, .* row 5: cannot"
     ):
-        write(tmp_path / "cache", teacher, rows, max_bad_images=1)
+        write(tmp_path / "cache", teacher, rows, max_unreadable_images=1)
     with pytest.raises(ValueError, match="row 2: cannot decode"):
         write(tmp_path / "none", teacher, rows)
     with pytest.raises(ValueError, match="expected a folder with index.json"):

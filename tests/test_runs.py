@@ -87,7 +87,7 @@ def test_a_folder_with_other_things_is_refused_and_hidden_files_are_no_things(tm
     run.claim(IDENTITY)
     (tmp_path / RUN).unlink()
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="expected an empty folder or a run to go on with"):
+    with pytest.raises(ValueError, match="expected an empty folder or an earlier run to resume"):
         run.claim(IDENTITY)
 
 

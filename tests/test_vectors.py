@@ -147,7 +147,7 @@ def test_what_was_stopped_goes_on_to_the_same_file_and_damaged_or_changed_parts_
         write_vectors(apm, photos, target, normalize=True)
 
     (parts / "run.json").rename(tmp_path / "run.json")
-    with pytest.raises(ValueError, match="expected an empty folder or a run to go on with"):  # somebody's files
+    with pytest.raises(ValueError, match="expected an empty folder or an earlier run to resume"):  # somebody's files
         write_vectors(apm, photos, target, batch_size=1, overwrite=False)
     (tmp_path / "run.json").rename(parts / "run.json")
 

@@ -615,7 +615,7 @@ class APMModel(APMPreTrainedModel):
         return not isinstance(self.trigger, nn.Identity)
 
     def set_teacher(self, tower: PreTrainedModel, *, name: str | None = None, revision: str | None = None) -> None:
-        """Put a frozen teacher inside, so that the model answers from pixels alone.
+        """Put a frozen teacher inside, so that the model works from pixels alone.
 
         Args:
             tower: a vision model whose last hidden state is its features, of width F; it is frozen.

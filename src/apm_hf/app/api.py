@@ -137,7 +137,7 @@ def _read(uploads: Uploads, image: Any) -> Image.Image:
 
 
 def _explaining(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the endpoint with ValueErrors that the caller reads; of other errors Gradio tells nothing."""
+    """Return the endpoint with ValueErrors that the caller reads; of other errors Gradio reports nothing."""
 
     @functools.wraps(endpoint)
     def explaining(*values: Any) -> Any:

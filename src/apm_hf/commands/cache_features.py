@@ -1,15 +1,15 @@
-"""`apm cache-features`: a teacher's answers about every training image, on the disk."""
+"""`apm cache-features`: a teacher's features of every training image, on the disk."""
 
 import argparse
 from typing import Any
 
 from .options import add
 
-HELP = "write a teacher's features to the disk, for distillations to read"
+HELP = "store a teacher's features on the disk, for faster distillation"
 DESCRIPTION = """
-Ask a teacher about every training image once and keep its answers in a folder that `apm distill --feature_cache` reads
-instead of asking again. Give the data set, its splits, --max_images and --seed as you give them to `apm distill`. The
-same command runs under `torchrun --nproc_per_node N -m apm_hf.commands.main cache-features ...` and `accelerate
+Run a teacher once on every training image and store its outputs in a folder that `apm distill --feature_cache` reads
+instead of running it again. Give the data set, its splits, --max_images and --seed as to `apm distill`. The same
+command runs under `torchrun --nproc_per_node N -m apm_hf.commands.main cache-features ...` and `accelerate
 launch`, on any number of computers that share the folder. Started again, it verifies what is there and writes what is
 missing or damaged. docs/scaling.md says when a cache pays.
 """
@@ -20,7 +20,7 @@ EXAMPLES = (
 )
 RESULT = {
     "output_dir": "folder of the cache, for apm distill --feature_cache",
-    "images": "that have answers",
+    "images": "that have features",
     "left_out": "row and reason of every image that has none",
     "shards": "files",
     "bytes": "of all shards; with --dry_run, that they will have",
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images_per_shard", type=int, help="by default as many as make 256 MiB")
     add(parser, "--batch_size", "that the teacher is shown", default=64)
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images, per process")
-    add(parser, "--max_bad_images", default=0)
+    add(parser, "--max_unreadable_images", default=0)
     parser.add_argument("--dry_run", action="store_true", help="say what it takes, and write nothing")
     parser.add_argument("--verify", action="store_true", help="compare the checksums of a cache that is there")
 
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
             dataset_name=options.dataset,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
-            max_bad_images=options.max_bad_images,
+            max_unreadable_images=options.max_unreadable_images,
         )
     finally:
         state.destroy_process_group()  # the interpreter's end could wait for its threads

@@ -9,10 +9,10 @@ from .options import add
 
 logger = logging.getLogger("apm_hf")
 
-HELP = "distil an APM, adapt it to corrupted images, draw what it sees, save it"
+HELP = "distil an APM, adapt it to corrupted images, draw its features, save it (two minutes, no download)"
 DESCRIPTION = """
 The whole story in two minutes on a CPU, without a network: distil a tiny teacher on drawn scenes, adapt the APM to
-corrupted ones, measure it beside its teacher and two controls, draw what all of them see, and save the model.
+corrupted ones, measure it beside its teacher and two controls, draw the features of all of them, and save the model.
 """
 EXAMPLES = ("apm demo", "apm demo --max_steps 100 --num_images 512 --output_dir /tmp/apm")
 RESULT = {

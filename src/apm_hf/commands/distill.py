@@ -9,7 +9,7 @@ from .options import SHARED, add
 if TYPE_CHECKING:
     from ..distillation.dense import DenseConfig
 
-HELP = "distil a teacher into an APM"
+HELP = "train a small model, an APM, to reproduce a teacher's features on your images"
 DESCRIPTION = """
 Distil a teacher into an APM on your images and save it with its image processor and a card; --push_to_hub publishes
 it too. The same command runs under `torchrun --nproc_per_node N -m apm_hf.commands.main distill ...` and under

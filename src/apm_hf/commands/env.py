@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-HELP = "versions, devices and defaults, for an issue"
+HELP = "print versions, devices and defaults, for bug reports"
 DESCRIPTION = """
-Tell what apm_hf runs on: versions, optional packages that are there or missing with the line that adds them, devices
+Print what apm_hf runs on: versions, optional packages that are there or missing with the line that adds them, devices
 with their memory, the device and the number formats that are chosen by default, the image backend, and where the
 embedded models are. It can go into an issue as it is: tokens, the user's name and the home folder are left out.
 """
@@ -138,7 +138,7 @@ def _processor() -> str:
 
 
 def _cpu_bfloat16() -> bool | None:
-    """Return whether torch finds instructions for bfloat16 products in the CPU; None where it does not tell."""
+    """Return whether torch finds instructions for bfloat16 products in the CPU; None where that is unknown."""
     import torch
 
     ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)

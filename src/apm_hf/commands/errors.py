@@ -104,7 +104,7 @@ def _of_an_answer(error: Any) -> str | None:
 
 
 def _repository(error: Any) -> str:
-    """Its name, as far as the request tells."""
+    """Return its name, as far as the request says."""
     if name := getattr(error, "repo_id", None):
         return name
     path = urlsplit(str(error.response.url)).path

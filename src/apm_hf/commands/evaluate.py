@@ -10,7 +10,7 @@ from .options import add
 
 logger = logging.getLogger("apm_hf")
 
-HELP = "an APM beside its teacher, its rivals and its controls: a report, on labels, masks or features"
+HELP = "compare an APM with its teacher, other methods and controls; write a report"
 DESCRIPTION = """
 Measure an APM beside its teacher, with the same prompts and views, beside other label-free methods and beside
 controls, and write a report: on labels, clean and corrupted (--task zero-shot), on masks of parts and wholes
@@ -34,7 +34,7 @@ RESULT = {
 INTERRUPTED = "the same command goes on where it was"
 SMALLER = "a smaller --batch_size"
 TASKS = ("zero-shot", "islands", "dense")
-_OF_ALL = {"output_dir", "data", "teacher", "model", "methods", "max_images", "max_bad_images", "batch_size"}
+_OF_ALL = {"output_dir", "data", "teacher", "model", "methods", "max_images", "max_unreadable_images", "batch_size"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(parser, "--model", "distilled, as wide as the teacher")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="those to run, of the suite's or the table's")
     add(parser, "--max_images", "of every cell or data set")
-    add(parser, "--max_bad_images", "0 by default")
+    add(parser, "--max_unreadable_images", "0 by default")
     add(parser, "--batch_size")
     labels = parser.add_argument_group("of --task zero-shot")
     labels.add_argument(
@@ -66,14 +66,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--corruptions", nargs="+", metavar="NAME", help="instead of the suite's")
     labels.add_argument("--severities", nargs="+", type=int, help="1 to 5, instead of the suite's")
     labels.add_argument("--seeds", nargs="+", type=int, help="instead of 0")
-    labels.add_argument("--num_views", type=int, help="of methods that look at several (default: 16)")
+    labels.add_argument(
+        "--num_views", type=int, help="views of each image, for methods that average several (default: 16)"
+    )
     labels.add_argument("--allow_chance", action="store_true", help="even where labels look like another data set's")
     masks = parser.add_argument_group("of --task islands")
     masks.add_argument("--masks", nargs="+", metavar="LEVEL=COLUMN", help="whole=COLUMN, part=COLUMN; else found")
     add(masks, "--split")
     add(masks, "--image_column")
     masks.add_argument("--ignore_labels", nargs="+", type=int, help="pixels that do not count (default: 255)")
-    masks.add_argument("--map_size", type=int, help="side of everybody's maps (default: 96 for scenes, else 112)")
+    masks.add_argument("--map_size", type=int, help="side of all maps (default: 96 for scenes, else 112)")
     masks.add_argument("--segments", type=int, help="for every image, instead of as many as its mask has")
     masks.add_argument("--level_layers", nargs="+", type=int, help="teacher layers that levels were distilled from")
     masks.add_argument("--ttt_steps", type=int, help="gradient steps of the rows that adapt")
@@ -131,7 +133,7 @@ def _dense(given: dict[str, Any], command: str) -> Path:
         single[name] = values[0]
     if "model" not in given:
         raise ValueError("--model: expected a dense student with --task dense, got none")
-    if names := sorted(given.keys() & {"max_bad_images", "batch_size"}):
+    if names := sorted(given.keys() & {"max_unreadable_images", "batch_size"}):
         raise ValueError(f"--task dense: expected no --{names[0]}, which is of another task")
     return evaluate_features(**given, **single, command=command)
 

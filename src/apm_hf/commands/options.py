@@ -15,17 +15,17 @@ SHARED: dict[str, dict[str, Any]] = {
     "--steps": {"type": int, "metavar": "N", "help": "gradient steps"},
     "--max_steps": {"type": int, "metavar": "N", "help": "optimiser steps"},
     "--max_images": {"type": int, "metavar": "N", "help": "use at most this many images"},
-    "--max_bad_images": {
+    "--max_unreadable_images": {
         "type": int,
         "metavar": "N",
-        "help": "stop after this many unreadable images; until then they are skipped and listed",
+        "help": "unreadable images to skip and list before stopping with an error",
     },
     "--split": {"metavar": "NAME", "help": "split of the data set"},
     "--image_column": {"metavar": "NAME", "help": "column that holds the images, found by default"},
     "--preset": {"metavar": None, "help": "ready-made settings"},
     "--size": {"type": int, "metavar": "N", "help": "locations along the longer side"},
     "--seed": {"type": int, "metavar": "N", "help": "random seed"},
-    "--config": {"metavar": "FILE", "help": "YAML file with options and their values; what is typed overrides it"},
+    "--config": {"metavar": "FILE", "help": "YAML file with options and their values; the command line overrides it"},
     "--port": {"type": int, "metavar": "N", "help": "port to listen on"},
 }
 
@@ -42,6 +42,6 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     flag: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
     group.add_argument("--json", help="print the result as one JSON object, and all else to standard error", **flag)
-    group.add_argument("-q", "--quiet", help="no progress and no remarks, only errors", **flag)
-    group.add_argument("-v", "--verbose", help="what the libraries below say, too", **flag)
+    group.add_argument("-q", "--quiet", help="print errors only", **flag)
+    group.add_argument("-v", "--verbose", help="print messages of transformers and datasets too", **flag)
     group.add_argument("--debug", help="tracebacks of errors, as with APM_DEBUG=1", **flag)

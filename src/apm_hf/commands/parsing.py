@@ -86,10 +86,10 @@ def _from_file(arguments: Sequence[str]) -> list[str]:
 def build_parsers(
     commands: Mapping[str, ModuleType], *, version: str = "", only: str | None = None
 ) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """The parser of `apm`, and those of its commands by name.
+    """Build the parser of `apm`, and those of its commands by name.
 
     Args:
-        only: whose options are added; None adds everybody's.
+        only: the command whose options are added; None adds those of all.
     """
     # Abbreviations would change their meaning with every option that comes.
     parser = argparse.ArgumentParser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False)

@@ -27,7 +27,7 @@ SMALLER = ""
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="a saved model")
     parser.add_argument("repo_id", metavar="REPOSITORY", help="user/name, or a name among your own; made if need be")
-    parser.add_argument("--private", action="store_true", help="where the repository is made: not for everybody")
+    parser.add_argument("--private", action="store_true", help="make a private repository, where there is none yet")
     parser.add_argument("--revision", metavar="NAME", help="branch to commit to (default: main)")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")

@@ -1,6 +1,6 @@
-"""Other views of training images: random crops and mirror images, reproducible whatever the order they are asked in.
+"""Other views of training images: random crops and mirror images, reproducible in any order.
 
-A student that is distilled from few images learns more from them this way; its teacher sees the same view.
+A student that is distilled from few images learns more from them this way; its teacher is given the same view.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ class RandomCrops(Dataset):
         try:
             image = decode_image(row[self.image_column])
         except ValueError:
-            return dict(row)  # as it is: whoever makes batches counts it, or says what is wrong with it
+            return dict(row)  # unchanged: who makes batches counts it, or reports what is wrong
         rng = np.random.default_rng([self.seed, self.epoch, index])
         return {**row, self.image_column: self._view(image, rng)}
 

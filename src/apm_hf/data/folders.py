@@ -214,7 +214,7 @@ def _classes(below: dict[str, list[tuple[str, ...]]]) -> dict[str, list[str]]:
 def find_photos(names: Iterable[str]) -> list[str]:
     """Return the files that names mean: all images below folders, what patterns match, all other names unchanged.
 
-    A folder or pattern without an image is returned too, so that whoever opens it says what is wrong.
+    A folder or pattern without an image is returned too, so that opening it reports what is wrong.
     """
     found: list[str] = []
     for name in names:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..image_processing_pil_apm import read_image, upright
 from ..runs.unreadable_images import PROBLEM, packed
 
-ANSWERS = ("features", "image_embeds", "levels", "locations", "grid")  # of a teacher, in a row that has them
+OUTPUTS = ("features", "image_embeds", "levels", "locations", "grid")  # of a teacher, in a row that has them
 
 MAX_FILE_BYTES = 2**30  # of an image: more than any camera's
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -127,13 +127,13 @@ class ImageCollator:
         label_column: as in [`ImageData`]; `None` leaves labels out.
         teacher_image_processor: the teacher's, if it is to run in this batch.
         teacher_image_processors: additional teachers', by the names of their heads.
-        max_bad_images: unreadable images that do not stop the run, of each process that loads images. With more than
-            0, such a row becomes a blank picture, so that batches keep their size, and batches say in `problem`, see
+        max_unreadable_images: of each process that loads images; they do not stop the run. With more than 0, such a
+            row becomes a blank picture, so that batches keep their size, and batches say in `problem`, see
             [`apm_hf.runs.unreadable_images`], which rows are blank and why. The same image counts once.
 
     Raises:
-        ValueError: an unreadable image, or one beyond `max_bad_images`, or a label that is no integer; the message
-            names the row.
+        ValueError: an unreadable image, or one beyond `max_unreadable_images`, or a label that is no integer; the
+            message names the row.
     """
 
     image_processor: Any
@@ -141,12 +141,12 @@ class ImageCollator:
     label_column: str | None = None
     teacher_image_processor: Any = None
     teacher_image_processors: Mapping[str, Any] = field(default_factory=dict)
-    max_bad_images: int = 0
+    max_unreadable_images: int = 0
     _bad: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.max_bad_images < 0:
-            raise ValueError(f"max_bad_images: expected 0 or more, got {self.max_bad_images}")
+        if self.max_unreadable_images < 0:
+            raise ValueError(f"max_unreadable_images: expected 0 or more, got {self.max_unreadable_images}")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         columns: dict[str, list[Any]] = {}
@@ -172,11 +172,11 @@ class ImageCollator:
         except ValueError as error:
             problem = f"{_name(row, self.image_column)}: {error}"
             self._bad.add(problem)
-            if len(self._bad) > self.max_bad_images:
+            if len(self._bad) > self.max_unreadable_images:
                 raise
             example = self._pixels(PIL.Image.new("RGB", (64, 64)), cached)
-        example |= {name: row[name][None] for name in ANSWERS if cached and name in row}
-        if self.max_bad_images:
+        example |= {name: row[name][None] for name in OUTPUTS if cached and name in row}
+        if self.max_unreadable_images:
             example[PROBLEM] = packed(problem)
         if self.label_column is not None:
             label: Any = row.get(self.label_column)
@@ -191,7 +191,7 @@ class ImageCollator:
         return example
 
     def _pixels(self, image: PIL.Image.Image, cached: bool) -> dict[str, Any]:
-        """`(1, 3, S_h, S_w)` of each processor, the teacher's only where its answers are not `cached`."""
+        """`(1, 3, S_h, S_w)` of each processor, the teacher's only where its outputs are not `cached`."""
         example = {}
         if self.image_processor is not None:
             check_resized(self.image_processor, image)

@@ -43,7 +43,7 @@ class ImageData:
             a row holds `{"bytes": ..., "path": ...}` for [`decode_image`].
         image_column: the column with the images.
         label_column: the integer column with the labels, if there is one.
-        class_names: the name of every label, if the dataset tells.
+        class_names: the name of every label, if the dataset has them.
         split: the split's name; a held-out part reads `"train[held out]"` and its rest `"train[rest]"`.
     """
 
@@ -303,7 +303,7 @@ def _describe(dataset: Any, split: str, image_column: str | None, label_column: 
     datasets = import_datasets()
     features = dataset.features
     if features is None:
-        raise ValueError("this dataset does not tell its columns' types while streaming; load it without --streaming.")
+        raise ValueError("this dataset does not say its columns' types while streaming; load it without --streaming.")
     if isinstance(dataset, datasets.Dataset) and not len(dataset):
         raise ValueError(f"split {split!r}: expected at least one image, got none")
     image_column = _find_image_column(features, image_column)
@@ -417,7 +417,7 @@ def _stream_length(data: ImageData) -> int:
     num_images = splits[data.split].num_examples if data.split in splits else None
     if not num_images:
         raise ValueError(
-            f"split {data.split!r} does not tell its length while streaming, so no part of it can be held out; "
+            f"split {data.split!r} does not say its length while streaming, so no part of it can be held out; "
             "name a --validation_split or load it without --streaming."
         )
     return num_images

@@ -7,7 +7,7 @@ from PIL import Image
 
 from .images import read_rgb
 
-# Name -> package and file. The packages tell where they come from: chelsea, coffee, astronaut and rocket (NASA) are in
+# Name -> package and file. The packages say where they come from: chelsea, coffee, astronaut and rocket (NASA) are in
 # the public domain, china and flower CC BY.
 SAMPLE_PHOTOS = {
     "astronaut": ("skimage", "data/astronaut.png"),

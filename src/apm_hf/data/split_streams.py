@@ -23,7 +23,7 @@ from .streams import Reconnecting
 
 logger = logging.get_logger(__name__)
 
-BLOCK = 1_000  # rows shuffled among each other; so many encoded images are in memory
+BLOCK = 1_000  # rows shuffled among each other; their encoded images are in memory
 PLACE = "stream_place"  # of a row and of a batch: (worker, epoch, rows given of it)
 
 

@@ -1,4 +1,4 @@
-"""Streams of rows that lose their network: asked again a few times, then one error that says how to go on."""
+"""Read streams of rows over a network that fails: try again, then raise one error that says how to resume."""
 
 import itertools
 import time

@@ -81,17 +81,17 @@ def write_report(
     losses: Mapping[str, Sequence[Tensor]],
     facts: CardFacts,
 ) -> tuple[str, list[Path]]:
-    """Write `report.md`, `sights.png`, `adaptation.png` and `results.json`; return the table and the files."""
+    """Write `report.md`, `panels.png`, `adaptation.png` and `results.json`; return the table and the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("report.md", "sights.png", "adaptation.png", "results.json")
+    names = ("report.md", "panels.png", "adaptation.png", "results.json")
     paths = {name: folder / name for name in names}
-    _draw_panels(paths["sights.png"], panels)
+    _draw_panels(paths["panels.png"], panels)
     _draw_adaptation(paths["adaptation.png"], losses)
     table = _table(rows, "top-1") + "\n" + _table(rows, "cosine")
     paths["results.json"].write_text(json.dumps(rows, indent=2) + "\n")
     paths["report.md"].write_text(
         f"# APM demo\n\nMade by `{facts.command}`; teacher: {facts.teacher}; images: {facts.dataset}.\n\n"
-        "![output of each model](sights.png)\n\nColours are the first three principal components of the features; "
+        "![output of each model](panels.png)\n\nColours are the first three principal components of the features; "
         "the distilled models share their teacher's, each control has separate ones.\n\n"
         "Top-1 accuracy on held-out images, and mean cosine between a model's features and its teacher's:\n\n"
         f"{table}"

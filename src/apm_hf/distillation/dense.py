@@ -50,7 +50,7 @@ PHOTOS = 8  # that the teacher reads at a time
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """Settings of the distillation of a dense decoder.
+    """Configure the distillation of a dense decoder.
 
     Args:
         output_dir: folder of the model and its figures.
@@ -94,7 +94,7 @@ class DenseConfig:
 
 @dataclass(frozen=True, eq=False)
 class DensePairs:
-    """Inputs and targets of N photos, in memory or in files that are mapped into it.
+    """Hold inputs and targets of N photos, in memory or in files that are mapped into it.
 
     Args:
         image_processor: the student's.
@@ -170,7 +170,7 @@ class DensePairs:
         return cls(image_processor, **stored, shifts=shifts * 2 / side)
 
     def pixel_values(self, photos: Tensor) -> Tensor:
-        """Return what the student sees of photos by number: `(B, 3, 2S, 2S)`, normalised."""
+        """Return the student's inputs of photos by number: `(B, 3, 2S, 2S)`, normalised."""
         return normalised(self.pixels[photos], self.image_processor)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -265,7 +265,7 @@ def distill_dense(
 
 
 def keep_teacher(student: APMModel, teacher: Teacher) -> None:
-    """Put the teacher inside the student, so that it answers from pixels alone, where its tower alone is enough.
+    """Put the teacher inside the student, so that it works from pixels alone, where its tower alone is enough.
 
     A teacher from the Hub is named in the configuration, another one's weights are saved with the student. Where a
     teacher's features are more than its tower's last hidden state, as a dual encoder's, it stays beside the student.

@@ -104,7 +104,7 @@ def prepare(accelerator: Any, student: APMModel, *others: Any) -> tuple[Any, ...
     """Call `accelerator.prepare(student, *others)`; under FSDP2 the student becomes one unit.
 
     It is gathered as a whole for a pass, in the dtype of `mixed_precision`, and its gradients are reduced in float32.
-    Inputs stay as they are: coordinates in bfloat16 would miss their patches.
+    Inputs stay unchanged: coordinates in bfloat16 would miss their patches.
     """
     if sharded(accelerator):
         from torch.distributed.fsdp import MixedPrecisionPolicy

@@ -59,7 +59,7 @@ def distill(
 ) -> DistillationResult:
     """Fit a student to its teachers and save it, with its image processor, to `config.output_dir`.
 
-    The saved configuration tells which teachers it was distilled from, beside what the student's already did, and
+    The saved configuration names the teachers it was distilled from, beside what the student's already did, and
     their feature statistics where they were measured.
 
     Args:
@@ -107,7 +107,7 @@ def distill(
 
 
 def _digest(data: Any) -> str | None:
-    """Return what a data set is known by; of one that does not tell, None."""
+    """Return what identifies a data set; None where it does not say."""
     return data.digest() if hasattr(data, "digest") else None
 
 
@@ -184,7 +184,7 @@ class _Distillation:
             self.validation_loader = self.accelerator.prepare(loader)
         self.skipped = SkippedImages(
             self.output_dir,
-            config.max_bad_images,
+            config.max_unreadable_images,
             gather=self.accelerator.gather,
             is_main_process=self.accelerator.is_main_process,
         )
@@ -382,7 +382,7 @@ class _Distillation:
         values = metrics.pop(MAIN).compute()
         for name, head_metrics in metrics.items():
             values |= {f"{name}/{figure}": value for figure, value in head_metrics.compute().items()}
-        if self.config.max_bad_images:
+        if self.config.max_unreadable_images:
             values["skipped_images"] = float(len(self.skipped))
         self.metrics.append({"step": step, **values})
         self.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=step)

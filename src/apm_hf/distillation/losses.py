@@ -90,13 +90,13 @@ def distillation_losses(
         "level": (outputs.levels, targets.levels),
     }
     losses = {}
-    for name, (answer, target) in pairs.items():
-        if answer is None or target is None or not getattr(weights, name):
+    for name, (output, target) in pairs.items():
+        if output is None or target is None or not getattr(weights, name):
             continue
-        answer, target = answer.float(), target.float()
+        output, target = output.float(), target.float()
         if feature_std is not None and name in ("grid", "cls"):
-            losses[f"loss_{name}"] = ((answer - target) / feature_std).square().mean()
+            losses[f"loss_{name}"] = ((output - target) / feature_std).square().mean()
         else:
-            losses[f"loss_{name}"] = F.mse_loss(answer, target)
+            losses[f"loss_{name}"] = F.mse_loss(output, target)
     total = sum(getattr(weights, name.removeprefix("loss_")) * loss for name, loss in losses.items())
     return {"loss": torch.as_tensor(total), **losses}

@@ -41,10 +41,10 @@ class TrainingConfig:
     """Configure what is distilled, into what, on which images; the names are also the options of `apm distill`."""
 
     teacher: str = field(
-        metadata={"help": "teacher, a Hub name or a folder; e.g. facebook/dinov2-with-registers-large"}
+        metadata={"help": "teacher, a Hub name or a folder; the frozen model to reproduce, e.g. facebook/dinov2-small"}
     )
     extra_teachers: list[str] = field(
-        default_factory=list, metadata={"help": "NAME=TEACHER of additional teachers, each for a head called NAME"}
+        default_factory=list, metadata={"help": "additional teachers, each predicted by an output head of this name"}
     )
     teacher_dtype: str | None = field(default=None, metadata={"help": "precision of the teacher, e.g. bfloat16"})
     dataset: str = field(
@@ -52,7 +52,9 @@ class TrainingConfig:
     )
     feature_cache: str | None = field(
         default=None,
-        metadata={"help": "folder made by `apm cache-features`; the teacher is not run on training images then"},
+        metadata={
+            "help": "teacher's features stored by `apm cache-features`; the teacher is not run on training images then"
+        },
     )
     preset: str = field(
         default="tiny",
@@ -67,13 +69,14 @@ class TrainingConfig:
     image_processor: str = field(
         default="{}", metadata={"help": "JSON: options of APMImageProcessor, e.g. '{\"do_min_max\": true}'"}
     )
-    split: str | None = field(default=None, metadata={"help": "split of the data set; for training, found by default"})
+    split: str | None = field(default=None, metadata={"help": "split of the data set; to train on, found by default"})
     validation_split: str | None = field(
-        default=None, metadata={"help": "split for validation; found, or held out, by default"}
+        default=None,
+        metadata={"help": "split to validate on; by default the data set's, or a held-out part of the training split"},
     )
     image_column: str | None = field(default=None, metadata={"help": "column that holds the images, found by default"})
     label_column: str | None = field(
-        default=None, metadata={"help": "column that holds the labels, found by default; not used in training"}
+        default=None, metadata={"help": "column that holds the labels, found by default; training does not use them"}
     )
     random_crops: bool = field(default=False, metadata={"help": "train on random crops, mirrored half the time"})
     streaming: bool = field(default=False, metadata={"help": "read the dataset while training"})
@@ -191,7 +194,7 @@ def train(training: TrainingConfig, config: DistillationConfig | DenseConfig, *,
             data.image_column,
             teacher_image_processor=teacher.image_processor,
             teacher_image_processors={head: same_view(one, teacher) for head, one in teachers.items()},
-            max_bad_images=config.max_bad_images,
+            max_unreadable_images=config.max_unreadable_images,
         ),
     )
     state, address = process_state(), None

@@ -39,7 +39,7 @@ REFUSED = (
 # Nothing of these is in the weights.
 WITHOUT_EFFECT = (
     "output_dir", "resume", "overwrite", "report_to", "num_workers", "num_pictures", "validation_steps",
-    "checkpoint_steps", "keep_checkpoints", "max_bad_images", "logging_steps", "peak_tflops",
+    "checkpoint_steps", "keep_checkpoints", "max_unreadable_images", "logging_steps", "peak_tflops",
 )  # fmt: skip
 # Of a student's configuration: found on the way, not given.
 FOUND = ("distilled_from", "feature_mean", "feature_std", "transformers_version", "dtype", "architectures", "auto_map")

@@ -26,17 +26,17 @@ class DistillationConfig:
         default=1.0, metadata={"help": "largest gradient norm; longer gradients are clipped, 0 clips none"}
     )
     num_locations: int | None = field(
-        default=None, metadata={"help": "teacher patches drawn per step; all of them by default"}
+        default=None, metadata={"help": "random locations trained on per step; all of them by default"}
     )
     grid_weight: float = field(default=1.0, metadata={"help": "weight of the loss on the teacher's patch features"})
     cls_weight: float = field(default=1.0, metadata={"help": "weight of the loss on the teacher's image embedding"})
     rgb_weight: float = field(default=1.0, metadata={"help": "weight of the loss on the image's colours"})
     level_layers: list[int] | None = field(
-        default=None, metadata={"help": "teacher layers, low to high, for the student's levels"}
+        default=None, metadata={"help": "intermediate teacher layers, low to high, that the student predicts too"}
     )
     level_weight: float = field(default=1.0, metadata={"help": "weight of the loss on levels"})
     jitter: bool = field(
-        default=False, metadata={"help": "shift the teacher's grid by a random part of a patch at each step"}
+        default=False, metadata={"help": "augment: shift the teacher's grid by a random part of a patch at each step"}
     )
     statistics_images: int = field(
         default=0,
@@ -59,7 +59,7 @@ class DistillationConfig:
     )
     logging_steps: int = field(default=10, metadata={"help": "steps between reports of losses and speed"})
     peak_tflops: float | None = field(
-        default=None, metadata={"help": "peak TFLOP/s of one device, for MFU, where its name is unknown"}
+        default=None, metadata={"help": "peak TFLOP/s of one device, for model FLOPs utilisation, where it is unknown"}
     )
     validation_steps: int = field(
         default=200, metadata={"help": "steps between validations; there is one before and after training, too"}
@@ -75,12 +75,15 @@ class DistillationConfig:
             "help": "replace an earlier run in output_dir, which is deleted once this one has saved a checkpoint"
         },
     )
-    max_bad_images: int = field(
-        default=0, metadata={"help": "stop after this many unreadable images; until then they are skipped and listed"}
+    max_unreadable_images: int = field(
+        default=0, metadata={"help": "unreadable images to skip and list before stopping with an error"}
     )
     num_workers: int = field(default=0, metadata={"help": "processes that load images, for each training process"})
     num_pictures: int = field(default=4, metadata={"help": "images drawn at each validation"})
-    report_to: str = field(default="tensorboard", metadata={"help": "an Accelerate tracker, or none"})
+    report_to: str = field(
+        default="tensorboard",
+        metadata={"help": "experiment tracker: tensorboard, wandb and others of Accelerate's, or none"},
+    )
     seed: int = field(default=0, metadata={"help": "random seed; of weights, images and locations"})
 
     def __post_init__(self) -> None:
@@ -96,7 +99,7 @@ class DistillationConfig:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in (
             "warmup_steps", "checkpoint_steps", "max_grad_norm", "num_workers", "num_pictures", "statistics_images",
-            "max_bad_images",
+            "max_unreadable_images",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")

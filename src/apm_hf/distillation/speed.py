@@ -65,7 +65,7 @@ def student_flops(config: APMConfig, inputs: tuple[Any, ...], options: Mapping[s
 
     Args:
         inputs, options: of its `forward`; tensors on any device.
-        used: fields of the output that the loss looks at.
+        used: fields of the output that the loss reads.
     """
     call = [(name, _shape(value)) for name, value in (*enumerate(inputs), *options.items())]
     return _counted(config.to_json_string(use_diff=False), tuple(call), frozenset(used))
@@ -132,7 +132,7 @@ class SpeedMeter:
             torch.cuda.reset_peak_memory_stats(device)
         self.begin()
 
-    # --- the loop tells -----------------------------------------------------------------------------------------
+    # --- called by the loop -----------------------------------------------------------------------------------------
 
     @contextmanager
     def one_pass(self, num_images: int) -> Iterator[None]:

@@ -31,11 +31,11 @@ class ValidationMetrics:
         assert outputs.last_hidden_state is not None and outputs.pooler_output is not None
         # R² takes a small difference of large sums; MPS has no float64.
         wide = torch.float32 if targets.features.device.type == "mps" else torch.float64
-        answer, target = outputs.last_hidden_state.to(wide), targets.features.to(wide)
+        output, target = outputs.last_hidden_state.to(wide), targets.features.to(wide)
         statistics = {
-            "feature_cosine": F.cosine_similarity(answer, target, dim=-1).mean(dim=1),
+            "feature_cosine": F.cosine_similarity(output, target, dim=-1).mean(dim=1),
             "embed_cosine": F.cosine_similarity(outputs.pooler_output.float(), targets.image_embeds.float()),
-            "error": (answer - target).square().sum(dim=(1, 2)),
+            "error": (output - target).square().sum(dim=(1, 2)),
             "total": target.sum(dim=1),  # (B, F)
             "square": target.square().sum(dim=(1, 2)),
             "direction": F.normalize(target, dim=-1).mean(dim=1),  # (B, F)

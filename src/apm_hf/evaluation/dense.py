@@ -2,7 +2,7 @@
 
 The reference is the teacher itself, run on the photo at twice the side. Every method reads one pass at the usual side
 and the photo, except for the mean of several moved photos. The measure is R² in standardised units after the mean of
-each position is removed: 0 is what the position alone tells of the reference, 1 the reference itself.
+each position is removed: 0 is what the position alone predicts of the reference, 1 the reference itself.
 
 Legend: N photos, F feature width, (rows, cols) the reference's grid, R resamples.
 """

@@ -97,8 +97,8 @@ class RegionTree:
         roots = np.arange(num_nodes)
         inside = self._parents[:num_nodes] < num_nodes
         roots[inside] = self._parents[:num_nodes][inside]
-        while (further := roots[roots] != roots).any():
-            roots[further] = roots[roots][further]
+        while (changed := roots[roots] != roots).any():
+            roots[changed] = roots[roots][changed]
         return order_by_size(roots[: self.num_locations].reshape(self.shape))
 
     def cuts(self, nums_regions: Sequence[int]) -> list[np.ndarray]:

@@ -92,7 +92,7 @@ def move_card(folder: str | os.PathLike[str], repo_id: str) -> bool:
     """Give a folder's card, if it is as `write_card` left it, the name the model will be loaded by.
 
     Returns:
-        Whether the card is now of that name; a card that somebody has edited is left as it is.
+        Whether the card is now of that name; a card that was edited is left unchanged.
     """
     folder = Path(folder)
     try:

@@ -7,7 +7,7 @@ The release has two networks, which differ in the names of their tensors (both a
 * `ttt`, the test-time-training one (our preset `clip-ttt`): fc1, fc4, fc5, and an attention pooling of 8 heads with a
   learned query. Its inputs are images with ImageNet's mean and standard deviation, as the paper says, in BGR order.
 
-Widths come from the shapes. What they do not tell is where fc1's columns pass from the trigger column to the position
+Widths come from the shapes. They do not say where fc1's columns pass from the trigger column to the position
 code: in the release both are 1024 wide, so halves are assumed unless the image's size is given.
 
 Legend: T trigger channels, D trigger width, P position width, F feature width, n rows and columns of the grid.
@@ -32,11 +32,11 @@ from transformers.utils import logging
 from ..configuration_apm import PRESETS, APMConfig
 from ..image_processing_apm import APMImageProcessor
 from ..modeling_apm import APMModel
-from ..runs.files import whole_folder
+from ..runs.files import atomic_folder
 
 logger = logging.get_logger(__name__)
 
-POOLING_NUM_HEADS = 8  # the release's; shapes do not tell
+POOLING_NUM_HEADS = 8  # the release's; shapes do not say
 SHOWN_PROBLEMS = 6  # in one message
 
 
@@ -128,7 +128,7 @@ def convert_checkpoint(
         model = APMModel(config)
     model.load_state_dict(rename_tensors(network, config, weights), strict=True, assign=True)
     size = {"height": config.image_size, "width": config.image_size}
-    with whole_folder(output_dir, overwrite=overwrite) as folder:
+    with atomic_folder(output_dir, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
         APMImageProcessor(size=size, **network.image_options).save_pretrained(folder)
     logger.info(f"the release's {name} network, {model.num_parameters():,} parameters: {os.fspath(output_dir)}")

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from ..modeling_apm import APMModel
 from ..position_encoding import grid_coordinates
-from ..runs.files import whole_folder, write_atomically
+from ..runs.files import atomic_folder, write_atomically
 
 logger = logging.get_logger(__name__)
 
@@ -81,7 +81,7 @@ def export_model(
     if unknown := set(graphs) - set(possible):
         raise ValueError(f"graphs: expected some of {possible} with trigger_source={source!r}, got {sorted(unknown)}")
     description: dict[str, Any] = {"format": format, "graphs": {}}
-    with whole_folder(output_dir, overwrite=overwrite) as folder:
+    with atomic_folder(output_dir, overwrite=overwrite) as folder:
         for name in graphs:
             graph, path = _Graph(model, name, per_image), folder / f"{name}{SUFFIXES[format]}"
             error = _largest_error(graph, _write(graph, path, opset))

@@ -43,7 +43,7 @@ def publish(
 ) -> str:
     """Upload a model folder: weights, configuration, image processor, code and card.
 
-    The card in the folder, unless somebody has edited it, is given the repository's name. Checkpoints, logs and
+    The card in the folder, unless it was edited, is given the repository's name. Checkpoints, logs and
     pictures of validation images stay at home.
 
     Args:
@@ -123,7 +123,7 @@ def _explained(repo_id: str) -> Iterator[None]:
     try:
         yield
     except errors.OfflineModeIsEnabled as error:
-        raise ConnectionError("the Hub cannot be asked: HF_HUB_OFFLINE is set") from error
+        raise ConnectionError("the Hub cannot be reached: HF_HUB_OFFLINE is set") from error
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{repo_id}: gated; ask for access on its page, then log in with `hf auth login`"

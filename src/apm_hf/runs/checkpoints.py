@@ -5,9 +5,9 @@
         progress.json                                                where the run stands, and its settings
         manifest.json                                                size and SHA-256 of all of these; written last
 
-A checkpoint is written under another name, brought to the disk, sealed with its manifest and renamed: whatever moment
-a run is killed at, the checkpoints under their final names are whole. What a disk does to them later, the manifest
-tells. The folder is one that all processes share.
+A checkpoint is written under another name, brought to the disk, given its manifest and renamed: those under
+their final names are complete, whenever a run is killed. The manifest detects later damage. All processes share the
+folder.
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .checksums import file_facts, file_faults, read_sealed, write_sealed
+from .checksums import file_facts, file_faults, read_checksummed, write_checksummed
 from .files import PARTIAL, remove, sync
 from .provenance import versions
 from .run import PREVIOUS
@@ -36,7 +36,7 @@ class Checkpoints:
     """Write, verify and prune the checkpoints of one run.
 
     Args:
-        output_dir: of the run; checkpoints lie in its folder `checkpoints`.
+        output_dir: the run's folder; checkpoints are in its folder `checkpoints`.
         keep: how many complete ones stay on the disk.
     """
 
@@ -45,7 +45,7 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Return the names of all checkpoints, oldest first, verified or not."""
-        paths = self.folder.glob("step_*")  # a copy that a person has made is called otherwise
+        paths = self.folder.glob("step_*")  # copies with other names are ignored
         return sorted(path.name for path in paths if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
 
     def newest(self) -> Path:
@@ -67,7 +67,7 @@ class Checkpoints:
                 return self.folder / name
             logger.warning(f"checkpoint {name} is damaged, the one before it is tried: {'; '.join(found)}")
         raise ValueError(
-            f"resume: expected a whole checkpoint in {self.folder}, got {len(names)} damaged; of {name}: {found[0]}"
+            f"resume: expected a complete checkpoint in {self.folder}, got {len(names)} damaged; of {name}: {found[0]}"
         )
 
     def save(self, accelerator: Any, step: int, progress: Mapping[str, Any]) -> None:
@@ -91,7 +91,7 @@ class Checkpoints:
         if accelerator.is_main_process:
             with self._explained(final.name, partial):
                 (partial / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-                seal(partial, step=step, num_processes=accelerator.num_processes)
+                write_manifest(partial, step=step, num_processes=accelerator.num_processes)
             if final.exists():
                 self._discard(final)
             partial.rename(final)
@@ -106,16 +106,16 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Delete all but the newest `keep` complete ones; they are verified, so that a damaged one does not count."""
-        whole = 0
+        complete = 0
         for name in reversed(self.names()):
             path = self.folder / name
-            if whole == self.keep:
+            if complete == self.keep:
                 self._discard(path)
             elif found := faults(path):
                 logger.warning(f"checkpoint {name} is damaged and removed: {'; '.join(found)}")
                 self._discard(path)
             else:
-                whole += 1
+                complete += 1
 
     @contextmanager
     def _explained(self, name: str, partial: Path) -> Iterator[None]:
@@ -123,13 +123,13 @@ class Checkpoints:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            # What torch says of a full disk is its own position in the file.
+            # Of a full disk torch reports only its position in the file.
             torn = isinstance(error, RuntimeError) and "inline_container" in str(error)
             if isinstance(error, RuntimeError) and not torn:
                 raise
             free = shutil.disk_usage(self.folder).free
             shutil.rmtree(partial, ignore_errors=True)
-            reason = "a file ended before its time" if torn else getattr(error, "strerror", None) or str(error)
+            reason = "a file was cut off" if torn else getattr(error, "strerror", None) or str(error)
             names = self.names()
             raise OSError(
                 f"checkpoint {name}: cannot write it to {self.folder}, {free / 2**20:,.1f} MiB are free: {reason}; "
@@ -154,17 +154,17 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
         ValueError: for a manifest that is not as it was written.
         FileNotFoundError: where there is none.
     """
-    return read_sealed(checkpoint / MANIFEST)
+    return read_checksummed(checkpoint / MANIFEST)
 
 
-def seal(folder: Path, *, step: int, num_processes: int) -> None:
+def write_manifest(folder: Path, *, step: int, num_processes: int) -> None:
     """Bring all files of a folder to the disk, and write their manifest."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in (*paths, *{path.parent for path in paths}):
         sync(path)
     files = file_facts(folder, [path.relative_to(folder).as_posix() for path in paths])
     facts = {"step": step, "num_processes": num_processes, "versions": versions(), "files": files}
-    write_sealed(folder / MANIFEST, facts)
+    write_checksummed(folder / MANIFEST, facts)
     sync(folder)
 
 

@@ -1,4 +1,4 @@
-"""Tell whether files on a disk are as they were written: JSON with its own checksum, sizes and SHA-256 of files."""
+"""Detect whether files on a disk are as they were written: JSON with its own checksum, sizes and SHA-256 of files."""
 
 import hashlib
 import json
@@ -9,13 +9,13 @@ from typing import Any
 from .files import write_atomically
 
 
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+def write_checksummed(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with its own checksum, atomically."""
-    write_atomically(path, _sealed(content))
+    write_atomically(path, _checksummed(content))
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what [`write_sealed`] wrote, and verify it.
+def read_checksummed(path: Path) -> dict[str, Any]:
+    """Read what [`write_checksummed`] wrote, and verify it.
 
     Raises:
         ValueError: for a file that is not as it was written.
@@ -27,8 +27,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
         del content["checksum"]
     except (ValueError, KeyError, TypeError):
         content = None
-    if content is None or _sealed(content) != text:
-        raise ValueError(f"{path}: expected text that fits its checksum, found {len(text)} bytes that do not")
+    if content is None or _checksummed(content) != text:
+        raise ValueError(f"{path}: expected text that fits its checksum, found another: it is damaged or was edited")
     return content
 
 
@@ -60,6 +60,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sealed(content: Mapping[str, Any]) -> bytes:
+def _checksummed(content: Mapping[str, Any]) -> bytes:
     checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**content, "checksum": checksum}, sort_keys=True, indent=1) + "\n").encode()

@@ -40,15 +40,15 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
     """Read a UTF-8 text file of a sensible size.
 
     Args:
-        what: it holds, for messages, e.g. "labels".
+        what: the file contains, for messages, e.g. "labels".
 
     Raises:
-        ValueError: for what is no file, or could be read for ever, more than `MAX_TEXT_BYTES`, and other encodings.
+        ValueError: for what is no regular file, more than `MAX_TEXT_BYTES`, and other encodings.
         OSError: for a file that is not there or cannot be read.
     """
     path = Path(path)
     if not path.is_file() and path.exists():  # a device or a pipe
-        raise ValueError(f"Expected a text file of {what}, got {path}, which is none.")
+        raise ValueError(f"Expected a text file of {what}, got {path}, which is no regular file.")
     if (size := path.stat().st_size) > MAX_TEXT_BYTES:
         raise ValueError(f"Expected at most {MAX_TEXT_BYTES:,} bytes of {what} in {path}, got {size:,}.")
     try:
@@ -152,8 +152,8 @@ def move_files(source: Path, target: Path, *, last: str) -> None:
 
 
 @contextmanager
-def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill with files, beside `path`; when the block ends without an error, it becomes `path`.
+def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which is renamed to it when the block ends without an error.
 
     Args:
         path: does not exist yet, or is an empty folder.

@@ -9,7 +9,7 @@ from typing import Any
 
 import PIL.Image
 
-from ..modeling_apm import weights_digest as weights_digest
+from ..modeling_apm import weights_digest as weights_digest  # which stands alone: remote code needs it
 
 EDGE = 4096  # bytes at either end of an encoded image that are read
 
@@ -47,7 +47,7 @@ def _content(value: Any) -> bytes:
                 size, start = os.fstat(file.fileno()).st_size, file.read(EDGE)
                 file.seek(max(0, size - EDGE))
                 return _ends(size, start, file.read(EDGE))
-        except OSError:  # whoever decodes it says what is wrong
+        except OSError:  # the decoder reports what is wrong
             return b"unreadable"
     if isinstance(value, bytes | bytearray | memoryview):
         return _ends(len(value), bytes(value[:EDGE]), bytes(value[-EDGE:]))

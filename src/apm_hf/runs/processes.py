@@ -1,4 +1,4 @@
-"""Tell which of how many processes this is, and how the program was called."""
+"""Return the rank of this process, the number of processes, and the command line."""
 
 import re
 import shlex

@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 @contextmanager
 def no_loading_bars() -> Iterator[None]:
-    """Load or save models without transformers' bars: they show how weights that are on the disk are copied."""
+    """Load or save models without transformers' bars, which show nothing but local copying."""
     active = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

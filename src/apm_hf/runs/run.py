@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .checksums import fault_of, file_facts, file_faults, read_sealed, write_sealed
+from .checksums import fault_of, file_facts, file_faults, read_checksummed, write_checksummed
 from .files import PARTIAL, move_files, remove, sync, writable_folder, write_atomically
 from .provenance import commit, computer, versions
 
@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 LOCK, RUN, PARTS, MANIFEST = ".lock", "run.json", "parts", "manifest.json"
 PREVIOUS = "previous"  # where a run that is replaced lies until the new one has saved something
-DIGESTS = ("weights", "weights_bfloat16", "fingerprint")  # differ without a word that a person could read
+DIGESTS = ("weights", "weights_bfloat16", "fingerprint")  # hashes: where they differ, their names are printed alone
 LOCK_PATIENCE = 6.0  # seconds: processes that load images for a run that was killed hold its lock for up to five more
 
 
@@ -97,18 +97,18 @@ class Run:
         identity = json.loads(json.dumps(identity))  # as it will be read
         path = self.folder / RUN
         if path.exists():
-            found = differences(read_sealed(path).get("identity", {}), identity)
+            found = differences(read_checksummed(path).get("identity", {}), identity)
             if found:
                 raise ValueError(
                     f"output_dir: expected an empty folder or the same run, got another run in {self.folder}, which "
                     f"differs in {', '.join(found)}"
                 )
         elif any(not there.name.startswith(".") for there in self.folder.iterdir()):
-            raise ValueError(f"output_dir: expected an empty folder or a run to go on with, got {self.folder}")
+            raise ValueError(f"output_dir: expected an empty folder or an earlier run to resume, got {self.folder}")
         self.state.wait_for_everyone()  # every process has looked before one writes
         if self.state.is_main_process and not path.exists():
             known = {"commit": commit(), "versions": versions(), "computer": computer()}
-            write_sealed(path, {**(facts or {}), **known, "identity": identity})
+            write_checksummed(path, {**(facts or {}), **known, "identity": identity})
         self.state.wait_for_everyone()
 
     def set_aside(self, made: Collection[str], *, overwrite: bool) -> None:
@@ -155,7 +155,7 @@ class Run:
         if tensors is not None:
             write_atomically(self.tensors(name), tensors)
             beside = {"size": len(tensors), "sha256": hashlib.sha256(tensors).hexdigest()}
-        write_sealed(self._path(name), {"content": content, "tensors": beside})
+        write_checksummed(self._path(name), {"content": content, "tensors": beside})
         sync(self._path(name).parent)
 
     def load(self, name: str) -> dict[str, Any] | None:
@@ -179,7 +179,7 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: where it is missing, or damaged.
         """
-        return read_sealed(self._path(name))
+        return read_checksummed(self._path(name))
 
     def tensors(self, name: str) -> Path:
         """Return where the tensors of a part lie."""
@@ -194,7 +194,7 @@ class Run:
         """Yield a folder to fill; its files then replace the run's of these names, with a manifest of what they are.
 
         Args:
-            last: name of the file without which the others are nothing; where it lies, all others do.
+            last: name of the file that is moved last: where it is, all others are.
         """
         beside = self.folder / f".finished{PARTIAL}"
         shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
@@ -209,13 +209,13 @@ class Run:
 
 def _write_manifest(folder: Path, names: Iterable[str]) -> None:
     there = [name for name in names if (folder / name).exists()]
-    write_sealed(folder / MANIFEST, {"files": file_facts(folder, there)})
+    write_checksummed(folder / MANIFEST, {"files": file_facts(folder, there)})
 
 
 def manifest_faults(folder: Path) -> list[str]:
     """List the finished files of a run that are not as it wrote them; none for a folder without a manifest."""
     try:
-        files = read_sealed(folder / MANIFEST)["files"]
+        files = read_checksummed(folder / MANIFEST)["files"]
     except FileNotFoundError:
         return []
     except ValueError as error:
@@ -227,7 +227,7 @@ def check_manifest(folder: Path) -> None:
     """Verify the finished files of an evaluation; folders without a manifest pass.
 
     Raises:
-        ValueError: for a file that is not as it was written; says which, and how to mend it.
+        ValueError: for a file that is not as it was written; says which, and how to repair it.
     """
     for fault in manifest_faults(folder):
         raise ValueError(f"{fault}; run the evaluation again in this folder to write it anew")

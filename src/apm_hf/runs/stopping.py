@@ -54,7 +54,6 @@ class StopRequests:
 
 
 def ignore_stop_requests(worker: int) -> None:
-    """A `worker_init_fn`: signals to a whole group of processes are the training process's to answer, which still
-    needs the images."""
+    """Ignore SIGTERM and SIGINT where images are loaded (a `worker_init_fn`): the training process handles them."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

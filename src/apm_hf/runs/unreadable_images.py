@@ -84,7 +84,7 @@ class SkippedImages:
         Every process calls this with its part of the same step.
 
         Raises:
-            ValueError: for more bad images than the limit, in all processes.
+            ValueError: for more unreadable images than the limit, in all processes.
         """
         if PROBLEM not in batch:
             return batch, 1.0
@@ -123,8 +123,8 @@ class SkippedImages:
             logger.warning(f"skipped {line['image']}: {line['reason']} ({len(self)} of at most {self.limit})")
         if len(self) > self.limit:
             raise ValueError(
-                f"max_bad_images: expected at most {self.limit} unreadable images, got {len(self)}, the last of them "
-                f"{new[-1]['image']}: {new[-1]['reason']}"
+                f"max_unreadable_images: expected at most {self.limit} unreadable images, got {len(self)}, "
+                f"the last of them {new[-1]['image']}: {new[-1]['reason']}"
             )
 
 

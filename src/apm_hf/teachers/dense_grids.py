@@ -57,7 +57,7 @@ def tokens_at_half(teacher: Teacher, pixel_values: Tensor) -> Tensor:
     """Return a teacher's features `(B, rows, cols, F)` of images at half their side, as [`APMModel.fold`] does.
 
     Args:
-        pixel_values: `(B, 3, H, W)`, what a dense student sees; normalised as the teacher's are.
+        pixel_values: `(B, 3, H, W)`, a dense student's inputs; normalised as the teacher's are.
     """
     features = teacher.encode_images(pixel_values=F.avg_pool2d(pixel_values, FINER)).features
     assert features is not None

@@ -1,4 +1,4 @@
-"""Train at test time: fit an APM to the teacher's embedding of one image, B images at once."""
+"""Train one copy of an APM per image at test time, B copies in one batched computation."""
 
 from .adaptation import adapt, bytes_per_image
 from .adapted import Adapted, TTTStep

@@ -1,4 +1,4 @@
-"""Train at test time: fit an APM to the teacher's embedding of one image, B images at once.
+"""Train one copy of an APM per image at test time, B copies in one batched computation.
 
 Every image has its own weights and optimiser state; they are stacked along a first dimension and updated in one
 batched computation (Adam is elementwise, so the stacked step equals each image's step). The given model is never
@@ -102,18 +102,18 @@ def adapt(
     diverged |= (losses.isnan() & (torch.arange(config.steps, device=device) < steps[:, None])).any(dim=1)
     if diverged.any():
         logger.warning(f"adapt: the fit diverged for images {_indices(diverged)}")
-    short = ~(fit.cosines >= (config.stop_threshold or 0.0)) & ~diverged
-    if config.stop == "cosine" and short.any():
+    below = ~(fit.cosines >= (config.stop_threshold or 0.0)) & ~diverged
+    if config.stop == "cosine" and below.any():
         logger.warning(
             f"adapt: {config.steps} steps were too few for a cosine of {config.stop_threshold} to the targets of the "
-            f"images {_indices(short)}"
+            f"images {_indices(below)}"
         )
     places = [fit.models[index] for index in range(num_images)] if keep_models else None
     return Adapted(embeds, losses, steps, diverged, apm, places, **inputs)
 
 
 class _Fit:
-    """Fit groups of images and collect the results of all; see [`Adapted`] for most of them."""
+    """Fit groups of images and collect the results of all; attributes have the names of [`Adapted`]'s."""
 
     def __init__(
         self,

@@ -63,7 +63,7 @@ class Adapted:
 
     @torch.no_grad()
     def query(self, coordinates: Tensor | None = None, *, chunk_size: int | None = None) -> APMModelOutput:
-        """Query every adapted model about its image, one at a time; without additional heads, which have not adapted.
+        """Query every adapted model about its image, one at a time, without additional heads, which were not trained.
 
         Args:
             coordinates: `(L, 2)` or `(B, L, 2)`, (y, x) in [-1, 1]; None is the full grid.

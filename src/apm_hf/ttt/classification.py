@@ -55,8 +55,8 @@ class TTTClassifier:
 
     Args:
         teacher: computes the targets and the class embeddings.
-        class_names: the K classes; of equal names the first is predicted.
-        model: the APM to adapt; None is a fresh `clip-ttt` as wide as the teacher.
+        class_names: the K classes; where names repeat, the first is predicted.
+        model: the APM to adapt; None is a new one of the preset `clip-ttt`, as wide as the teacher.
         image_processor: the model's; by default one that matches the teacher's.
         config: how to adapt.
         templates: prompts, averaged per class.

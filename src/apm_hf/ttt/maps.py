@@ -32,7 +32,7 @@ def feature_map(
         model: an [`APMModel`], a model that contains one, or models adapted to B images.
         pixel_values: `(B, C, S, S)`; None for adapted models, which hold their images.
         size: `(rows, cols)`; None is the model's grid.
-        trigger_column: `(B, D)`, instead of folding; None for adapted models.
+        trigger_column: `(B, D)`; by default it is computed from `pixel_values`. None for adapted models.
         chunk_size: locations per chunk.
         output: `"last_hidden_state"`, `"rgb"` or `"levels"`.
 

@@ -1,9 +1,9 @@
-"""Fit a fresh APM to a teacher's features of one photo, and query it at the photo's aspect ratio.
+"""Fit an APM to a teacher's features of one photo, and query it at the photo's aspect ratio.
 
 Photos of any shape are resized without cropping to the model's square, and maps are queried at the photo's aspect
-ratio. The teacher reads the photo at its aspect ratio too, at twice its usual side, so that its patches are half as
-large, and shifted by half a patch, which gives features between them; a model that reads the pixels around each
-location learns where objects end between these features.
+ratio. The teacher reads the photo at its aspect ratio too, at twice its usual side and once more shifted by half a
+patch: a grid of features four times as fine. A model that reads the pixels around each location learns where objects
+end between these features.
 
 Source: grid targets at test time, arXiv:2410.20535, sections 3 and 4.
 
@@ -33,7 +33,7 @@ from .targets import TTTTargets
 
 # Steps of `fit_photo`: cosine 0.95 to DeiT-Tiny's features in some 10 s on a CPU; longer fits copy teacher noise.
 FIT_STEPS, FIT_LEARNING_RATE, FIT_LOCATIONS = 300, 1e-3, 196
-_FINER, _BETWEEN = 2, 2  # factor of the teacher's usual side; features along a side of its patches
+_TEACHER_SCALE, _SHIFTS = 2, 2  # factor of the teacher's usual side; features along a side of its patches
 
 
 def photo_model(feature_size: int, *, local_patch: bool = True, seed: int = 0) -> APMModel:
@@ -92,7 +92,7 @@ def query_map(
     Args:
         pixel_values: `(B, C, S, S)`, if the model needs them.
         size: `(rows, cols)`.
-        trigger_column: `(B, D)`, instead of folding.
+        trigger_column: `(B, D)`, computed before; by default it is computed from `pixel_values`.
 
     Returns:
         `(B, rows, cols, F)`, and `(B, rows, cols, 3)` in [0, 1] or None without an RGB head.
@@ -121,11 +121,11 @@ def teacher_features(teacher: Teacher, photos: Sequence[Image.Image], *, fine: b
         fine: resize the photos to the first one's shape, as large as described above; else to the teacher's square.
     """
     side = teacher.image_size // teacher.patch_size
-    rows, cols = map_size(photos[0], _FINER * side) if fine else (side, side)
+    rows, cols = map_size(photos[0], _TEACHER_SCALE * side) if fine else (side, side)
     pixel_values = whole_photos(
         teacher.image_processor, photos, (rows * teacher.patch_size, cols * teacher.patch_size)
     )
-    features = encode_densely(teacher, pixel_values, _BETWEEN if fine else 1).features
+    features = encode_densely(teacher, pixel_values, _SHIFTS if fine else 1).features
     assert features is not None
     return features
 

@@ -22,12 +22,11 @@ class TTTConfig:
         steps: maximum number of gradient steps per image.
         learning_rate: learning rate of Adam (arXiv:1412.6980) with its usual betas.
         num_locations: number of grid locations whose features are pooled at each step, a new random subset each
-            time; the subset's mean is an unbiased estimate of the grid's. None, or no fewer than the grid has, pools
-            all: the exact limit.
+            time; the subset's mean is an unbiased estimate of the grid's. None, or a number not below the grid's,
+            pools all of them, without sampling noise.
         fit: what learns. `"all"`: every weight (paper). `"last_layers"`: the last hidden layer, the feature head and
-            attention's values and output. `"low_rank"`: the same layers, each of which learns a low-rank
-            update whose first factor is fixed: it sums the inputs in `rank` blocks, so that the columns of a block
-            move together, which is close to what Adam does to them. `"heads"`: the feature head and attention's
+            attention's values and output. `"low_rank"`: the same layers, each of which learns a low-rank update. Its
+            first factor is fixed: it sums the inputs in `rank` blocks. `"heads"`: the feature head and attention's
             values and output. `"trigger"`: the convolution only. `"output_bias"`: one vector, a control: it copies
             its target and adapts nothing else.
         rank: see `fit="low_rank"`; reduced to a divisor of the layer's width.
@@ -81,7 +80,7 @@ class TTTConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "TTTConfig":
-        """Return `"paper"`, the paper's recipe, or `"fast"`, the best recipe measured at low cost.
+        """Return `"paper"`, the paper's recipe, or `"fast"`, the most accurate cheap recipe that was measured.
 
         An override of `stop` replaces the preset's rule completely. docs/test_time_training.md has the measurements.
 

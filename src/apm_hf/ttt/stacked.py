@@ -138,7 +138,7 @@ class LowRankLinear(nn.Module):
 
     Adam takes steps of equal size in every entry, so their effect on outputs depends on the inputs. The sums are
     scaled once, so that a step changes the outputs by learning rate * alpha * their size. The bias learns a tenth as
-    fast: it is for locations without active inputs.
+    fast: it matters only where all inputs are zero.
 
     Args:
         linear: the frozen layer.

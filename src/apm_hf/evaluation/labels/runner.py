@@ -55,8 +55,8 @@ class EvaluationConfig:
         data: name in the plan -> folder, file or Hub name to read that benchmark from.
         batch_size: images per batch; methods that use the batch's statistics depend on it.
         num_views: views per image, for methods that use several.
-        max_bad_images: maximum number of distinct unreadable images; they are skipped for every method and listed in
-            `skipped_images.jsonl`.
+        max_unreadable_images: maximum number of distinct unreadable images; they are skipped for every method and
+            listed in `skipped_images.jsonl`.
         model: folder or name of a distilled APM, for the methods that start from one.
         command: command line shown in the report.
         allow_chance: accept labels that the teacher predicts no better than chance.
@@ -66,14 +66,14 @@ class EvaluationConfig:
     data: dict[str, str]
     batch_size: int = 16
     num_views: int = 16
-    max_bad_images: int = 0
+    max_unreadable_images: int = 0
     model: str | None = None
     command: str = ""
     allow_chance: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_bad_images < 0:
-            raise ValueError(f"max_bad_images: expected 0 or more, got {self.max_bad_images}")
+        if self.max_unreadable_images < 0:
+            raise ValueError(f"max_unreadable_images: expected 0 or more, got {self.max_unreadable_images}")
         for name in ("batch_size", "num_views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
@@ -88,7 +88,7 @@ def run_evaluation(sweeps: Sequence[Sweep], config: EvaluationConfig) -> Path:
     Raises:
         ValueError: for a folder that holds another run or is being written by one, unknown names, methods that the
             teacher does not support, labels that do not fit the classes, or more unreadable images than
-            `config.max_bad_images`.
+            `config.max_unreadable_images`.
     """
     state = process_state()
     data = [*config.data.values(), *(name for sweep in sweeps for name in sweep.benchmarks)]
@@ -284,7 +284,7 @@ class _Evaluation:
             try:
                 images.append(data.image(index))
             except ValueError as error:
-                if not self.config.max_bad_images:
+                if not self.config.max_unreadable_images:
                     raise
                 unreadable.append({"benchmark": short_name(cell.benchmark), "image": index, "reason": str(error)})
                 logger.warning(f"skipped {error}")
@@ -299,9 +299,9 @@ class _Evaluation:
             ValueError: for more unreadable images than are allowed.
         """
         self.unreadable.update({(line["benchmark"], line["image"]): line for line in records})
-        if len(self.unreadable) > self.config.max_bad_images:
+        if len(self.unreadable) > self.config.max_unreadable_images:
             raise ValueError(
-                f"max_bad_images: expected at most {self.config.max_bad_images} unreadable images, got "
+                f"max_unreadable_images: expected at most {self.config.max_unreadable_images} unreadable images, got "
                 f"{len(self.unreadable)}, the last of them {[*self.unreadable.values()][-1]['reason']}"
             )
 

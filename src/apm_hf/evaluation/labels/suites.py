@@ -115,7 +115,7 @@ def evaluate(
     severities: Sequence[int] = (),
     seeds: Sequence[int] = (),
     max_images: int | None = None,
-    max_bad_images: int = 0,
+    max_unreadable_images: int = 0,
     batch_size: int = 16,
     num_views: int = 16,
     allow_chance: bool = False,
@@ -133,7 +133,7 @@ def evaluate(
         methods: methods of a custom sweep; for a suite, the subset of its methods to run.
         corruptions, severities: replace the suite's, in its corrupted sweeps.
         seeds, max_images: replace the suite's, in every sweep.
-        max_bad_images, batch_size, num_views, allow_chance, command: see [`EvaluationConfig`].
+        max_unreadable_images, batch_size, num_views, allow_chance, command: see [`EvaluationConfig`].
 
     Returns:
         The folder with `report.md` and, if an APM was evaluated, `model_index.json` for a model card.
@@ -165,7 +165,7 @@ def evaluate(
         data=places,
         batch_size=batch_size,
         num_views=num_views,
-        max_bad_images=max_bad_images,
+        max_unreadable_images=max_unreadable_images,
         model=model,
         allow_chance=allow_chance,
         command=command,

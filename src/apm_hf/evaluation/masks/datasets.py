@@ -220,7 +220,7 @@ def without_unreadable(sets: Sequence[MaskedImages], limit: int) -> tuple[list[M
         logger.warning(f"skipped {line['reason']}")
     if len(skipped) > limit:
         raise ValueError(
-            f"max_bad_images: expected at most {limit} unreadable images, got {len(skipped)}, the last of them "
+            f"max_unreadable_images: expected at most {limit} unreadable images, got {len(skipped)}, the last of them "
             f"{skipped[-1]['reason']}"
         )
     return good, skipped

@@ -50,7 +50,7 @@ def evaluate_islands(
     model: str | None = None,
     methods: Sequence[str] = (),
     max_images: int | None = None,
-    max_bad_images: int = 0,
+    max_unreadable_images: int = 0,
     split: str | None = None,
     image_column: str | None = None,
     masks: Sequence[str] = (),
@@ -74,7 +74,7 @@ def evaluate_islands(
             and the rows of a distilled one are omitted; with neither, the embedded one is used.
         methods: rows of the tables to compute, by default all.
         max_images, split, image_column, ignore_labels: see [`load_masked_images`].
-        max_bad_images: maximum number of rows with unreadable image or masks; they are skipped and listed in
+        max_unreadable_images: maximum number of rows with unreadable image or masks; they are skipped and listed in
             `skipped_images.jsonl`.
         masks: `"whole=COLUMN"`, `"part=COLUMN"`, if the columns are not found by name.
         map_size: side of all methods' maps; by default 96 for scenes, else 112.
@@ -91,8 +91,8 @@ def evaluate_islands(
         The folder with `report.md`, a figure per data set, `results.json` and `scores.jsonl`.
 
     Raises:
-        ValueError: for unknown methods, data that cannot be scored, more unreadable rows than `max_bad_images`, a
-            folder that another run is writing, or a model that does not fit the teacher.
+        ValueError: for unknown methods, data that cannot be scored, more unreadable rows than `max_unreadable_images`,
+            a folder that another run is writing, or a model that does not fit the teacher.
     """
     sources = [data] if isinstance(data, str) else list(data)
     folder = own_folder(output_dir, data=sources, teacher=teacher, model=model)  # before anything is fetched
@@ -118,7 +118,7 @@ def evaluate_islands(
     names = [found.name for found in sets]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"data: expected one or more data sets of different names, got {names}")
-    sets, skipped = without_unreadable(sets, max_bad_images)
+    sets, skipped = without_unreadable(sets, max_unreadable_images)
     for found in sets:  # problems are found before anything is computed
         found.check()
     jobs = make_jobs(models, rows)

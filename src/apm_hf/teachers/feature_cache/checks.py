@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ...runs.checksums import write_sealed
+from ...runs.checksums import write_checksummed
 from ...runs.files import sync
 from ...runs.run import Run
 from .layout import INDEX, Estimate, shard_name
@@ -25,7 +25,7 @@ def check_room(folder: Path, size: Estimate) -> None:
         )
 
 
-def write_index(run: Run, plan: dict[str, Any], num_shards: int, max_bad_images: int) -> None:
+def write_index(run: Run, plan: dict[str, Any], num_shards: int, max_unreadable_images: int) -> None:
     """Write the index when all shards are there: from now on the folder is a cache.
 
     Raises:
@@ -37,10 +37,10 @@ def write_index(run: Run, plan: dict[str, Any], num_shards: int, max_bad_images:
         bad += noted["content"]["bad"]
         file = run.tensors(shard_name(number)).name
         shards.append({"file": file, "rows": noted["content"]["rows"], **noted["tensors"]})
-    if len(bad) > max_bad_images:
+    if len(bad) > max_unreadable_images:
         raise ValueError(
-            f"max_bad_images: expected at most {max_bad_images} unreadable images, got {len(bad)}, the last of them "
-            f"row {bad[-1]['row']}: {bad[-1]['reason']}"
+            f"max_unreadable_images: expected at most {max_unreadable_images} unreadable images, got {len(bad)}, the "
+            f"last of them row {bad[-1]['row']}: {bad[-1]['reason']}"
         )
-    write_sealed(run.folder / INDEX, {**plan, "shards": shards, "bad": bad})
+    write_checksummed(run.folder / INDEX, {**plan, "shards": shards, "bad": bad})
     sync(run.folder)

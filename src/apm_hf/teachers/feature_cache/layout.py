@@ -6,7 +6,7 @@
         run.json            what the cache is of; written first, see [`apm_hf.runs.run.Run`]
         index.json          the same, and what the other JSON files say; written last: without it a cache is incomplete
 
-Shard i holds rows `i * images_per_shard` onwards, whoever writes it. JSON files carry a checksum of their own.
+Shard i holds rows `i * images_per_shard` onwards, whichever process writes it. JSON files carry their own checksum.
 
 Legend: n images of a shard, N levels, C width of a level, F feature width, (rows, cols) the teacher's grid, L =
 rows * cols, l of them kept.

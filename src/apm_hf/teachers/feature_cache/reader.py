@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...runs.checksums import fault_of, read_sealed, write_sealed
+from ...runs.checksums import fault_of, read_checksummed, write_checksummed
 from ...runs.identity import images_digest
 from ...runs.run import differences
 from .layout import INDEX, VERIFIED
@@ -47,7 +47,7 @@ class FeatureCache(Dataset):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         try:
-            self.index = read_sealed(self.folder / INDEX)
+            self.index = read_checksummed(self.folder / INDEX)
         except OSError as error:
             raise ValueError(
                 f"feature_cache: expected a folder with {INDEX}, got {os.fspath(folder)!r} ({error.strerror}): not a "
@@ -105,7 +105,7 @@ class FeatureCache(Dataset):
             self._verified[shard["file"]] = mark
         if self._verified != before:
             try:
-                write_sealed(self.folder / VERIFIED, {"files": self._verified})
+                write_checksummed(self.folder / VERIFIED, {"files": self._verified})
             except OSError:  # a folder that can only be read is verified once in every process
                 pass
         return self
@@ -144,7 +144,7 @@ class FeatureCache(Dataset):
     def _remembered(self) -> dict[str, list[Any]]:
         """Return the marks of files that were compared before, by name; none where that cannot be read."""
         try:
-            return read_sealed(self.folder / VERIFIED)["files"]
+            return read_checksummed(self.folder / VERIFIED)["files"]
         except (OSError, ValueError):
             return {}
 
@@ -152,7 +152,7 @@ class FeatureCache(Dataset):
         """Return what tells whether a file has changed: its size in bytes and its time of change in nanoseconds."""
         try:
             facts = (self.folder / shard["file"]).stat()
-        except OSError:  # whoever reads it says what is wrong
+        except OSError:  # reading it reports what is wrong
             return []
         return [facts.st_size, facts.st_mtime_ns, shard["sha256"]]
 

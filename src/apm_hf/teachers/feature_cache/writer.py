@@ -52,7 +52,7 @@ def write_feature_cache(
     dataset_name: str = "images",
     batch_size: int = 64,
     num_workers: int = 0,
-    max_bad_images: int = 0,
+    max_unreadable_images: int = 0,
 ) -> FeatureCache:
     """Write a cache, or what is missing of one; process r of w writes shards r, r + w, ... of a folder all share.
 
@@ -61,11 +61,11 @@ def write_feature_cache(
         dataset_name: kept with the cache; of a path its last part.
         batch_size: images that the teacher is shown at a time.
         num_workers: processes that load images, per process.
-        max_bad_images: unreadable images that are listed and left out.
+        max_unreadable_images: unreadable images that are listed and left out.
 
     Raises:
-        ValueError: for another cache in the folder, too little room on its disk, more bad images than the limit,
-            answers that are not finite or beyond what `dtype` can hold, a folder that another run is writing.
+        ValueError: for another cache in the folder, too little room on its disk, more unreadable images than the
+            limit, outputs that are not finite or beyond what `dtype` can hold, a folder that another run is writing.
         OSError: for a folder that cannot be written to, a disk that became full.
         RunStopped: after SIGTERM or SIGINT; shards that are whole stay.
     """
@@ -85,7 +85,10 @@ def write_feature_cache(
                 [number for number in mine if run.load(shard_name(number)) is None],
                 _Numbered(images),
                 ImageCollator(
-                    None, image_column, teacher_image_processor=teacher.image_processor, max_bad_images=max_bad_images
+                    None,
+                    image_column,
+                    teacher_image_processor=teacher.image_processor,
+                    max_unreadable_images=max_unreadable_images,
                 ),
                 batch_size=batch_size,
                 num_workers=num_workers,
@@ -94,7 +97,7 @@ def write_feature_cache(
             )
         state.wait_for_everyone()
         if state.is_main_process:
-            write_index(run, plan, size.num_shards, max_bad_images)
+            write_index(run, plan, size.num_shards, max_unreadable_images)
         state.wait_for_everyone()
     return FeatureCache(path)
 
