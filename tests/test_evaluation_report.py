@@ -13,7 +13,7 @@ from PIL import Image
 
 from apm_hf.evaluation.plots import Panels, _styles, draw_severity
 from apm_hf.evaluation.report import _by_severity, eval_results, write_model_index, write_report
-from apm_hf.evaluation.results import read_run
+from apm_hf.evaluation.results import read_results
 from apm_hf.evaluation.statistics import mean_interval, paired_interval
 
 SCENES = [("none", 0), ("gaussian_noise", 1), ("gaussian_noise", 5), ("jpeg", 1), ("jpeg", 5)]
@@ -268,8 +268,8 @@ def test_means_are_left_out_where_scenes_are_missing(rows, tmp_path):
 
 
 def test_reading_keeps_what_the_lines_say(reported, rows):
-    run = read_run(reported)
-    assert run.scenes("shapes", "org/tiny") == SCENES
+    run = read_results(reported)
+    assert run.conditions("shapes", "org/tiny") == SCENES
     answers = run.pooled("shapes", "org/tiny", "apm", [("jpeg", 5)])
     expected = sorted(
         pick(rows, corruption="jpeg", severity=5, method="apm"), key=lambda row: (row["seed"], row["image"])
@@ -308,7 +308,7 @@ def spoil(rows, **changes):
 def test_a_malformed_line_is_named(rows, tmp_path, changes, message):
     folder = write_run(tmp_path, spoil(rows, **changes), costs=make_costs(rows))
     with pytest.raises(ValueError, match=rf"results\.jsonl, line 3: .*{message}"):
-        read_run(folder)
+        read_results(folder)
 
 
 @pytest.mark.parametrize("lost", [2, 20, 150])
@@ -317,13 +317,13 @@ def test_a_torn_last_line_is_named(rows, tmp_path, lost):
     text = (folder / "results.jsonl").read_text()
     (folder / "results.jsonl").write_text(text[:-lost])
     with pytest.raises(ValueError, match=r"results\.jsonl, line 5: expected a JSON object, got '{.*bench"):
-        read_run(folder)
+        read_results(folder)
 
 
 def test_what_is_no_object_is_named(rows, tmp_path):
     folder = write_run(tmp_path, [rows[0], [1, 2]], costs=make_costs(rows))
     with pytest.raises(ValueError, match="line 2: expected a JSON object, got list"):
-        read_run(folder)
+        read_results(folder)
 
 
 def test_an_image_twice_in_a_cell_is_refused(rows, tmp_path):
@@ -331,16 +331,16 @@ def test_an_image_twice_in_a_cell_is_refused(rows, tmp_path):
     with pytest.raises(
         ValueError, match="results.jsonl, line 8: expected an image once per cell, got the one of line 3"
     ):
-        read_run(folder)
+        read_results(folder)
 
 
 def test_a_run_without_rows_is_refused(rows, tmp_path):
     with pytest.raises(ValueError, match=r"results\.jsonl: expected at least one row, got none"):
-        read_run(write_run(tmp_path, []))
+        read_results(write_run(tmp_path, []))
     with pytest.raises(ValueError, match=r"costs\.jsonl: expected at least one row, got none"):
-        read_run(write_run(tmp_path, rows, costs=[]))
+        read_results(write_run(tmp_path, rows, costs=[]))
     with pytest.raises(ValueError, match=r"costs\.jsonl, line 1: expected at least one image"):
-        read_run(write_run(tmp_path, rows, costs=[make_costs(rows)[0] | {"images": 0}]))
+        read_results(write_run(tmp_path, rows, costs=[make_costs(rows)[0] | {"images": 0}]))
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_a_run_without_rows_is_refused(rows, tmp_path):
 )
 def test_a_malformed_description_is_named(rows, tmp_path, info, message):
     with pytest.raises(ValueError, match=rf"run\.json: .*{message}"):
-        read_run(write_run(tmp_path, rows[:3], info=info))
+        read_results(write_run(tmp_path, rows[:3], info=info))
 
 
 def test_model_index_entries_hold_accuracies_by_corruption(reported, rows):
@@ -411,7 +411,7 @@ def test_a_picture_is_as_high_as_its_legend(reported, title):
 
 
 def read_curves(folder):
-    return _by_severity(read_run(folder), "shapes", "org/tiny", ["jpeg"])
+    return _by_severity(read_results(folder), "shapes", "org/tiny", ["jpeg"])
 
 
 def test_curves_hold_accuracies_by_severity(reported, rows):

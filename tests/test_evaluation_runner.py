@@ -24,7 +24,7 @@ from apm_hf.evaluation.labels.runner import (
 from apm_hf.evaluation.labels.suites import evaluate
 from apm_hf.evaluation.plan import CLEAN, Cell, Sweep
 from apm_hf.evaluation.report import write_report
-from apm_hf.evaluation.results import read_run
+from apm_hf.evaluation.results import read_results
 from apm_hf.runs import run as runs
 from apm_hf.runs.files import write_atomically
 from apm_hf.runs.processes import process_state
@@ -152,7 +152,7 @@ def test_damage_to_any_file_of_an_evaluation_is_found(finished, tmp_path):
                 evaluation.claim({})
         else:
             with pytest.raises(ValueError, match=path.name):
-                read_run(folder)
+                read_results(folder)
 
 
 def test_a_teacher_that_reads_otherwise_is_another_run(finished, tmp_path, monkeypatch):

@@ -139,10 +139,10 @@ def _dense(given: dict[str, Any], command: str) -> Path:
 
 
 def _zero_shot_scores(folder: Path) -> list[dict[str, Any]]:
-    from ..evaluation.results import read_run
+    from ..evaluation.results import read_results
 
     rows = []
-    for cell, answers in sorted(read_run(folder).predictions.items()):
+    for cell, answers in sorted(read_results(folder).predictions.items()):
         accuracy = answers.accuracy()
         rows.append(
             cell._asdict()

@@ -15,21 +15,21 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from ..runs.files import write_atomically
 from ..runs.unreadable_images import SKIPPED
 from .plots import Curve, Panels, draw_cost, draw_reliability, draw_severity, draw_steps
-from .results import CLEAN, Cell, Run, Scene, read_run
+from .results import CLEAN_CONDITION, Condition, Results, RowKey, read_results
 from .statistics import Interval
 from .tables import FEW_IMAGES, NOTHING, clean_table, corruption_table, methods_table, seconds_per_image, shift_table
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def _figures(run: Run, benchmark: str, teacher: str) -> dict[str, tuple[str, bytes]]:
+def _figures(run: Results, benchmark: str, teacher: str) -> dict[str, tuple[str, bytes]]:
     """Return kind of figure -> its title and PNG."""
     methods = {run.method_title(method): run.baseline(method) is None for method in run.methods}
     chance = 1 / run.info["benchmarks"][benchmark]["num_classes"]
     where = f"{run.benchmark_title(benchmark)}, teacher {_teacher_title(run, teacher)}"
-    scenes = run.scenes(benchmark, teacher)
-    corrupted = [scene for scene in scenes if scene != CLEAN]
-    populations = {"clean": [CLEAN]} if CLEAN in scenes else {}
+    conditions = run.conditions(benchmark, teacher)
+    corrupted = [condition for condition in conditions if condition != CLEAN_CONDITION]
+    populations = {"clean": [CLEAN_CONDITION]} if CLEAN_CONDITION in conditions else {}
     populations |= {"mean over corruptions": corrupted} if corrupted else {}
     pictures = {}
 
@@ -41,7 +41,9 @@ def _figures(run: Run, benchmark: str, teacher: str) -> dict[str, tuple[str, byt
             pictures[kind] = (title, draw(panels))
 
     if corrupted:
-        curves = {panel: _by_severity(run, benchmark, teacher, names) for panel, names in _corruptions(scenes).items()}
+        curves = {
+            panel: _by_severity(run, benchmark, teacher, names) for panel, names in _corruptions(conditions).items()
+        }
         add("severity", "Accuracy against severity", draw_severity, curves)
     curves, references = {}, {}
     for panel, chosen in populations.items():
@@ -58,21 +60,21 @@ def _figures(run: Run, benchmark: str, teacher: str) -> dict[str, tuple[str, byt
     return pictures
 
 
-def _corruptions(scenes: Sequence[Scene]) -> dict[str, list[str]]:
+def _corruptions(conditions: Sequence[Condition]) -> dict[str, list[str]]:
     """Return panel title -> corruptions, their mean first."""
-    names = sorted({scene[0] for scene in scenes if scene != CLEAN})
+    names = sorted({condition[0] for condition in conditions if condition != CLEAN_CONDITION})
     mean = {f"mean of {len(names)} corruptions": names} if len(names) > 1 else {}
     return mean | {name.replace("_", " "): [name] for name in names}
 
 
-def _by_severity(run: Run, benchmark: str, teacher: str, names: Sequence[str]) -> dict[str, Curve]:
-    severities = sorted({scene[1] for scene in run.scenes(benchmark, teacher)})
+def _by_severity(run: Results, benchmark: str, teacher: str, names: Sequence[str]) -> dict[str, Curve]:
+    severities = sorted({condition[1] for condition in run.conditions(benchmark, teacher)})
     curves = {}
     for method in run.methods:
         points = {}
         for severity in severities:
-            scenes = [(name, severity) for name in names] if severity else [CLEAN]
-            predictions = run.pooled(benchmark, teacher, method, scenes)
+            conditions = [(name, severity) for name in names] if severity else [CLEAN_CONDITION]
+            predictions = run.pooled(benchmark, teacher, method, conditions)
             if predictions is not None:
                 points[severity] = predictions.accuracy()
         if set(points) - {0}:
@@ -81,27 +83,27 @@ def _by_severity(run: Run, benchmark: str, teacher: str, names: Sequence[str]) -
 
 
 def _by_step(
-    run: Run, benchmark: str, teacher: str, scenes: Sequence[Scene]
+    run: Results, benchmark: str, teacher: str, conditions: Sequence[Condition]
 ) -> tuple[dict[str, Curve], dict[str, Interval]]:
     curves, references = {}, {}
     for method in run.methods:
-        predictions, baseline = run.pooled(benchmark, teacher, method, scenes), run.baseline(method)
+        predictions, baseline = run.pooled(benchmark, teacher, method, conditions), run.baseline(method)
         if predictions is None or not predictions.by_step:
             continue
         stop = None if predictions.steps is None else (float(predictions.steps.mean()), predictions.accuracy())
         points = {step: predictions.accuracy_at(step) for step in predictions.by_step}
         curves[run.method_title(method)] = Curve(list(points), list(points.values()), stop=stop)
-        theirs = None if baseline is None else run.pooled(benchmark, teacher, baseline, scenes)
+        theirs = None if baseline is None else run.pooled(benchmark, teacher, baseline, conditions)
         if baseline is not None and theirs is not None:
             references[run.method_title(baseline)] = theirs.accuracy()
     return curves, references
 
 
-def _by_cost(run: Run, benchmark: str, teacher: str, scenes: Sequence[Scene]) -> dict[str, Curve]:
+def _by_cost(run: Results, benchmark: str, teacher: str, conditions: Sequence[Condition]) -> dict[str, Curve]:
     curves = {}
     for method in run.methods:
-        predictions = run.pooled(benchmark, teacher, method, scenes)
-        cost = run.cost(benchmark, teacher, method, scenes)
+        predictions = run.pooled(benchmark, teacher, method, conditions)
+        cost = run.cost(benchmark, teacher, method, conditions)
         if predictions is not None and cost is not None and (seconds := seconds_per_image(cost)) > 0:
             low, high = np.quantile(cost.seconds / cost.images, (0.05, 0.95))
             curves[run.method_title(method)] = Curve([seconds], [predictions.accuracy()], spread=(low, high))
@@ -118,16 +120,16 @@ def write_report(folder: str | os.PathLike[str]) -> list[Path]:
         Paths of the written files, `report.md` first.
 
     Raises:
-        ValueError, OSError: as [`read_run`] does.
+        ValueError, OSError: as [`read_results`] does.
         ImportError: without matplotlib.
     """
     folder = Path(folder)
-    run = read_run(folder)
+    run = read_results(folder)
     text, pictures = _header(run) + _left_out(folder / SKIPPED), {}
     for teacher in run.teachers():
         text += f"\n## Teacher: {_teacher_title(run, teacher)}\n"
         benchmarks = run.benchmarks(teacher)
-        with_clean = [benchmark for benchmark in benchmarks if CLEAN in run.scenes(benchmark, teacher)]
+        with_clean = [benchmark for benchmark in benchmarks if CLEAN_CONDITION in run.conditions(benchmark, teacher)]
         if len(with_clean) > 1:
             text += f"\n### Top-1 accuracy on clean images, %\n\n{shift_table(run, teacher, with_clean)}"
         for benchmark in benchmarks:
@@ -167,18 +169,18 @@ def eval_results(
         every benchmark; accuracy in [0, 1], its 95 % interval among the metric's arguments.
 
     Raises:
-        ValueError: for a method or teacher without results, several teachers and none chosen; as [`read_run`].
+        ValueError: for a method or teacher without results, several teachers and none chosen; as [`read_results`].
     """
-    run = read_run(folder)
+    run = read_results(folder)
     teachers = run.teachers()
     if teacher is None and len(teachers) > 1 or teacher is not None and teacher not in teachers:
         raise ValueError(f"teacher: expected one of {teachers}, got {teacher!r}")
     teacher = teacher or teachers[0]
     results = []
     for benchmark in run.benchmarks(teacher):
-        scenes = run.scenes(benchmark, teacher)
-        for corruption in dict.fromkeys(scene[0] for scene in scenes):
-            chosen = [scene for scene in scenes if scene[0] == corruption]
+        conditions = run.conditions(benchmark, teacher)
+        for corruption in dict.fromkeys(condition[0] for condition in conditions):
+            chosen = [condition for condition in conditions if condition[0] == corruption]
             predictions = run.pooled(benchmark, teacher, method, chosen)
             if predictions is None:
                 continue
@@ -188,7 +190,7 @@ def eval_results(
                     task_type="zero-shot-image-classification",
                     dataset_type=benchmark,
                     dataset_name=run.benchmark_title(benchmark),
-                    dataset_config="default" if corruption == CLEAN[0] else corruption,
+                    dataset_config="default" if corruption == CLEAN_CONDITION[0] else corruption,
                     dataset_split=dataset_split,
                     dataset_args={
                         "severities": [severity for _, severity in chosen],
@@ -214,7 +216,7 @@ def write_model_index(folder: str | os.PathLike[str], method: str, model_name: s
     return path
 
 
-def _header(run: Run) -> str:
+def _header(run: Results) -> str:
     facts = {name: run.info.get(name) for name in ("command", "commit", "computer", "versions")}
     if isinstance(facts["versions"], Mapping):
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(facts["versions"].items()))
@@ -234,9 +236,9 @@ def _header(run: Run) -> str:
     )
 
 
-def _missing(run: Run) -> dict[str, int]:
+def _missing(run: Results) -> dict[str, int]:
     """Return method -> number of predictions missing in cells where it has some and other methods have more."""
-    union: defaultdict[Cell, set[int]] = defaultdict(set)
+    union: defaultdict[RowKey, set[int]] = defaultdict(set)
     for cell, predictions in run.predictions.items():
         union[cell._replace(method="")].update(predictions.images.tolist())
     counts = dict.fromkeys(run.methods, 0)
@@ -245,26 +247,29 @@ def _missing(run: Run) -> dict[str, int]:
     return {method: count for method, count in counts.items() if count}
 
 
-def _benchmark_section(run: Run, benchmark: str, teacher: str) -> str:
-    scenes = run.scenes(benchmark, teacher)
+def _benchmark_section(run: Results, benchmark: str, teacher: str) -> str:
+    conditions = run.conditions(benchmark, teacher)
     text = f"\n### {run.benchmark_title(benchmark)}\n"
-    if CLEAN in scenes:
+    if CLEAN_CONDITION in conditions:
         text += f"\nClean images:\n\n{clean_table(run, benchmark, teacher)}"
-    corrupted = [scene for scene in scenes if scene != CLEAN]
+    corrupted = [condition for condition in conditions if condition != CLEAN_CONDITION]
     if corrupted:
-        names = {name: [scene for scene in corrupted if scene[0] == name] for name, _ in corrupted}
+        names = {name: [condition for condition in corrupted if condition[0] == name] for name, _ in corrupted}
         columns = {name.replace("_", " "): chosen for name, chosen in names.items()}
         text += "\nTop-1 accuracy on corrupted images, %, over all severities:\n\n"
         text += corruption_table(run, benchmark, teacher, columns)
     severities = sorted({severity for _, severity in corrupted})
     if len(severities) > 1:
-        levels = {f"severity {level}": [scene for scene in corrupted if scene[1] == level] for level in severities}
+        levels = {
+            f"severity {level}": [condition for condition in corrupted if condition[1] == level]
+            for level in severities
+        }
         text += "\nThe same by severity, over all corruptions:\n\n"
         text += corruption_table(run, benchmark, teacher, levels)
     return text
 
 
-def _teacher_title(run: Run, teacher: str) -> str:
+def _teacher_title(run: Results, teacher: str) -> str:
     """Return the last part of a path or Hub name, if that is unambiguous."""
     short = [Path(name).name for name in run.teachers()]
     return Path(teacher).name if short.count(Path(teacher).name) == 1 else teacher

@@ -1,10 +1,10 @@
 """Read the result files of a run into columns.
 
-A run is a folder with `results.jsonl` (a line per image, scene and method), `costs.jsonl` (a line per batch) and
-`run.json` (what was run); [`read_run`] says what they hold. A scene is a corruption and its severity, ("none", 0) for
-clean images.
+A run is a folder with `results.jsonl` (a line per image, condition and method), `costs.jsonl` (a line per batch) and
+`run.json` (what was run); [`read_results`] says what they hold. A condition is a corruption and its severity,
+("none", 0) for clean images.
 
-Legend: N rows, one per image, scene and seed.
+Legend: N rows, one per image, condition and seed.
 """
 
 import json
@@ -22,12 +22,12 @@ import numpy as np
 from ..runs.run import check_manifest
 from .statistics import Interval, mean_interval, paired_interval
 
-Scene = tuple[str, int]
-CLEAN: Scene = ("none", 0)
+Condition = tuple[str, int]
+CLEAN_CONDITION: Condition = ("none", 0)
 _ROUNDING = 1e-5  # softmax in float32 may exceed 1
 
 
-class Cell(NamedTuple):
+class RowKey(NamedTuple):
     """Name what rows have in common: benchmark, corruption, severity, teacher, seed and method."""
 
     benchmark: str
@@ -38,7 +38,7 @@ class Cell(NamedTuple):
     method: str
 
     @property
-    def scene(self) -> Scene:
+    def condition(self) -> Condition:
         """The condition: corruption and severity."""
         return self.corruption, self.severity
 
@@ -104,7 +104,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Run:
+class Results:
     """Hold the contents of a run's files.
 
     Args:
@@ -113,8 +113,8 @@ class Run:
     """
 
     info: Mapping[str, Any]
-    predictions: Mapping[Cell, Predictions]
-    costs: Mapping[Cell, Cost]
+    predictions: Mapping[RowKey, Predictions]
+    costs: Mapping[RowKey, Cost]
 
     @property
     def methods(self) -> list[str]:
@@ -146,50 +146,54 @@ class Run:
         seen = {cell.benchmark for cell in self.predictions if cell.teacher == teacher}
         return [benchmark for benchmark in self.info["benchmarks"] if benchmark in seen]
 
-    def scenes(self, benchmark: str, teacher: str) -> list[Scene]:
-        """Return the scenes: clean first, then corruptions by name and severity."""
+    def conditions(self, benchmark: str, teacher: str) -> list[Condition]:
+        """Return the conditions: clean first, then corruptions by name and severity."""
         cells = [cell for cell in self.predictions if (cell.benchmark, cell.teacher) == (benchmark, teacher)]
-        return sorted({cell.scene for cell in cells}, key=lambda scene: (scene != CLEAN, scene))
+        return sorted(
+            {cell.condition for cell in cells}, key=lambda condition: (condition != CLEAN_CONDITION, condition)
+        )
 
-    def cells(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> list[Cell]:
-        """Return the method's cells of these scenes, all seeds; none if it lacks a scene, so that means compare."""
-        wanted, key = set(scenes), (benchmark, teacher, method)
-        cells = [x for x in self.predictions if (x.benchmark, x.teacher, x.method) == key and x.scene in wanted]
-        return sorted(cells) if {cell.scene for cell in cells} == wanted else []
+    def cells(self, benchmark: str, teacher: str, method: str, conditions: Iterable[Condition]) -> list[RowKey]:
+        """Return the method's rows of these conditions, all seeds; none if it lacks one, so that means compare."""
+        wanted, key = set(conditions), (benchmark, teacher, method)
+        cells = [x for x in self.predictions if (x.benchmark, x.teacher, x.method) == key and x.condition in wanted]
+        return sorted(cells) if {cell.condition for cell in cells} == wanted else []
 
-    def pooled(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> Predictions | None:
-        """Return a method's predictions of these scenes, all seeds together; None if it lacks one."""
-        cells = self.cells(benchmark, teacher, method, scenes)
+    def pooled(self, benchmark: str, teacher: str, method: str, conditions: Iterable[Condition]) -> Predictions | None:
+        """Return a method's predictions of these conditions, all seeds together; None if it lacks one."""
+        cells = self.cells(benchmark, teacher, method, conditions)
         return Predictions.join([self.predictions[cell] for cell in cells]) if cells else None
 
     def paired(
-        self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]
+        self, benchmark: str, teacher: str, method: str, conditions: Iterable[Condition]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Return `(N,)` each: method correct, baseline correct, and image, for rows that both have.
 
-        None without a baseline or if a scene has no such rows.
+        None without a baseline or if a condition has no such rows.
         """
-        baseline, wanted = self.baseline(method), set(scenes)
+        baseline, wanted = self.baseline(method), set(conditions)
         pairs, seen = [], set()
         for cell in self.cells(benchmark, teacher, method, wanted):
             ours, theirs = self.predictions[cell], self.predictions.get(cell._replace(method=baseline or ""))
             if theirs is not None:
                 images, at, there = np.intersect1d(ours.images, theirs.images, assume_unique=True, return_indices=True)
                 pairs.append((ours.correct[at], theirs.correct[there], images))
-                seen |= {cell.scene} if len(images) else set()
+                seen |= {cell.condition} if len(images) else set()
         if not pairs or seen != wanted:
             return None
         correct, baseline_correct, of_images = zip(*pairs, strict=True)
         return np.concatenate(correct), np.concatenate(baseline_correct), np.concatenate(of_images)
 
-    def difference(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> Interval | None:
+    def difference(
+        self, benchmark: str, teacher: str, method: str, conditions: Iterable[Condition]
+    ) -> Interval | None:
         """Return the accuracy minus the baseline's, over the rows that both have."""
-        pairs = self.paired(benchmark, teacher, method, scenes)
+        pairs = self.paired(benchmark, teacher, method, conditions)
         return None if pairs is None else paired_interval(pairs[0], pairs[1], groups=pairs[2])
 
-    def cost(self, benchmark: str, teacher: str, method: str, scenes: Iterable[Scene]) -> Cost | None:
-        """Return a method's cost over these scenes; None if any is unknown."""
-        parts = [self.costs.get(cell) for cell in self.cells(benchmark, teacher, method, scenes)]
+    def cost(self, benchmark: str, teacher: str, method: str, conditions: Iterable[Condition]) -> Cost | None:
+        """Return a method's cost over these conditions; None if any is unknown."""
+        parts = [self.costs.get(cell) for cell in self.cells(benchmark, teacher, method, conditions)]
         known = [part for part in parts if part is not None]
         if not known or len(known) < len(parts):
             return None
@@ -198,7 +202,7 @@ class Run:
         )
 
 
-def read_run(folder: str | os.PathLike[str]) -> Run:
+def read_results(folder: str | os.PathLike[str]) -> Results:
     """Read a run's three files.
 
     Args:
@@ -223,8 +227,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     _read_lines(path, lambda row, line: _rows_of(row, cells, info, _Rows).add(row, line))
     batches: dict[tuple[Any, ...], _Batches] = {}
     _read_lines(folder / "costs.jsonl", lambda row, line: _rows_of(row, batches, info, _Batches).add(row))
-    predictions = {Cell(*key): rows.predictions(path) for key, rows in cells.items()}
-    return Run(info, predictions, {Cell(*key): rows.cost() for key, rows in batches.items()})
+    predictions = {RowKey(*key): rows.predictions(path) for key, rows in cells.items()}
+    return Results(info, predictions, {RowKey(*key): rows.cost() for key, rows in batches.items()})
 
 
 class _Rows:
@@ -288,14 +292,14 @@ def _rows_of(row: Mapping[str, Any], cells: dict[tuple[Any, ...], Any], info: An
     """Return the collected rows of this row's cell; check the cell if it is new."""
     key = (row["benchmark"], row["corruption"], row["severity"], row["teacher"], row["seed"], row["method"])
     if key not in cells:
-        for name, value in zip(Cell._fields, key, strict=True):
+        for name, value in zip(RowKey._fields, key, strict=True):
             expected = int if name in ("severity", "seed") else str
             if type(value) is not expected:
                 raise ValueError(f"expected {name} to be {expected.__name__}, got {value!r}")
         for kind, value in (("methods", key[-1]), ("benchmarks", key[0])):
             if value not in info[kind]:
                 raise ValueError(f"expected one of the {kind} in run.json, {list(info[kind])}, got {value!r}")
-        if (key[1] == CLEAN[0]) != (key[2] == CLEAN[1]):
+        if (key[1] == CLEAN_CONDITION[0]) != (key[2] == CLEAN_CONDITION[1]):
             raise ValueError(f'expected the corruption "none" with severity 0 and no other, got {key[1:3]}')
         cells[key] = collect()
     return cells[key]

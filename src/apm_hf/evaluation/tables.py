@@ -2,7 +2,7 @@
 
 Methods are compared row by row with their baseline, which queries the teacher with the same views.
 
-Legend: N rows, one per image, scene and seed.
+Legend: N rows, one per image, condition and seed.
 """
 
 import math
@@ -12,28 +12,28 @@ from typing import Any
 import numpy as np
 
 from .metrics import expected_calibration_error
-from .results import CLEAN, Cost, Predictions, Run, Scene
+from .results import CLEAN_CONDITION, Condition, Cost, Predictions, Results
 from .statistics import Interval, calibration_interval, mean_interval, paired_interval
 
 FEW_IMAGES = 500  # numbers from fewer images show their interval
 NOTHING = "–"
 
 
-def clean_table(run: Run, benchmark: str, teacher: str) -> str:
+def clean_table(run: Results, benchmark: str, teacher: str) -> str:
     """Return markdown: every method's accuracy on the clean images and its cost."""
     header = ["method", "top-1, %", "95 % interval", "top-5, %", "ECE, %", "difference to its baseline, points"]
     header += ["s/image", "peak, MiB", "images", _ORACLE]
     rows = []
     for method in run.methods:
-        predictions = run.pooled(benchmark, teacher, method, [CLEAN])
+        predictions = run.pooled(benchmark, teacher, method, [CLEAN_CONDITION])
         if predictions is None:
             continue
         accuracy, num_images = predictions.accuracy(), predictions.num_images
-        num_seeds = len(run.cells(benchmark, teacher, method, [CLEAN]))
+        num_seeds = len(run.cells(benchmark, teacher, method, [CLEAN_CONDITION]))
         top5 = NOTHING  # with five classes, top-5 is always 100 %
         if run.info["benchmarks"][benchmark]["num_classes"] > 5:
             top5 = percent(mean_interval(predictions.correct_top5, groups=predictions.images), num_images)
-        cost = run.cost(benchmark, teacher, method, [CLEAN])
+        cost = run.cost(benchmark, teacher, method, [CLEAN_CONDITION])
         rows.append(
             [
                 run.method_title(method),
@@ -41,7 +41,7 @@ def clean_table(run: Run, benchmark: str, teacher: str) -> str:
                 f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
                 top5,
                 _calibration(predictions),
-                difference_cell(run.difference(benchmark, teacher, method, [CLEAN])),
+                difference_cell(run.difference(benchmark, teacher, method, [CLEAN_CONDITION])),
                 NOTHING if cost is None else f"{seconds_per_image(cost):.3g}",
                 NOTHING if cost is None else f"{cost.peak_bytes.max() / 2**20:.0f}",
                 f"{num_images:,}" + (f" x {num_seeds} seeds" if num_seeds > 1 else ""),
@@ -51,12 +51,12 @@ def clean_table(run: Run, benchmark: str, teacher: str) -> str:
     return markdown_table(header, rows)
 
 
-def shift_table(run: Run, teacher: str, benchmarks: Sequence[str]) -> str:
+def shift_table(run: Results, teacher: str, benchmarks: Sequence[str]) -> str:
     """Return markdown: top-1 on the clean images of several benchmarks, and the mean over benchmarks."""
     header = ["method", *map(run.benchmark_title, benchmarks), "mean", "difference to its baseline, points"]
     rows = []
     for method in run.methods:
-        predictions = [run.pooled(benchmark, teacher, method, [CLEAN]) for benchmark in benchmarks]
+        predictions = [run.pooled(benchmark, teacher, method, [CLEAN_CONDITION]) for benchmark in benchmarks]
         known = [part for part in predictions if part is not None]
         if not known:
             continue
@@ -68,7 +68,7 @@ def shift_table(run: Run, teacher: str, benchmarks: Sequence[str]) -> str:
                 strata=_numbered(known, lambda part: len(part.images)),
             )
             mean = percent(interval, min(part.num_images for part in known))
-        paired = [run.paired(benchmark, teacher, method, [CLEAN]) for benchmark in benchmarks]
+        paired = [run.paired(benchmark, teacher, method, [CLEAN_CONDITION]) for benchmark in benchmarks]
         pairs = [part for part in paired if part is not None]
         if len(pairs) == len(paired):
             ours, theirs, images = (np.concatenate(column) for column in zip(*pairs, strict=True))
@@ -78,20 +78,20 @@ def shift_table(run: Run, teacher: str, benchmarks: Sequence[str]) -> str:
     return markdown_table(header, rows)
 
 
-def corruption_table(run: Run, benchmark: str, teacher: str, columns: Mapping[str, Sequence[Scene]]) -> str:
-    """Return markdown: top-1 over groups of scenes, and over all of them if a method has them all.
+def corruption_table(run: Results, benchmark: str, teacher: str, columns: Mapping[str, Sequence[Condition]]) -> str:
+    """Return markdown: top-1 over groups of conditions, and over all of them if a method has them all.
 
     Args:
-        columns: title -> scenes whose predictions are pooled.
+        columns: title -> conditions whose predictions are pooled.
     """
-    all_scenes = [scene for scenes in columns.values() for scene in scenes]
+    all_conditions = [condition for conditions in columns.values() for condition in conditions]
     rows = []
     for method in run.methods:
-        predictions = [run.pooled(benchmark, teacher, method, scenes) for scenes in columns.values()]
+        predictions = [run.pooled(benchmark, teacher, method, conditions) for conditions in columns.values()]
         if all(part is None for part in predictions):
             continue
-        pooled = run.pooled(benchmark, teacher, method, all_scenes)
-        difference = difference_cell(run.difference(benchmark, teacher, method, all_scenes))
+        pooled = run.pooled(benchmark, teacher, method, all_conditions)
+        difference = difference_cell(run.difference(benchmark, teacher, method, all_conditions))
         oracle = NOTHING if pooled is None else _oracle(pooled)
         rows.append([run.method_title(method), *map(_top1, predictions), _top1(pooled), difference, oracle])
     return markdown_table(["method", *columns, "mean", "difference to its baseline, points", _ORACLE], rows)
@@ -100,7 +100,7 @@ def corruption_table(run: Run, benchmark: str, teacher: str, columns: Mapping[st
 _ORACLE = "oracle step (unattainable)"
 
 
-def methods_table(run: Run) -> str:
+def methods_table(run: Results) -> str:
     """Format the table of methods: title, name, views, baseline, options."""
     rows = []
     for method, entry in run.info["methods"].items():
