@@ -403,7 +403,8 @@ def test_colour_targets_are_the_pictures_own_colours_in_the_order_of_the_pixels(
     processor = APMImageProcessorPil(**PIXELS, **options)
     inputs = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
     teacher_pixels = noise(1, 3, TEACHER_SIZE, TEACHER_SIZE, seed=0)
-    targets, _, grid = TargetMaker(clip, processor)({"pixel_values": inputs, "teacher_pixel_values": teacher_pixels})
+    targets = TargetMaker(clip, processor)({"pixel_values": inputs, "teacher_pixel_values": teacher_pixels})
+    grid = targets.grid
     assert grid == GRID and targets.rgb.shape == (1, 16, 3)
     expected = torch.tensor([(255, 51, 0), (0, 204, 102), (26, 0, 230), (0, 0, 0)]) / 255
     if options.get("do_flip_channel_order"):
@@ -415,7 +416,8 @@ def test_colour_targets_are_the_pictures_own_colours_in_the_order_of_the_pixels(
 def test_targets_are_what_the_teacher_says_row_major(clip):
     pixels = noise(2, 3, TEACHER_SIZE, TEACHER_SIZE, seed=0)
     batch = {"pixel_values": noise(2, 3, STUDENT_SIZE, STUDENT_SIZE, seed=1), "teacher_pixel_values": pixels}
-    targets, _, grid = TargetMaker(clip, APMImageProcessorPil(**PIXELS))(batch)
+    targets = TargetMaker(clip, APMImageProcessorPil(**PIXELS))(batch)
+    grid = targets.grid
     answer = clip.encode_images(pixel_values=pixels)
     assert grid == GRID and torch.equal(targets.image_embeds, answer.image_embeds)
     assert torch.equal(targets.features[:, 6], answer.features[:, 1, 2])
@@ -425,7 +427,8 @@ def test_targets_are_what_the_teacher_says_row_major(clip):
 def test_targets_in_the_batch_come_before_the_teachers(clip):
     cache = random_targets(2, grid=(2, 3))
     batch = torch.utils.data.default_collate([cache[0], cache[1]])
-    targets, _, grid = TargetMaker(clip, APMImageProcessorPil(**PIXELS))(batch)
+    targets = TargetMaker(clip, APMImageProcessorPil(**PIXELS))(batch)
+    grid = targets.grid
     assert grid == (2, 3) and torch.equal(targets.features, cache.features.flatten(1, 2))
     assert torch.equal(targets.image_embeds, cache.image_embeds)
     assert targets.rgb.shape == (2, 6, 3)

@@ -509,7 +509,7 @@ def test_losses_at_kept_places_are_the_live_ones_at_the_same_places(teacher, ima
     live_batch, _, live, _ = losses_of(images, teacher, place, layers=[2], **student_levels)
     main, _ = live.head_targets(live_batch)
     assert torch.equal(batch["pixel_values"], live_batch["pixel_values"])
-    coordinates, targets = grid_coordinates(TEACHER_GRID, TEACHER_GRID), main.targets
+    coordinates, targets = grid_coordinates(TEACHER_GRID, TEACHER_GRID), main
     errors = {"grid": [], "rgb": [], "level": []}
     for row in range(NUM_IMAGES):  # one image after the other, with no cache
         places = cache[row]["locations"]

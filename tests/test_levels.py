@@ -78,7 +78,8 @@ def test_targets_of_levels_are_the_teachers_layers_each_token_normalised(clip):
     seen = noise(2, 3, TEACHER_SIZE, TEACHER_SIZE)
     batch = {"pixel_values": noise(2, 3, STUDENT_SIZE, STUDENT_SIZE, seed=1), "teacher_pixel_values": seen}
     image_processor = matching_image_processor(clip, STUDENT_SIZE)
-    targets, coordinates, _ = TargetMaker(clip, image_processor, layers=[0, 2])(batch)
+    targets = TargetMaker(clip, image_processor, layers=[0, 2])(batch)
+    coordinates = targets.coordinates
     assert coordinates is None
     layers = clip.encode_images(pixel_values=seen, layers=[0, 2]).levels  # (B, N, rows, cols, C)
     token = layers[1, 1, 2, 3]
@@ -90,7 +91,8 @@ def test_a_moved_teacher_is_asked_about_a_moved_image_and_the_student_where_its_
     seen = noise(2, 3, TEACHER_SIZE, TEACHER_SIZE)
     batch = {"pixel_values": noise(2, 3, STUDENT_SIZE, STUDENT_SIZE, seed=1), "teacher_pixel_values": seen}
     maker = TargetMaker(clip, matching_image_processor(clip, STUDENT_SIZE))
-    targets, coordinates, grid = maker(batch, shift=(0.25, -0.5))
+    targets = maker(batch, shift=(0.25, -0.5))
+    coordinates, grid = targets.coordinates, targets.grid
     answer = clip.encode_images(pixel_values=moved(seen, 0.25 * TEACHER_PATCH, -0.5 * TEACHER_PATCH))
     assert torch.equal(targets.features, answer.features.flatten(1, 2))
     # Row 1, column 2 of 4 x 4 patches, a quarter of a patch further down, half a patch further left.

@@ -349,9 +349,9 @@ def test_a_teacher_is_shown_as_many_images_at_a_time_as_it_is_told(tmp_path):
         "teacher_pixel_values": torch.randn(7, 3, 32, 32, generator=generator),
     }
     processor = APMImageProcessorPil(size={"height": 24, "width": 24})
-    parts = TargetMaker(teacher, processor, layers=[0, 1, 2], teacher_batch_size=3)(batch).targets
+    parts = TargetMaker(teacher, processor, layers=[0, 1, 2], teacher_batch_size=3)(batch)
     assert shown == [3, 3, 1]
-    whole = TargetMaker(teacher, processor, layers=[0, 1, 2])(batch).targets
+    whole = TargetMaker(teacher, processor, layers=[0, 1, 2])(batch)
     assert shown == [3, 3, 1, 7]
     for name in ("image_embeds", "features", "levels"):
         assert torch.allclose(getattr(parts, name), getattr(whole, name), atol=1e-6), name

@@ -22,7 +22,7 @@ from apm_hf.distillation import DistillationConfig, distill, matching_image_proc
 from apm_hf.distillation import recipe as training
 from apm_hf.distillation.feature_statistics import RunningStatistics, set_statistics
 from apm_hf.distillation.losses import DistillationTargets, LossWeights, distillation_losses
-from apm_hf.distillation.targets import HeadTargets, TargetMaker, query_heads
+from apm_hf.distillation.targets import TargetMaker, query_heads
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.teachers.dense_grids import moved
@@ -537,7 +537,8 @@ def test_an_additional_teacher_reads_the_moved_image_and_its_head_is_queried_whe
     batch |= {name: noise(2, 3, 32, 32) for name in ("teacher_pixel_values", "teacher_pixel_values.loud")}
     loud = Loud(classifier)
     questions = TargetMaker(clip, PROCESSOR, teachers={"loud": loud}).additional(batch, shift=(0.25, -0.5))
-    (targets, coordinates, grid) = questions["loud"]
+    targets = questions["loud"]
+    coordinates, grid = targets.coordinates, targets.grid
     seen = moved(batch["teacher_pixel_values.loud"], 0.25 * 16, -0.5 * 16)
     assert torch.equal(targets.features, loud.encode_images(pixel_values=seen).features.flatten(1, 2))
     assert grid == (2, 2) and targets.rgb is targets.levels is None
@@ -549,10 +550,8 @@ def test_every_head_is_asked_where_its_own_teachers_patches_are(grids):
     model, pixels = small_model(teacher_heads=HEADS), small_images()
     sizes = (16, 24, 5)
     main, wide, plain = (
-        HeadTargets(
-            DistillationTargets(noise(2, size), noise(2, grid[0] * grid[1], size), noise(2, grid[0] * grid[1], 3)),
-            None,
-            grid,
+        DistillationTargets(
+            noise(2, size), noise(2, grid[0] * grid[1], size), noise(2, grid[0] * grid[1], 3), grid=grid
         )
         for size, grid in zip(sizes, grids, strict=True)
     )

@@ -365,15 +365,13 @@ class _Distillation:
         metrics: dict[str, ValidationMetrics] = {}
         for index, batch in enumerate(self.validation_loader):
             predictions = self.objective.predict(self.student, batch)
-            found = {
-                name: ValidationMetrics.statistics(one, head.targets) for name, (one, head) in predictions.items()
-            }
+            found = {name: ValidationMetrics.statistics(*pair) for name, pair in predictions.items()}
             found = self.skipped.sift_figures(found, batch, self.accelerator.gather_for_metrics, step)
             for name, gathered in found.items():
                 metrics.setdefault(name, ValidationMetrics()).add(gathered)
             if index == 0 and self.config.num_pictures and self.accelerator.is_main_process:
-                outputs, (targets, _, grid) = predictions[MAIN]
-                picture = validation_picture(outputs, targets, grid, num_images=self.config.num_pictures)
+                outputs, targets = predictions[MAIN]
+                picture = validation_picture(outputs, targets, targets.grid, num_images=self.config.num_pictures)
                 path = self.output_dir / "pictures" / f"step_{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
                 picture.save(path)

@@ -24,15 +24,20 @@ class DistillationTargets:
         features: `(B, L, F)`.
         rgb: `(B, L, 3)`, in [0, 1], of the main teacher.
         levels: `(B, L, N, C)`, normalised by [`normalise_levels`], where the student predicts levels.
+        grid: (rows, cols) of the teacher's patches, row-major, at or between which the locations lie.
+        coordinates: (y, x) of the locations, `(L, 2)`, or `(B, L, 2)` where images have different ones; None for the
+            centres of the grid.
     """
 
     image_embeds: Tensor
     features: Tensor
     rgb: Tensor | None = None
     levels: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
+    coordinates: Tensor | None = None
 
     def at(self, locations: Tensor | None) -> "DistillationTargets":
-        """Select the locations with these indices `(L',)`; None keeps all."""
+        """Select what losses compare of the locations with these indices `(L',)`; None keeps all."""
         if locations is None:
             return self
         rgb, levels = (None if x is None else x[:, locations] for x in (self.rgb, self.levels))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..configuration_apm import APMConfig
 from ..modeling_apm import APMModelOutput
-from .losses import LossWeights, distillation_losses
-from .targets import HeadTargets, TargetMaker, query_heads
+from .losses import DistillationTargets, LossWeights, distillation_losses
+from .targets import TargetMaker, query_heads
 
 MAIN = ""  # the main head's name among those of additional teachers
 
@@ -56,7 +56,7 @@ class Objective:
 
     def head_targets(
         self, batch: dict[str, Tensor], shift: tuple[float, float] = (0.0, 0.0)
-    ) -> tuple[HeadTargets, dict[str, HeadTargets]]:
+    ) -> tuple[DistillationTargets, dict[str, DistillationTargets]]:
         """Return the targets of the main head, and of additional heads by name.
 
         Args:
@@ -66,14 +66,14 @@ class Objective:
             ValueError: for targets that are missing, or not as wide as the student's features.
         """
         main, additional = self.targets(batch, shift=shift), self.targets.additional(batch, shift=shift)
-        for name, head_targets in {MAIN: main, **additional}.items():
-            wanted = head_targets.targets.features.shape[-1]
+        for name, one in {MAIN: main, **additional}.items():
+            wanted = one.features.shape[-1]
             size = self.architecture.teacher_head(name)["feature_size"]
             if wanted != size:
                 head = f" of head {name!r}" if name else ""
                 raise ValueError(f"feature_size{head}: expected the targets' {wanted}, got {size}")
         num_levels = self.architecture.num_levels
-        if num_levels and main.targets.levels is None and self.weights.level:
+        if num_levels and main.levels is None and self.weights.level:
             raise ValueError(
                 f"levels: expected targets for the student's {num_levels} levels, got none; give level_layers, or "
                 "level_weight=0 to leave them as they are"
@@ -95,7 +95,7 @@ class Objective:
             main, additional = self.head_targets(batch, shift)
         pixel_values = batch["pixel_values"]
         locations: dict[tuple[int, int], Tensor] = {}
-        grids = {one.grid: one.targets.features.shape[1] for one in (main, *additional.values())}
+        grids = {one.grid: one.features.shape[1] for one in (main, *additional.values())}
         for grid, num_targets in grids.items():
             if self.num_locations is not None and self.num_locations < num_targets:
                 drawn = torch.randperm(num_targets, generator=generator)[: self.num_locations]
@@ -109,7 +109,7 @@ class Objective:
             losses |= {f"{name}/{loss}": value for loss, value in own.items()}
         return losses
 
-    def predict(self, student: Any, batch: dict[str, Tensor]) -> dict[str, tuple[APMModelOutput, HeadTargets]]:
+    def predict(self, student: Any, batch: dict[str, Tensor]) -> dict[str, tuple[APMModelOutput, DistillationTargets]]:
         """Return every head's outputs at all patches of its teacher, beside their targets; the main head is `MAIN`."""
         main, additional = self.head_targets(batch)
         outputs, others = query_heads(student, batch["pixel_values"], main, additional, {})
@@ -118,8 +118,7 @@ class Objective:
     def not_finite(self, batch: dict[str, Tensor]) -> str | None:
         """Say for which images a teacher's outputs are not finite, by `index` if the batch has it; None for none."""
         main, additional = self.head_targets(batch)
-        for name, head in {MAIN: main, **additional}.items():
-            targets = head.targets
+        for name, targets in {MAIN: main, **additional}.items():
             finite = targets.image_embeds.isfinite().all(dim=1) & targets.features.isfinite().flatten(1).all(dim=1)
             if not finite.all():
                 places = (~finite).nonzero().flatten()
@@ -131,18 +130,20 @@ class Objective:
     def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return by head what statistics are measured on: the teachers' patches or, if only they count, embeddings."""
         main, additional = self.head_targets(batch)
-        targets = {name: head.targets for name, head in {MAIN: main, **additional}.items()}
-        return {name: one.features if self.weights.grid else one.image_embeds for name, one in targets.items()}
+        return {
+            name: one.features if self.weights.grid else one.image_embeds
+            for name, one in {MAIN: main, **additional}.items()
+        }
 
     def _losses(
         self,
         name: str,
         outputs: APMModelOutput,
-        head: HeadTargets,
+        head: DistillationTargets,
         locations: dict[tuple[int, int], Tensor],
         weights: LossWeights,
     ) -> dict[str, Tensor]:
-        targets = head.targets.at(locations.get(head.grid))
+        targets = head.at(locations.get(head.grid))
         std = self.architecture.teacher_head(name)["feature_std"]
         if std is not None:
             std = torch.tensor(std, dtype=torch.float32, device=targets.features.device)

@@ -12,7 +12,7 @@ Legend: B images, L locations, N levels, C width of a level, F feature width, (r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,21 +23,6 @@ from ..teachers import Teacher, TeacherOutput
 from ..teachers.dense_grids import moved
 from ..teachers.targets import normalise_levels, rgb_targets
 from .losses import DistillationTargets
-
-
-class HeadTargets(NamedTuple):
-    """Hold the targets of one head, and where they lie.
-
-    Args:
-        targets: at every patch of the head's teacher, row-major, or at those that a cache holds.
-        coordinates: (y, x) of the patches' centres, `(L, 2)`, or `(B, L, 2)` where images have different locations;
-            None for the plain grid.
-        grid: the teacher's, (rows, cols).
-    """
-
-    targets: DistillationTargets
-    coordinates: Tensor | None
-    grid: tuple[int, int]
 
 
 class TargetMaker:
@@ -73,7 +58,7 @@ class TargetMaker:
         self.mean = torch.tensor([mean[i] for i in order])
         self.std = torch.tensor([std[i] for i in order])
 
-    def __call__(self, batch: dict[str, Tensor], *, shift: tuple[float, float] = (0.0, 0.0)) -> HeadTargets:
+    def __call__(self, batch: dict[str, Tensor], *, shift: tuple[float, float] = (0.0, 0.0)) -> DistillationTargets:
         """Return the targets of the main head.
 
         Args:
@@ -86,11 +71,11 @@ class TargetMaker:
         rgb = rgb_targets(pixels, rows, cols, mean=self.mean.to(pixels.device), std=self.std.to(pixels.device))
         if "locations" in batch:
             rgb = rgb.take_along_dim(batch["locations"].to(rgb.device)[..., None], dim=1)  # (B, L, 3)
-        return main._replace(targets=replace(main.targets, rgb=rgb))
+        return replace(main, rgb=rgb)
 
     def additional(
         self, batch: dict[str, Tensor], *, shift: tuple[float, float] = (0.0, 0.0)
-    ) -> dict[str, HeadTargets]:
+    ) -> dict[str, DistillationTargets]:
         """Return the targets of the additional heads by name, without colours and levels.
 
         Heads are left out whose teacher is missing, unless the batch carries their targets.
@@ -103,7 +88,7 @@ class TargetMaker:
 
     def _head_targets(
         self, batch: dict[str, Tensor], teacher: Teacher | None, suffix: str, shift: tuple[float, float]
-    ) -> HeadTargets:
+    ) -> DistillationTargets:
         device, layers = batch["pixel_values"].device, None if suffix else self.layers
         levels = None if suffix else batch.get("levels")
         if f"features{suffix}" in batch:
@@ -130,18 +115,24 @@ class TargetMaker:
         features = features.flatten(1, 2).to(device)  # (B, rows, cols, F) -> (B, L, F)
         if levels is not None:
             levels = levels.flatten(2, 3).transpose(1, 2).to(device)  # (B, N, rows, cols, C) -> (B, L, N, C)
-        targets = DistillationTargets(image_embeds.to(device), features, levels=levels)
-        return HeadTargets(targets, coordinates, (rows, cols))
+        return DistillationTargets(
+            image_embeds.to(device), features, levels=levels, grid=(rows, cols), coordinates=coordinates
+        )
 
 
-def _at_locations(batch: dict[str, Tensor], levels: Tensor | None, device: torch.device) -> HeadTargets:
+def _at_locations(batch: dict[str, Tensor], levels: Tensor | None, device: torch.device) -> DistillationTargets:
     """Return the targets of a batch that carries them for some locations of each image only."""
     rows, cols = batch["grid"][0].tolist()
     coordinates = grid_coordinates(rows, cols, device=device)[batch["locations"].to(device)]  # (B, L, 2)
     if levels is not None:
         levels = levels.transpose(1, 2).to(device)  # (B, N, L, C) -> (B, L, N, C)
-    targets = DistillationTargets(batch["image_embeds"].to(device), batch["features"].to(device), levels=levels)
-    return HeadTargets(targets, coordinates, (rows, cols))
+    return DistillationTargets(
+        batch["image_embeds"].to(device),
+        batch["features"].to(device),
+        levels=levels,
+        grid=(rows, cols),
+        coordinates=coordinates,
+    )
 
 
 def _joined(outputs: Sequence[TeacherOutput], name: str) -> Tensor:
@@ -178,8 +169,8 @@ def query_student(
 def query_heads(
     student: Any,
     pixel_values: Tensor,
-    main: HeadTargets,
-    additional: Mapping[str, HeadTargets],
+    main: DistillationTargets,
+    additional: Mapping[str, DistillationTargets],
     locations: Mapping[tuple[int, int], Tensor],
 ) -> tuple[APMModelOutput, dict[str, APMModelOutput]]:
     """Query all heads in one pass, each where its own targets lie; teachers with the same grid share locations.
@@ -206,7 +197,7 @@ def query_heads(
         where = {"coordinates": main.coordinates, "locations": locations.get(main.grid)}
     else:
         where = {"coordinates": torch.cat(places)}
-    outputs = query_student(student, pixel_values, main.targets, main.grid, heads=list(additional), **where)
+    outputs = query_student(student, pixel_values, main, main.grid, heads=list(additional), **where)
     others = {}
     for name, head in additional.items():
         assert outputs.teacher_features is not None and outputs.teacher_embeds is not None
