@@ -32,7 +32,7 @@ from ..runs.processes import process_state
 from ..runs.run import Run
 from ..teachers.dense_grids import encode_densely
 from .plan import short_name
-from .tables import markdown_table
+from .tables import NOTHING, facts_list, interval_cell, markdown_table
 
 logger = logging.get_logger(__name__)
 
@@ -219,18 +219,13 @@ def _r2(
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    def cell(found: Mapping[str, float] | None, sign: str = "") -> str:
-        if found is None:
-            return ""
-        return " ".join((f"{found['mean']:{sign}.3f}", f"[{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"))
-
     lines = [
         [
             row["title"],
-            cell(row["r2"]),
-            *(cell(row["above"].get(other), "+") for other in ("bilinear", "ridge")),
-            f"{row['gflop']:.2f}" if "gflop" in row else "",
-            f"{row['seconds']:.3f}" if "seconds" in row else "",
+            interval_cell(row["r2"]),
+            *(interval_cell(row["above"].get(other), signed=True) for other in ("bilinear", "ridge")),
+            f"{row['gflop']:.2f}" if "gflop" in row else NOTHING,
+            f"{row['seconds']:.3f}" if "seconds" in row else NOTHING,
         ]
         for row in rows.values()
     ]
@@ -238,7 +233,5 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _facts(results: Mapping[str, Any]) -> str:
-    names = ("command", "commit", "computer", "teacher", "model", "data", "photos", "grid", "seed")
-    facts = {name: results[name] for name in names if results[name] not in (None, "")}
-    facts["versions"] = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
-    return "".join(f"* {name}: `{value}`\n" for name, value in facts.items())
+    names = ("command", "commit", "computer", "teacher", "model", "data", "photos", "grid", "seed", "versions")
+    return facts_list({name: results[name] for name in names})

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ from ..runs.unreadable_images import SKIPPED
 from .plots import Curve, Panels, draw_cost, draw_reliability, draw_severity, draw_steps
 from .results import CLEAN_CONDITION, Condition, Results, RowKey, read_results
 from .statistics import Interval
-from .tables import FEW_IMAGES, NOTHING, clean_table, corruption_table, methods_table, seconds_per_image, shift_table
+from .tables import (
+    FEW_IMAGES,
+    NOTHING,
+    clean_table,
+    corruption_table,
+    facts_list,
+    methods_table,
+    seconds_per_image,
+    shift_table,
+)
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
@@ -217,10 +226,7 @@ def write_model_index(folder: str | os.PathLike[str], method: str, model_name: s
 
 
 def _header(run: Results) -> str:
-    facts = {name: run.info.get(name) for name in ("command", "commit", "computer", "versions")}
-    if isinstance(facts["versions"], Mapping):
-        facts["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(facts["versions"].items()))
-    lines = "".join(f"* {name}: `{value}`\n" for name, value in facts.items() if value)
+    lines = facts_list({name: run.info.get(name) for name in ("command", "commit", "computer", "versions")})
     missing = "".join(
         f"* Incomplete: {run.method_title(method)} lacks {count:,} predictions that another method has.\n"
         for method, count in _missing(run).items()

@@ -152,6 +152,26 @@ def _numbered(parts: Sequence[Any], length: Callable[[Any], int]) -> np.ndarray:
     return np.repeat(np.arange(len(parts)), [length(part) for part in parts])
 
 
+def interval_cell(found: Mapping[str, float] | None, *, signed: bool = False) -> str:
+    """Format `mean`, `low` and `high` with three decimals."""
+    if found is None:
+        return NOTHING
+    # Adding 0.0 makes -0.0 positive.
+    mean, low, high = (round(found[name], 3) + 0.0 for name in ("mean", "low", "high"))
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if signed else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def facts_list(facts: Mapping[str, Any]) -> str:
+    """List facts about a run, without those that are None or empty."""
+    texts = {
+        name: ", ".join(f"{key} {number}" for key, number in sorted(value.items()))
+        if isinstance(value, Mapping)
+        else value
+        for name, value in facts.items()
+    }
+    return "".join(f"* {name}: `{value}`\n" for name, value in texts.items() if value not in (None, ""))
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a table without the columns that are empty."""
     columns = [0, *(at for at in range(1, len(header)) if any(row[at] != NOTHING for row in rows))]

@@ -8,7 +8,7 @@ from typing import Any
 from ...islands.figures import load_matplotlib, png_bytes
 from ...runs.files import write_atomically
 from ..plots import COLOURS
-from ..tables import NOTHING, markdown_table
+from ..tables import NOTHING, facts_list, interval_cell, markdown_table
 from .datasets import LEVELS
 from .probing import BOUNDARY, PROBES
 from .summary import CONTROLS, MEASURES, NEAR
@@ -89,14 +89,13 @@ def draw_bars(title: str, summary: Mapping[str, Any]) -> bytes:
 
 def _facts(results: Mapping[str, Any]) -> str:
     ttt = {name: value for name, value in results["settings"]["ttt"].items() if value is not None and name != "start"}
-    facts = {name: results[name] for name in ("command", "commit", "computer", "teacher", "model")}
-    facts["versions"] = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
+    facts = {name: results[name] for name in ("command", "commit", "computer", "teacher", "model", "versions")}
     facts["TTT"] = f"targets {results['ttt_factor']} x the teacher's grid, " + ", ".join(
         f"{name}={value}" for name, value in ttt.items()
     )
     facts["seed"] = results["settings"]["seed"]
     facts["skipped, unreadable"] = results["skipped_images"] or None
-    return "".join(f"* {name}: `{value}`\n" for name, value in facts.items() if value not in (None, ""))
+    return facts_list(facts)
 
 
 def _section(name: str, summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -134,7 +133,7 @@ def _section(name: str, summary: Mapping[str, Any], settings: Mapping[str, Any])
 
 def _scores(summary: Mapping[str, Any], level: str) -> str:
     rows = [
-        [row["title"], *(_interval(row[level][measure]) for measure in MEASURES), f"{row[level]['num_found']:.1f}"]
+        [row["title"], *(interval_cell(row[level][measure]) for measure in MEASURES), f"{row[level]['num_found']:.1f}"]
         for row in summary["rows"].values()
         if row.get(level)
     ]
@@ -145,8 +144,8 @@ def _probes(summary: Mapping[str, Any]) -> str:
     rows = [
         [
             row["title"],
-            *(text for kind in PROBES for text in (_interval(row.get(kind)), _accuracy(row.get(kind)))),
-            _interval(row.get(NEAR)),
+            *(text for kind in PROBES for text in (interval_cell(row.get(kind)), _accuracy(row.get(kind)))),
+            interval_cell(row.get(NEAR)),
         ]
         for row in summary["rows"].values()
         if any(kind in row for kind in PROBES)
@@ -167,7 +166,7 @@ def _comparisons(summary: Mapping[str, Any]) -> str:
     }
     compared = summary["comparisons"]
     rows = [
-        [title, *(_interval(found["differences"].get(key), signed=True) for found in compared.values())]
+        [title, *(interval_cell(found["differences"].get(key), signed=True) for found in compared.values())]
         for key, title in differences.items()
     ]
     for key, title in ratios.items():
@@ -177,7 +176,7 @@ def _comparisons(summary: Mapping[str, Any]) -> str:
     table = markdown_table(["", *(summary["rows"][name]["title"] for name in compared)], known)
     if not (above := compared.get("apm", {}).get("above_ridge")):
         return table
-    rows = [[title, _interval(above[key], signed=True)] for key, title in differences.items() if key in above]
+    rows = [[title, interval_cell(above[key], signed=True)] for key, title in differences.items() if key in above]
     return f"{table}\nThe APM above the ridge regression:\n\n{markdown_table(['', 'APM above ridge'], rows)}"
 
 
@@ -186,21 +185,13 @@ def _agreement(summary: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{found['whose']}, {found['level']}",
-            *(_interval(found[name]) for name in ("neighbours", "distant", "neighbours_fine")),
+            *(interval_cell(found[name]) for name in ("neighbours", "distant", "neighbours_fine")),
             f"{found['effective_rank']:.1f} / {found['max_effective_rank']:.0f}",
             f"{found['mean_pairwise_cosine']:.3f}",
         ]
         for found in summary["agreement"]
     ]
     return markdown_table(header, rows)
-
-
-def _interval(found: Mapping[str, float] | None, *, signed: bool = False) -> str:
-    if found is None:
-        return NOTHING
-    # Adding 0.0 makes -0.0 positive.
-    mean, low, high = (round(found[name], 3) + 0.0 for name in ("mean", "low", "high"))
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if signed else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _accuracy(found: Mapping[str, float] | None) -> str:
