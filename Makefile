@@ -4,6 +4,10 @@ BIN := .venv/bin
 # A folder of local wheels, where pip is configured with one (uv does not read pip's configuration).
 export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo "$$PIP_FIND_LINKS")
 
+# Python caches what it compiles, even where the environment says otherwise: importing torch and transformers takes about
+# twice as long without, and the tests start many processes.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Quantisation libraries that some tests load in processes of their own.
 APART := torchao bitsandbytes
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -133,3 +134,18 @@ def loss_of(outputs: ModelOutput) -> Tensor:
     values = tensors(outputs).values()
     dtype = torch.promote_types(torch.float32, next(iter(values)).dtype)
     return torch.stack([value.to(dtype).square().mean() for value in values]).sum()
+
+
+def linears(model: PreTrainedModel) -> list[str]:
+    """Return the names of the layers that libraries find; all matrices of the model belong to them."""
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    assert matrices == {f"{name}.weight" for name in found}
+    return found
+
+
+def assert_alike(outputs: ModelOutput, expected: ModelOutput) -> None:
+    """Features and pooled features point where those of the whole model do, and are not the very same."""
+    for name in ("last_hidden_state", "pooler_output"):
+        assert F.cosine_similarity(outputs[name], expected[name], dim=-1).min() > 0.99, name
+        assert not torch.equal(outputs[name], expected[name]), f"{name}: nothing was quantised"

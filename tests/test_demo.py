@@ -34,7 +34,7 @@ def run(tmp_path_factory):
         return distilled
 
     config = DemoConfig(
-        output_dir=str(tmp_path_factory.mktemp("demo") / "apm"), max_steps=160, num_images=768, num_test_images=24
+        output_dir=str(tmp_path_factory.mktemp("demo") / "apm"), max_steps=100, num_images=768, num_test_images=24
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "distill", recorded)

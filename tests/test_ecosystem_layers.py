@@ -18,22 +18,24 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from optimum import quanto
 from torch import nn
-from torch.nn import functional as F
 from transformers import QuantoConfig
 
 from apm_hf import APMModel
-from fixtures_ecosystem import HEADS, MODELS, assert_same, build, inputs_for, labels_for, loss_of, tensors
+from fixtures_ecosystem import (
+    HEADS,
+    MODELS,
+    assert_alike,
+    assert_same,
+    build,
+    inputs_for,
+    labels_for,
+    linears,
+    loss_of,
+    tensors,
+)
 from naive_apm import assert_close, random_coordinates
 
 HERE = Path(__file__).parent
-
-
-def linears(model):
-    """Return the names of the layers that libraries find; all matrices of the model belong to them."""
-    found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}
-    assert matrices == {f"{name}.weight" for name in found}
-    return found
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------
@@ -91,13 +93,6 @@ def test_an_adapter_of_a_head_is_saved_and_loaded_with_it(tmp_path):
 
 
 # --- quantisation -------------------------------------------------------------------------------------------------
-
-
-def assert_alike(outputs, expected):
-    """Features and pooled features point where those of the whole model do, and are not the very same."""
-    for name in ("last_hidden_state", "pooler_output"):
-        assert F.cosine_similarity(outputs[name], expected[name], dim=-1).min() > 0.99, name
-        assert not torch.equal(outputs[name], expected[name]), f"{name}: nothing was quantised"
 
 
 @torch.no_grad()
@@ -178,8 +173,7 @@ import traceback
 import torch
 from torch import nn
 from apm_hf import APMModel
-from fixtures_ecosystem import assert_same, build, inputs_for
-from test_ecosystem_layers import assert_alike, linears
+from fixtures_ecosystem import assert_alike, assert_same, build, inputs_for, linears
 
 folder = sys.argv[1]
 model = build("rich")

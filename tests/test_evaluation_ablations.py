@@ -5,8 +5,10 @@ import io
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -298,11 +300,13 @@ def test_the_global_random_state_is_left_alone(task):
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-def test_the_script_runs_on_the_embedded_teacher_and_scenes(tmp_path):
+def test_the_script_runs_on_the_embedded_teacher_and_scenes(tmp_path, monkeypatch):
     path = BENCHMARKS / "ablations.py"
     spec = importlib.util.spec_from_file_location("ablations_script", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    paper = partial(script.TTTConfig.preset, steps=5)  # instead of 20; 5 is one of the levels
+    monkeypatch.setattr(script, "TTTConfig", SimpleNamespace(preset=paper))
     arguments = ["--preset", "tiny", "--num_images", "6", "--output_dir", str(tmp_path)]
     results = script.run(script.parse(arguments))
     assert {variant.factor for variant, _ in results} == set(FACTORS)

@@ -182,7 +182,7 @@ def test_more_regions_than_locations_are_refused_before_anything_is_written(tmp_
     assert not list(tmp_path.iterdir())
 
 
-def film(folder, steps=12):
+def film(folder, steps=5):
     config = IslandsConfig(size=12, heights=(2, 3, 5))
     movie = IslandsMovie(photo(0), pixels(), teachers(), steps, config=config)
     fitted = fit_photo(machine(), pixels(), teachers()[None], None, steps=steps, on_step=movie.on_step)
@@ -193,7 +193,7 @@ def film(folder, steps=12):
 def test_the_movie_runs_from_the_first_step_to_the_fitted_machine(tmp_path):
     movie, files = film(tmp_path / "first")
     steps = [frame.step for frame in movie.frames]
-    assert steps[0] == 0 and steps[-1] == 12 and steps == sorted(set(steps))
+    assert steps[0] == 0 and steps[-1] == 5 and steps == sorted(set(steps)) and len(steps) > 3
     assert [labels.max() + 1 for labels in movie.cuts()[-1]] == [2, 3, 5]
     assert [path.name for path in files][:1] == ["islands.gif"]
     with Image.open(files[0]) as gif:

@@ -787,20 +787,3 @@ def test_compiled_code_gives_equal_answers_and_gradients(coordinates):
         if gradient.abs().max() > 1e-2:
             assert_close(actual[f"_orig_mod.{name}"], gradient, 1e-4)
     assert_same_answers(compiled(small_images(), coordinates), model(small_images(), coordinates))
-
-
-@pytest.mark.parametrize("shape", [None, (5,), (2, 5)], ids=["grid", "shared", "per image"])
-def test_exports_with_any_number_of_images_and_locations(shape):
-    model = small_model(local_patch=True, local_patch_scales=[1, 2], pooling="attention")
-    batch, locations = (torch.export.Dim(name, min=1) for name in ("batch", "locations"))
-    inputs, free = {"pixel_values": small_images()}, {"pixel_values": {0: batch}}
-    if shape is not None:
-        inputs["coordinates"] = random_coordinates(*shape)
-        free["coordinates"] = {0: locations} if len(shape) == 1 else {0: batch, 1: locations}
-    with torch.no_grad():
-        program = torch.export.export(model, (), inputs, dynamic_shapes=free, strict=False).module()
-        for batch_size, num_locations in [(1, 1), (3, 7), (4, 9)]:
-            inputs["pixel_values"] = small_images(batch_size)
-            if shape is not None:
-                inputs["coordinates"] = random_coordinates(*[batch_size] * (len(shape) - 1), num_locations)
-            assert_same_answers(program(**inputs), model(**inputs))

@@ -45,6 +45,12 @@ def here(monkeypatch, tmp_path_factory):
     logging.getLogger("apm_hf").setLevel(level)
 
 
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Leave out the card's picture, which takes longer than all the rest of so short a run."""
+    monkeypatch.setattr(training, "_draw_card_picture", lambda *inputs: None)
+
+
 def forget_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -102,7 +108,7 @@ def assert_card_without_paths(folder, *places):
         assert str(path) not in text, "the card names a path of this machine"
 
 
-def test_a_stream_in_bfloat16_with_passes_and_checkpoints(here, place, tmp_path):
+def test_a_stream_in_bfloat16_with_passes_and_checkpoints(here, no_picture, place, tmp_path):
     settings = {"streaming": True, "mixed_precision": "bf16", "gradient_accumulation_steps": 2, "checkpoint_steps": 2}
     assert distilled(flags(place, tmp_path / "run", batch_size=4, **settings)) == 0
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
@@ -111,7 +117,9 @@ def test_a_stream_in_bfloat16_with_passes_and_checkpoints(here, place, tmp_path)
     assert_card_without_paths(tmp_path / "run", tmp_path, place)
 
 
-def test_the_same_command_gives_the_same_model_however_its_flags_are_written(here, place, tmp_path, caplog, capfd):
+def test_the_same_command_gives_the_same_model_however_its_flags_are_written(
+    here, no_picture, place, tmp_path, caplog, capfd
+):
     assert distilled(flags(place, tmp_path / "first", max_steps=2), "--json", "--quiet") == 0
     told = json.loads(capfd.readouterr().out)
     assert set(told) == set(distill.RESULT)
@@ -129,7 +137,7 @@ def test_the_same_command_gives_the_same_model_however_its_flags_are_written(her
     assert largest_difference(tmp_path / "first", tmp_path / "third") > 1e-2
 
 
-def test_a_run_goes_on_where_it_was_interrupted(here, place, tmp_path):
+def test_a_run_goes_on_where_it_was_interrupted(here, no_picture, place, tmp_path):
     settings = {"batch_size": 4, "checkpoint_steps": 3, "max_steps": 7, "num_locations": 5}
     assert distilled(flags(place, tmp_path / "whole", **settings)) == 0
     seen, collate = [], ImageCollator.__call__

@@ -99,7 +99,7 @@ def test_teachers_and_students_without_words_of_their_own_are_refused(clip, tmp_
     check_text(clip, APMConfig.preset("tiny"))
 
 
-def test_the_pipeline_that_adapts_finds_the_teacher_that_the_configuration_names(clip, tmp_path, monkeypatch):
+def test_the_pipeline_that_adapts_finds_the_teacher_that_the_configuration_names(clip, hub, tmp_path, monkeypatch):
     model = student(initializer_range=0.3, image_size=32, distilled_from=[{"name": "teacher"}])
     model.save_pretrained(tmp_path / "apm")
     processor = matching_image_processor(clip, 32)
