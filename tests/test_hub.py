@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,16 @@ def test_a_folder_without_a_whole_model_is_refused_before_the_hub_is_asked(hub, 
     with pytest.raises(ValueError, match=message):
         publish(trained, NAME, token=TOKEN)
     assert hub.requests == []
+
+
+def test_a_model_that_its_card_warns_of_is_published_by_force_alone(hub, trained):
+    write_card(trained, replace(FACTS, warning="it is no better than a constant"))
+    with pytest.raises(ValueError, match="without a warning in its card, or --force: it is no better than a constant"):
+        publish(trained, NAME, token=TOKEN)
+    assert not hub.repositories
+    publish(trained, NAME, token=TOKEN, force=True)
+    card = hub.model(NAME).files()["README.md"].content.decode()
+    assert "**Do not use this model: it is no better than a constant.**" in card and "# " + NAME.split("/")[1] in card
 
 
 def test_a_model_that_reads_no_pixels_needs_no_image_processor(hub, trained):

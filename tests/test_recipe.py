@@ -156,7 +156,7 @@ def test_a_run_goes_on_where_it_was_interrupted(here, no_picture, place, tmp_pat
     assert largest_difference(tmp_path / "whole", tmp_path / "cut") == 0
 
 
-def test_input_and_architecture_can_be_chosen_and_the_result_is_published_with_its_card(here, place, tmp_path):
+def test_input_and_architecture_can_be_chosen_and_the_result_is_published_with_its_card(here, place, tmp_path, caplog):
     published = []
 
     def publish(folder, repo_id):
@@ -170,6 +170,10 @@ def test_input_and_architecture_can_be_chosen_and_the_result_is_published_with_i
         "push_to_hub": True,
         "hub_model_id": "someone/apm-tiny",
     }
+    assert distilled(flags(place, tmp_path / "none", max_steps=1, **settings)) == 0
+    assert not published and "not published, since the card warns of this model; `apm push" in caplog.text
+    assert "**Do not use this model: this student is no better" in (tmp_path / "none/README.md").read_text()
+    here.setattr(training, "worse_than_constant", lambda metrics: None)
     assert distilled(flags(place, tmp_path / "run", max_steps=1, **settings)) == 0
     model = AutoModel.from_pretrained(tmp_path / "run")
     assert model.config.local_patch and model.config.feature_size == 16

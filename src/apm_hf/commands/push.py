@@ -30,13 +30,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="make a private repository, where there is none yet")
     parser.add_argument("--revision", metavar="NAME", help="branch to commit to (default: main)")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--force", action="store_true", help="publish a model too whose card warns of it")
     parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..publishing.hub import publish
 
-    wishes = {name: getattr(options, name) for name in ("private", "revision", "create_pr", "commit_message")}
+    wishes = {name: getattr(options, name) for name in ("private", "revision", "create_pr", "commit_message", "force")}
     given: dict[str, Any] = {name: value for name, value in wishes.items() if value}
     url = publish(options.folder, options.repo_id, **given)
     print(url)

@@ -16,7 +16,7 @@ from ..data.images import ImageCollator
 from ..data.loading import train_and_validation
 from ..data.split_streams import SplitStream
 from ..modeling_apm import APMModel
-from ..publishing.cards import CardFacts, write_card, write_card_picture
+from ..publishing.cards import CardFacts, warning_of, write_card, write_card_picture
 from ..publishing.hub import publish
 from ..publishing.zero_shot import check_text, save_with_text
 from ..runs.identity import images_digest
@@ -243,6 +243,10 @@ def _publish(
     if not training.push_to_hub:
         return None
     assert training.hub_model_id is not None
+    if warning_of(result.output_dir):
+        again = f"apm push {result.output_dir} {training.hub_model_id} --force"
+        logger.error(f"not published, since the card warns of this model; `{again}` publishes it all the same")
+        return None
     address = publish(result.output_dir, training.hub_model_id)
     logger.info(address)
     return address
@@ -280,14 +284,13 @@ def _facts(
     training: TrainingConfig, config: DistillationConfig | DenseConfig, result: DistillationResult, command: str
 ) -> CardFacts:
     last = {name: value for name, value in result.metrics[-1].items() if name != "step"} if result.metrics else {}
-    comparison = ""
+    comparison, warning = "", ""
     if "mean_cosine" in last:
+        warning = worse_than_constant(last) or ""
         comparison = (
             "A constant, the mean of the teacher's features over the validation images, has R² 0 and the cosine "
             f"{last['mean_cosine']:.4f} to them."
         )
-        if said := worse_than_constant(last):
-            comparison += f"\n\n**Do not use this model: {said}.**"
     return CardFacts(
         repo_id=training.hub_model_id or config.output_dir,
         teacher=training.teacher,
@@ -297,6 +300,7 @@ def _facts(
         num_parameters=result.student.num_parameters(only_trainable=True),
         metrics={name: value for name, value in last.items() if name.rpartition("/")[2] != "mean_cosine"},
         comparison=comparison,
+        warning=warning,
     )
 
 

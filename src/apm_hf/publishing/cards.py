@@ -38,6 +38,7 @@ class CardFacts:
         num_parameters: of the student.
         metrics: measured figures of this model by name.
         comparison: what others reach, in Markdown.
+        warning: why the model should not be used; `publish` asks for `force` then.
         versions: by package; `commit` is that of a checkout. By default, those at hand.
     """
 
@@ -49,6 +50,7 @@ class CardFacts:
     num_parameters: int
     metrics: Mapping[str, float]
     comparison: str = ""
+    warning: str = ""
     versions: Mapping[str, str] | None = None
 
     def public(self) -> "CardFacts":
@@ -110,6 +112,14 @@ def move_card(folder: str | os.PathLike[str], repo_id: str) -> bool:
     write_atomically(folder / FACTS_FILE, json.dumps(content, indent=2) + "\n")
     write_atomically(folder / "README.md", card)
     return True
+
+
+def warning_of(folder: Path) -> str:
+    """Return why the model in a folder should not be used, as its card says; empty where it says nothing."""
+    try:
+        return json.loads((folder / FACTS_FILE).read_text()).get("warning", "")
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def write_card_picture(folder: str | os.PathLike[str], model: Any, image_processor: Any, *, seed: int = 0) -> Path:
@@ -181,6 +191,7 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
         licences=_licence_table(teachers, facts.teacher),
         metrics=f"| | |\n| --- | --- |\n{rows}" if rows else "Nothing was measured.",
         comparison=facts.comparison,
+        warning=facts.warning,
         reads_text=reads_text,
         reads_tokens=config.get("trigger_source") == "tokens",
         picture=PICTURE if (folder / PICTURE).exists() else None,

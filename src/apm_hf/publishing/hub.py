@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..configuration_apm import APMConfig
 from ..runs.run import manifest_faults
-from .cards import move_card
+from .cards import move_card, warning_of
 
 logger = logging.getLogger("apm_hf")
 
@@ -40,6 +40,7 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    force: bool = False,
 ) -> str:
     """Upload a model folder: weights, configuration, image processor, code and card.
 
@@ -54,12 +55,14 @@ def publish(
         revision: branch, made where it does not exist.
         create_pr: propose the commit to a repository that exists instead of making it.
         commit_message: first line of the commit.
+        force: publish a model too whose card warns of it.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: for a folder that holds no whole model, or pickles; before the Hub is asked.
+        ValueError: for a folder that holds no whole model, or pickles, or a model that its card warns of; before the
+            Hub is reached.
         PermissionError: the token is missing, wrong, or may not write there.
         FileNotFoundError: a pull request to a repository that does not exist.
         ConnectionError: no network, offline mode, or a connection that broke.
@@ -67,6 +70,8 @@ def publish(
     """
     folder = Path(folder)
     check_folder(folder)
+    if (warning := warning_of(folder)) and not force:
+        raise ValueError(f"{folder}: expected a model without a warning in its card, or --force: {warning}")
     api = HfApi(token=token)
     with _explained(repo_id):
         if create_pr:
