@@ -10,7 +10,7 @@ from apm_hf.commands import evaluate
 from apm_hf.commands.main import main
 
 
-def test_islands_of_drawn_scenes_are_scored_from_the_command_line(tmp_path, caplog, capfd):
+def test_islands_of_drawn_scenes_are_scored_from_the_command_line(few_pixels, tmp_path, caplog, capfd):
     folder = tmp_path / "report"
     methods = ["teacher", "apm", "random"]  # a shuffled control costs as many probes as it has repetitions
     arguments = ["--max_images", "4", "--map_size", "16", "--ttt_steps", "2", "--methods", *methods]

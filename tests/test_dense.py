@@ -486,7 +486,7 @@ def test_a_teacher_alone_is_interpolated_in_bands(place, teacher, monkeypatch):
 
 
 def test_an_evaluation_holds_it_against_interpolation_ridge_and_the_teacher_at_twice_the_side(
-    place, teacher, tmp_path
+    few_pixels, place, teacher, tmp_path
 ):
     folder = evaluate_islands(
         output_dir=tmp_path, teacher=teacher.name, model=str(place / "dense"), data="scenes", max_images=4, map_size=12

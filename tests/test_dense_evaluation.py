@@ -25,6 +25,7 @@ from fixtures_runs import damaged_places
 from fixtures_tiny import STUDENT_SIZE, TEACHER_GRID, photo, save_classifier, save_clip, student
 
 pytest.importorskip("skimage")
+pytestmark = pytest.mark.usefixtures("few_pixels")
 TTT = replace(GRID_TTT, steps=3)
 FAST = {"map_size": 10, "ttt": TTT, "batch_size": 3}
 COLOURS = np.array([[0, 0, 0], [250, 0, 0], [0, 250, 0], [0, 0, 250]], dtype=np.uint8)
