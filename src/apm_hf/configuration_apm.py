@@ -48,8 +48,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dinov2-large": {"hidden_sizes": [4096, 4096, 4096, 2048, 1024], "feature_size": 1024, "pooling": "mean"},
     # The release's test-time-training model: 22.8 M parameters, student of CLIP ViT-L/14.
     "clip-ttt": {"hidden_sizes": [4096, 2048, 1024], "feature_size": 768, "pooling": "attention"},
-    # For tests and the embedded demo. In its narrow layers the usual 0.02 would make every feature vanish;
-    # 0.1 is He's sqrt(2 / fan_in) for a fan-in of 200.
     # Reads the tokens of a frozen teacher and gives its features at any coordinate: 0.6 M parameters at F = 192.
     "dense": {
         "image_size": 448,  # twice the side of what a teacher usually sees
@@ -65,6 +63,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pooling": "mean",
         "initializer_range": 0.06,
     },
+    # For tests and the embedded demo. In its narrow layers the usual 0.02 would make every feature vanish;
+    # 0.1 is He's sqrt(2 / fan_in) for a fan-in of 200.
     "tiny": {
         "image_size": 96,
         "patch_size": 8,
