@@ -9,19 +9,20 @@ import pytest
 
 # Torch and transformers are imported where they are used: the process that only hands tests out needs neither.
 
+# Before any library reads it. The tests' tensors are tiny: more threads than one only fight over the cores with other
+# test processes; scikit-learn's logistic regression then takes several times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 # Files that keep a core busy for long begin first, so that no core is idle at the end.
 LONG = (
-    "hub_roundtrip", "app", "demo", "scaling", "resume", "docs", "evaluation_runner", "benchmarks", "app_actions",
-    "cli_islands", "dense_evaluation", "evaluation_suites", "export", "ecosystem_layers", "evaluation_ablations",
+    "demo", "app", "docs", "app_actions", "scaling", "dense", "export", "cli", "hub_roundtrip", "resume",
+    "ecosystem_compiled", "evaluation_ablations", "evaluation_suites", "distillation", "dense_evaluation",
+    "evaluation_runner",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
-
-    # The tests' tensors are tiny: more threads than one only fight over the cores with other test processes.
-    torch.set_num_threads(1)
     # Accelerate collects garbage after every run: a third of a second for all that was imported, which stays anyway.
     gc.freeze()
     order = {f"test_{name}": rank for rank, name in enumerate(LONG)}
