@@ -178,7 +178,7 @@ def test_pipelines_from_the_hub_do_as_from_folders(outputs, published):
 def test_a_dense_student_whose_teacher_lies_elsewhere_on_the_hub_answers_from_pixels_to_the_bit(outputs, published):
     assert not any("tower" in name for name in load_file(published["dense"] / "model.safetensors"))
     model = dense_student()
-    inputs = APMImageProcessorPil.from_pretrained(published["dense"])(
+    inputs = AutoImageProcessor.from_pretrained(published["dense"])(
         [photo(seed) for seed in range(3)], return_tensors="pt"
     )
     model.output_size = (5, 7)
