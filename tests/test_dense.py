@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from apm_hf import APM, APMConfig, APMImageProcessorPil, APMModel, load_teacher
-from apm_hf.assets import DENSE_MODEL
+from apm_hf.assets import DENSE_MODEL, PHOTO_MODEL, PHOTO_TEACHER
 from apm_hf.commands.main import main
 from apm_hf.data.images import decode_image, eight_bit_rgb
 from apm_hf.data.loading import load_images
@@ -431,6 +431,11 @@ def test_the_command_makes_a_student_that_the_pair_queries(place, teacher):
     maps = apm.encode_dense(place / "photos/0.png", size=32)
     assert maps.shape == (1, 27, 32, teacher.feature_size)
     assert apm.encode(place / "photos/0.png").shape == (1, teacher.feature_size)
+    other = APM.load(teacher=teacher.name).teacher
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1)
+    with pytest.raises(ValueError, match="expected the one that this dense student was made for, .* got "):
+        APM.load(place / "dense", teacher=other)
     assert apm.islands(place / "photos/0.png", heights=(2, 4), size=16).regions.shape == (2, 13, 16)
     with pytest.raises(ValueError, match="expected one that is fitted to its teacher's features"):
         apm.classify(place / "photos/0.png", ["a", "b"])
@@ -519,37 +524,54 @@ def test_features_between_tokens_are_compared_with_the_teacher_at_twice_the_side
     assert "| dense student |" in (tmp_path / "compared/report.md").read_text()
 
 
-# --- the one that travels with the package ------------------------------------------------------------------------
+# --- those that travel with the package ---------------------------------------------------------------------------
 
 
-def test_the_shipped_student_is_small_and_says_where_it_comes_from():
-    config = APMConfig.from_pretrained(DENSE_MODEL)
+@pytest.mark.parametrize(
+    "folder, teacher", [(DENSE_MODEL, "facebook/deit-tiny-patch16-224"), (PHOTO_MODEL, "apm_hf's photo teacher")]
+)
+def test_the_shipped_students_are_small_and_say_where_they_come_from(folder, teacher):
+    config = APMConfig.from_pretrained(folder)
     assert config.trigger_source == "tokens" and config.feature_size == 192
-    assert config.teacher_source["name"] == "facebook/deit-tiny-patch16-224"
     (origin,) = config.distilled_from
-    assert (origin["license"], origin["dataset"]) == ("apache-2.0", "caltech101")
-    assert sum(path.stat().st_size for path in Path(DENSE_MODEL).iterdir()) < 4e6
-    card = (Path(DENSE_MODEL) / "README.md").read_text()
+    assert (origin["name"], origin["license"], origin["dataset"]) == (teacher, "apache-2.0", "caltech101")
+    assert sum(path.stat().st_size for path in Path(folder).iterdir()) < 4e6
+    card = (Path(folder) / "README.md").read_text()
     assert "ridge" in card and "APM.load(" in card and "scripts/make_dense.py" in card
+    metrics = json.loads((Path(folder) / "metrics.json").read_text())["r2"]
+    assert metrics["decoder"] > metrics["ridge"] > metrics["bilinear"]
 
 
-def test_a_teacher_alone_gets_the_shipped_student_if_it_is_its_own(shared_dir, teacher, tmp_path, capsys, caplog):
-    assert APM.load(teacher=teacher).with_dense_student() is None
-    name, path = str(shared_dir / "teachers/deit-tiny"), str(tmp_path / "photo.png")
-    photo(0).save(path)
-    apm = APM.load(teacher=name)
-    dense_pair = apm.with_dense_student()
-    assert dense_pair.bare_model.config.trigger_source == "tokens"
-    assert (
-        main(["upsample", path, "--teacher", name, "--size", "24", "--output", str(tmp_path / "f.safetensors")]) == 0
-    )
-    found = load_file(tmp_path / "f.safetensors")["features"].float()
-    torch.testing.assert_close(found, dense_pair.encode_dense(path, size=24)[0], rtol=1e-2, atol=1e-2)
-    assert main(["islands", path, "--teacher", name, "--size", "12", "--output_dir", str(tmp_path / "islands")]) == 0
-    assert caplog.text.count("the dense student") == 2
+def test_a_teacher_alone_gets_the_shipped_student_that_was_made_for_it(teacher):
+    assert APM.load(teacher=teacher).with_dense_student() is None  # of another width
+    apm = APM.load(teacher=PHOTO_TEACHER)
+    embeds = apm.encode(photo(0))
+    pair = apm.with_dense_student()
+    assert pair.model.name_or_path == PHOTO_MODEL and pair.teacher is apm.teacher
+    torch.testing.assert_close(apm.encode(photo(0)), embeds, rtol=0, atol=0)  # the teacher is as it was
     with torch.no_grad():  # another one of its kind
-        apm.teacher.tower.embeddings.cls_token.add_(1)
+        apm.teacher.model.visual_projection.weight.mul_(1.1)
     assert apm.with_dense_student() is None
+    with pytest.raises(ValueError, match="expected the one that this dense student was made for"):
+        APM.load(PHOTO_MODEL, teacher=apm.teacher)
+
+
+def test_the_student_of_a_tower_is_not_given_to_a_dual_encoder_with_this_tower(shared_dir):
+    deit, reads = (APM.load(teacher=shared_dir / f"teachers/{name}") for name in ("deit-tiny", "deit-tiny-lit"))
+    assert deit.with_dense_student().model.name_or_path == DENSE_MODEL
+    assert reads.with_dense_student() is None  # a projection lies behind it
+
+
+def test_commands_that_are_given_a_teacher_alone_take_the_shipped_student(tmp_path, caplog):
+    path, output = str(tmp_path / "photo.png"), tmp_path / "f.safetensors"
+    photo(0).save(path)
+    pair = APM.load(PHOTO_MODEL, teacher=PHOTO_TEACHER)
+    named = ["--teacher", PHOTO_TEACHER, "--size", "12"]
+    assert main(["upsample", path, *named, "--output", str(output)]) == 0
+    found = load_file(output)["features"].float()
+    torch.testing.assert_close(found, pair.encode_dense(path, size=12)[0], rtol=1e-2, atol=1e-2)
+    assert main(["islands", path, *named, "--heights", "2", "4", "--output_dir", str(tmp_path / "islands")]) == 0
+    assert caplog.text.count("the dense student") == 2
 
 
 def test_the_shipped_student_comes_closer_to_the_teacher_at_twice_the_side_than_ridge_and_interpolation(shared_dir):

@@ -29,7 +29,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 HEAD_FIELDS = ("feature_size", "feature_mean", "feature_std", "pooling")
-ORIGIN_FIELDS = ("name", "license", "revision", "dataset")
+ORIGIN_FIELDS = ("name", "license", "revision", "dataset", "sha256")
 SOURCE_FIELDS = ("name", "revision", "sha256")
 POOLINGS = ("mean", "attention")
 MAX_SIZE = 2**20  # of any width or side: beyond, a file is no model's
@@ -158,7 +158,8 @@ class APMConfig(PreTrainedConfig):
         teacher_source (`dict`, *optional*): where the teacher's weights are loaded from, instead of being saved with
             the model: `name` on the Hub, `revision` or None, and `sha256` as [`APMModel.set_teacher`] computes it.
         distilled_from (`list[dict]`, *optional*): the teachers whose licences the model inherits, each with a public
-            `name` and, as far as known, `license`, `revision` and `dataset`; None means unknown.
+            `name` and, as far as known, `license`, `revision` and `dataset`; None means unknown. Of a teacher that a
+            dense student needs beside it also `sha256`, of its weights.
 
     Raises:
         ValueError: for a value that fits no architecture or a field that does not exist.

@@ -246,6 +246,9 @@ def distill_dense(
         student.config.validate_architecture()
         keep_teacher(student, teacher)
         inherit(student.config, [teacher], dataset=dataset)
+        if not student.folds:
+            assert student.config.distilled_from is not None
+            student.config.distilled_from[0]["sha256"] = teacher.features_digest()
         ridge = Ridge.fit(train, mean, std)
         metrics = evaluate_dense(student, ridge, validation)
         logger.info("held-out R² after position means: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
-from ..assets import DEMO_MODEL, DEMO_TEACHER, DENSE_MODEL
+from ..assets import DEMO_MODEL, DEMO_TEACHER, DENSE_MODELS
 from ..configuration_apm import APMConfig
 from ..data.images import read_rgb
 from ..modeling_apm import APMModel, APMPreTrainedModel
@@ -153,6 +153,13 @@ class APM:
             with no_loading_bars():
                 student = AutoModel.from_pretrained(os.fspath(model), **options)
         pair = cls(cast(APMPreTrainedModel | None, student), None, teacher)
+        if pair.model is not None and teacher is not None and not pair.bare_model.folds:
+            wanted = _teacher_digest(pair.bare_model.config)
+            if wanted is not None and wanted != (found := teacher.features_digest()):
+                raise ValueError(
+                    "teacher: expected the one that this dense student was made for, with weights of SHA-256 "
+                    f"{wanted}, got {teacher.name} with {found}"
+                )
         if isinstance(model, str | os.PathLike):
             image_processor = AutoImageProcessor.from_pretrained(os.fspath(model))
             pair = replace(pair, image_processor=image_processor)
@@ -184,21 +191,17 @@ class APM:
         return APM(model, photo_image_processor(model.config.image_size), teacher, is_fitted=False)
 
     def with_dense_student(self) -> "APM | None":
-        """Return the teacher beside the dense student of it in this package; None where there is none."""
-        teacher, config = (
-            self._needed_teacher("a dense student reads the tokens of"),
-            APMConfig.from_pretrained(DENSE_MODEL),
-        )
-        kind = getattr(teacher.tower, "config", None)
-        if kind is None or (kind.model_type, kind.hidden_size) != (
-            config.teacher_config.model_type,
-            config.teacher_config.hidden_size,
-        ):
-            return None
-        try:
-            return APM.load(DENSE_MODEL, teacher=teacher)
-        except ValueError:  # of another teacher of this kind
-            return None
+        """Return the teacher beside the dense student of it in this package; None where there is none.
+
+        Which teacher a student was made for is told by the SHA-256 of the teacher's weights.
+        """
+        teacher = self._needed_teacher("a dense student reads the tokens of")
+        configs = {folder: APMConfig.from_pretrained(folder) for folder in DENSE_MODELS}
+        if teacher.feature_size not in {config.feature_size for config in configs.values()}:
+            return None  # large teachers are not read through
+        digest = teacher.features_digest()
+        found = next((folder for folder, config in configs.items() if _teacher_digest(config) == digest), None)
+        return None if found is None else APM.load(found, teacher=teacher)
 
     def control(self, *, seed: int = 0) -> "APM":
         """Return the pair with random weights in the student's place: what it outputs is due to the architecture."""
@@ -559,6 +562,15 @@ def _batches(images: Any, batch_size: int) -> Iterator[list[Image.Image]]:
         raise ValueError("images: expected at least one, got none")
     for start in range(0, len(many), batch_size):
         yield pictures(many[start : start + batch_size])
+
+
+def _teacher_digest(config: APMConfig) -> str | None:
+    """Return the SHA-256 of the weights of the teacher that a dense student was made for, inside or beside it."""
+    if config.trigger_source != "tokens":
+        return None
+    if config.teacher_source is not None:
+        return config.teacher_source["sha256"]
+    return next((entry["sha256"] for entry in config.distilled_from or [] if entry.get("sha256")), None)
 
 
 def _map_size(photos: list[Image.Image], size: int | tuple[int, int] | None) -> tuple[int, int] | None:

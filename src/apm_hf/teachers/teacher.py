@@ -297,6 +297,14 @@ class Teacher:
             "image_processor": processor_settings(self.image_processor),
         }
 
+    def features_digest(self) -> str:
+        """Return the SHA-256 of the weights that features come from, rounded to bfloat16: a dual encoder's are all.
+
+        Of others it is the tower's, as in the `teacher_source` of a dense student with this teacher inside.
+        """
+        alone = self.tower is not None and not self.has_text
+        return weights_digest(self.tower if alone else self.model, dtype=torch.bfloat16)
+
     def text_identity(self) -> dict[str, Any]:
         """Return what [`Teacher.encode_text`] depends on beside the weights: tokenizer, names of classes."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
