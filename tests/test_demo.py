@@ -125,6 +125,8 @@ def test_the_demo_leaves_an_ordinary_model_and_a_report(result):
         output = model(**image_processor(image, return_tensors="pt"))
     assert output.last_hidden_state.shape == (1, model.config.num_locations, model.config.feature_size)
     assert all(path.stat().st_size > 0 for path in result.files)
+    page = next(path for path in result.files if path.name == "photos.md").read_text()
+    assert "| chelsea | " in page and "| astronaut | " in page and "![output of each model](photos.png)" in page
 
 
 def test_the_shipped_apm_knows_scenes_and_random_weights_do_not(teacher, held_out):

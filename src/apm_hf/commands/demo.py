@@ -13,6 +13,7 @@ HELP = "distil an APM, adapt it to corrupted images, draw its features, save it 
 DESCRIPTION = """
 The whole story in two minutes on a CPU, without a network: distil a tiny teacher on drawn scenes, adapt the APM to
 corrupted ones, measure it beside its teacher and two controls, draw the features of all of them, and save the model.
+One more page shows sample photographs, seen by the small pair of photos in this package.
 """
 EXAMPLES = ("apm demo", "apm demo --max_steps 100 --num_images 512 --output_dir /tmp/apm")
 RESULT = {

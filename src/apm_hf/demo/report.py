@@ -43,6 +43,7 @@ class ImagePanels:
         adapted: Mapping[str, Adapted],
         *,
         index: int,
+        trigger_column: Tensor | None = None,
     ) -> "ImagePanels":
         """Query all models for a fine map of one image.
 
@@ -53,13 +54,14 @@ class ImagePanels:
             models: by name; the first is the one whose islands and colours are shown.
             adapted: models after test-time training, for all images of the condition.
             index: index of this image among them.
+            trigger_column: `(1, D)` or tokens, where models take it from their teacher.
         """
         coordinates = grid_coordinates(MAP_SIZE, MAP_SIZE, device=pixel_values.device)
         colours = PCAColours.fit(features)
         panels = {"input": np.asarray(image.convert("RGB")) / 255, "teacher": colours(features[0])}
         for number, (name, model) in enumerate(models.items()):
             with torch.no_grad():
-                outputs = model(pixel_values, coordinates)
+                outputs = model(pixel_values, coordinates, trigger_column=trigger_column)
             model_features = outputs.last_hidden_state[0]  # (L, F)
             # The student shares its teacher's colours; a control gets separate ones, which show its variation best.
             panels[name] = _square((colours if number == 0 else PCAColours.fit(model_features))(model_features))
@@ -99,6 +101,34 @@ def write_report(
         "limit of plain test-time training.\n\n![loss against step](adaptation.png)\n"
     )
     return table, list(paths.values())
+
+
+def write_photo_page(
+    folder: Path, panels: Sequence[ImagePanels], words: Mapping[str, Mapping[str, float]], notes: str
+) -> list[Path]:
+    """Write `photos.md` and `photos.png`, what the embedded pair outputs for sample photos; return the files.
+
+    Args:
+        panels: of each photo.
+        words: by photo, the teacher's probabilities of words, highest first.
+        notes: what the words were chosen from.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    page, picture = folder / "photos.md", folder / "photos.png"
+    _draw_panels(picture, panels)
+    rows = [
+        f"| {name} | " + ", ".join(f"{word} {100 * share:.0f} %" for word, share in shares.items()) + " |"
+        for name, shares in words.items()
+    ]
+    page.write_text(
+        "# Photographs\n\nThe sample photos of scikit-image and scikit-learn, from which nothing has learnt, seen by "
+        "the small teacher of photos in the package and its dense student.\n\n![output of each model](photos.png)\n\n"
+        "Colours are the first three principal components of the teacher's features. The control, a student with "
+        "random weights beside the same teacher, interpolates the teacher's tokens, and has colours of its own.\n\n"
+        f"The teacher's first three words, {notes}; it is often wrong about what it has not learnt:\n\n"
+        "| photo | words |\n| --- | --- |\n" + "\n".join(rows) + "\n"
+    )
+    return [page, picture]
 
 
 def _square(values: np.ndarray) -> np.ndarray:

@@ -19,21 +19,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ..assets import DEMO_TEACHER
+from ..assets import DEMO_TEACHER, PHOTO_MODEL, PHOTO_TEACHER
 from ..configuration_apm import APMConfig
 from ..data.basic_corruptions import corrupt
+from ..data.sample_photos import sample_photos
 from ..data.scenes import CLASS_NAMES, SceneDataset
 from ..distillation import DistillationConfig, distill, matching_image_processor
 from ..modeling_apm import APMModel
+from ..pair import APM
 from ..position_encoding import grid_coordinates
 from ..publishing.cards import CardFacts, write_card, write_card_picture
 from ..runs.run import own_folder
 from ..teachers import Teacher, load_teacher
 from ..teachers.licenses import inherit
 from ..teachers.targets import TargetCache
-from ..teachers.zero_shot import classify
+from ..teachers.zero_shot import classify, topk
 from ..ttt import TTTConfig, adapt
-from .report import ImagePanels, write_report
+from .report import ImagePanels, write_photo_page, write_report
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +46,9 @@ TEST_SEED = 1  # test scenes have another seed than training scenes
 TEACHER, DISTILLED = "teacher", "APM, distilled"
 ADAPTED, FROM_SCRATCH = "APM, distilled + TTT", "APM, TTT from random weights"
 RANDOM, SHUFFLED = "control: random weights", "control: shuffled targets"
+
+# Beside the names of the classes that the photo teacher learnt; most of them it has seen no labelled photo of.
+OTHER_WORDS = ("cat", "dog", "coffee", "flower", "rocket", "palace", "house", "street")
 
 COMMAND = "apm demo"  # in the card of every demo
 
@@ -130,7 +135,46 @@ def run_demo(config: DemoConfig) -> DemoResult:
     write_card(
         output_dir, replace(facts, comparison=f"Compared with its teacher and controls (top-1 in percent):\n\n{table}")
     )
+    if config.teacher == DEMO_TEACHER and config.dataset is None:
+        files += photo_page(report_dir, seed=config.seed)
     return DemoResult(test.rows, table, files, output_dir)
+
+
+def photo_page(folder: Path, *, seed: int = 0) -> list[Path]:
+    """Write a page of what the pair of photos in the package outputs for sample photos; return its files.
+
+    Raises:
+        ImportError: without the extra `viz`, with which the photos come.
+    """
+    apm, photos = APM.load(PHOTO_MODEL, teacher=PHOTO_TEACHER), sample_photos()
+    teacher, images = apm.teacher, list(photos.values())
+    assert teacher is not None
+    names = [*apm.default_labels, *OTHER_WORDS]
+    outputs = teacher.encode_images(images)
+    assert outputs.image_embeds is not None and outputs.features is not None
+    pixel_values, tokens = apm.pixel_values(images), apm.trigger_column(images)
+    assert tokens is not None
+    models = {"dense student": apm.bare_model, RANDOM: apm.control(seed=seed).bare_model}
+    panels = [
+        ImagePanels.from_models(
+            name,
+            photo,
+            pixel_values[row : row + 1],
+            outputs.features[row : row + 1],
+            models,
+            {},
+            index=row,
+            trigger_column=tokens[row : row + 1],
+        )
+        for row, (name, photo) in enumerate(photos.items())
+    ]
+    logits = classify(outputs.image_embeds, teacher.encode_text(names), logit_scale=teacher.logit_scale)
+    words = {
+        name: {one.label: one.score for one in found}
+        for name, found in zip(photos, topk(logits, names, 3), strict=True)
+    }
+    notes = f"among the names of the {len(apm.default_labels)} classes that it learnt and {', '.join(OTHER_WORDS)}"
+    return write_photo_page(folder, panels, words, notes)
 
 
 def demo_layers(teacher: Teacher) -> list[int]:
