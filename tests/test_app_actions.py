@@ -27,6 +27,7 @@ import torch
 from huggingface_hub import SpaceCard, SpaceCardData
 from PIL import Image
 
+from apm_hf import APMConfig
 from apm_hf.app import MAX_SESSIONS, decode, launch, uploads
 from apm_hf.app.blend_tab import blend, blend_pictures
 from apm_hf.app.islands_tab import island_pictures, photo_features, point_of_pixel, similarity_picture
@@ -35,7 +36,7 @@ from apm_hf.app.models import load_models
 from apm_hf.app.pictures import Picture, figures_html, scores_html
 from apm_hf.app.recent import Recent
 from apm_hf.app.uploads import GONE, MAX_LABELS, Uploads, read_labels
-from apm_hf.assets import DEMO_TEACHER
+from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER, PHOTO_MODEL, PHOTO_TEACHER
 from apm_hf.data.scenes import make_scene
 from fixtures_runs import forked
 
@@ -45,8 +46,8 @@ SPACE = ROOT / "examples" / "space"
 
 @pytest.fixture(scope="module")
 def models():
-    """The embedded APM, its teacher and the control."""
-    return load_models()
+    """The demo's APM, its teacher and the control."""
+    return load_models(DEMO_MODEL, DEMO_TEACHER)
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +339,29 @@ def test_a_blend_begins_and_ends_with_its_photos(models, scene, seen):
         blend_pictures(way, 1.5)
 
 
+def test_a_teacher_alone_is_shown_with_its_dense_student_on_every_tab(monkeypatch):
+    preset = APMConfig.preset
+    small = {"image_size": 56, "hidden_sizes": [64], "position_size": 16}  # what is adapted
+    monkeypatch.setattr(APMConfig, "preset", lambda name, **fields: preset(name, **fields, **small))
+    models = load_models(teacher=PHOTO_TEACHER)
+    assert models.model.name_or_path == PHOTO_MODEL and len(models.examples()) == 6
+    labels, cat, other = models.example_labels(), *models.examples()[1:3]
+    assert not models.teacher.unknown_labels(labels) and 2 <= len(labels) <= MAX_LABELS
+    seen = photo_features(models, cat, size=24)
+    islands, made_of = island_pictures(models, seen, (2, 5, 9))
+    assert len(islands) == 4 and [one.title for one in made_of] == ["Features", "Teacher", "Control: features"]
+    assert differ(made_of[0], made_of[1]) > 1  # finer than the teacher's grid
+    assert "Similarity" == similarity_picture(models, seen, (0.0, 0.0)).title
+    way = blend(models, cat, other)
+    alone = photo_features(models, cat, size=96).features
+    assert torch.nn.functional.cosine_similarity(way.frame(0.0).features, alone, dim=-1).min() > 0.999
+    assert differ(blend_pictures(way, 0.0)[0], blend_pictures(way, 1.0)[0]) > 5
+    with pytest.raises(ValueError, match="cannot be adapted: please start from random weights"):
+        next(adaptation(models, cat, labels, start="model"))
+    *_, last = adaptation(models, cat, labels, start="random", num_steps=40)
+    assert labels[np.argmax(last.teacher)] == "cat" and last.cosines[-1][1] > last.cosines[0][1] + 0.3
+
+
 def test_what_visitors_write_is_text_on_the_page():
     html = scores_html(["<b>x</b>", "y"], [("teacher", [0.25, 0.75])], "a caption")
     assert "&lt;b&gt;x&lt;/b&gt;" in html and "<b>" not in html and "25.0 %" in html
@@ -364,7 +388,7 @@ def server(tmp_path_factory, environment):
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(environment, GRADIO_TEMP_DIR=str(folder / "uploads"))
-        launch(port=port)
+        launch(DEMO_MODEL, DEMO_TEACHER, port=port)
 
     process = psutil.Process(forked(serve))
     try:

@@ -115,7 +115,7 @@ def test_labels_that_the_teacher_has_no_words_for_are_left_out_and_named(tmp_pat
     words = ["classify", str(tmp_path / "scene.png"), "--labels", str(tmp_path / "labels.txt"), "--steps", "1"]
     assert main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["labels"] == ["cat", "dog"] and "wrong about photos of anything else" in told["note"]
+    assert told["labels"] == ["cat", "dog"] and "learnt photos of 100 kinds" in told["note"]
     assert {one["label"] for one in told["photos"][0]["apm"]} == {"cat", "dog"}
     assert "has no words for them: samovar, quasar" in caplog.text and told["note"] in caplog.text
     (tmp_path / "labels.txt").write_text("samovar\nquasar\n")
@@ -260,10 +260,11 @@ def pictures(place, tmp_path, caplog, capfd):
     return run
 
 
-def test_islands_without_options_are_the_demo_s_and_the_files_are_named(pictures):
+def test_islands_without_options_are_the_embedded_pair_s_and_the_files_are_named(pictures, caplog):
     status, files, logged = pictures("islands", "0.png", "--size", "16", "--heights", "2", "4")
     assert status == 0 and list(files) == ["islands.png"]
-    assert "know drawn scenes only" in logged[0] and logged[-1] == f"pictures: {files['islands.png']}"
+    assert caplog.text.count("learnt photos of 100 kinds") == 1
+    assert logged[-1] == f"pictures: {files['islands.png']}"
 
 
 def test_islands_of_a_model_alone_and_the_same_bytes_again(pictures, place):

@@ -342,7 +342,7 @@ def test_the_environment_names_neither_user_nor_home_nor_token(monkeypatch, tmp_
     monkeypatch.setenv("LOGNAME", "rosalind")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr("apm_hf.assets.DEMO_MODEL", str(tmp_path / "rosalind" / "apm"))
+    monkeypatch.setattr("apm_hf.assets.PHOTO_MODEL", str(tmp_path / "rosalind" / "apm"))
     assert main(["env", "--json"]) == 0 and main(["env"]) == 0
     printed = capsys.readouterr().out
     line, text = printed.split("\n", 1)

@@ -437,8 +437,8 @@ def test_the_command_makes_a_student_that_the_pair_queries(place, teacher):
     with pytest.raises(ValueError, match="expected the one that this dense student was made for, .* got "):
         APM.load(place / "dense", teacher=other)
     assert apm.islands(place / "photos/0.png", heights=(2, 4), size=16).regions.shape == (2, 13, 16)
-    with pytest.raises(ValueError, match="expected one that is fitted to its teacher's features"):
-        apm.classify(place / "photos/0.png", ["a", "b"])
+    with pytest.raises(ValueError, match="expected one that can be fitted, got a dense one"):
+        apm.fit(place / "photos/0.png")
 
 
 def test_options_of_other_presets_are_refused(place, teacher, caplog):

@@ -6,14 +6,15 @@ import torch
 from PIL import Image
 
 import apm_hf
-from apm_hf import APM, APMConfig, APMForImageClassification, APMModel, load_teacher
-from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER
+from apm_hf import APM, APMConfig, APMForImageClassification, APMModel, TTTConfig, load_teacher
+from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER, PHOTO_MODEL, PHOTO_TEACHER
 from apm_hf.data.scenes import make_scene
 
 
 @pytest.fixture(scope="module")
 def apm():
-    return APM.load()
+    """The pair of drawn scenes."""
+    return APM.load(DEMO_MODEL, teacher=DEMO_TEACHER)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,27 @@ def paths(scenes, tmp_path_factory):
     return found
 
 
-def test_without_names_the_embedded_pair_is_loaded_ready_for_use(apm):
-    assert apm.is_embedded and apm.is_fitted and "car" in apm.default_labels
+def test_without_names_the_pair_of_photos_is_loaded_and_what_it_does_not_know_is_said(scenes, caplog):
+    apm = APM.load(device="cpu")
+    assert apm.model.name_or_path == PHOTO_MODEL and apm.teacher.name == PHOTO_TEACHER
+    assert [record.getMessage() for record in caplog.records] == [apm_hf.pair.EMBEDDED_NOTE]
+    assert apm.is_embedded and apm.is_dense and {"dalmatian", "pizza"} <= set(apm.default_labels)
+    # The embedding of an image is the teacher's, which has read it anyway.
+    torch.testing.assert_close(apm.encode(scenes), apm.teacher.encode_images(scenes).image_embeds, rtol=0, atol=0)
+    assert not torch.equal(apm.encode(scenes, source="student"), apm.encode(scenes))
+    with pytest.raises(ValueError, match="expected one that can be fitted, got a dense one"):
+        apm.fit(scenes[0])
+
+
+def test_a_dense_student_cannot_be_adapted_so_a_fresh_one_is():
+    classifier = APM.load(PHOTO_MODEL, teacher=PHOTO_TEACHER).classifier(
+        ["cat", "dog"], config=TTTConfig(start="model")
+    )
+    assert classifier.model.config.trigger_source == "conv" and classifier.config.start == "random"
+
+
+def test_a_named_pair_is_ready_for_use(apm):
+    assert not apm.is_embedded and apm.is_fitted and "car" in apm.default_labels
     assert not apm.model.training and not apm.teacher.model.training
     assert apm.bare_model is apm.model and apm.bare_model.config.feature_size == apm.teacher.feature_size
 

@@ -21,6 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from apm_hf import (
+    APM,
     APMConfig,
     APMForImageClassification,
     APMForSemanticSegmentation,
@@ -30,7 +31,7 @@ from apm_hf import (
     adapt,
     load_teacher,
 )
-from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER
+from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER, PHOTO_TEACHER
 from apm_hf.data.scenes import CLASS_NAMES
 from apm_hf.distillation import matching_image_processor
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
@@ -282,24 +283,35 @@ def test_a_preset_starts_from_the_model_given(teacher, photos):
     assert by_default != answers(machine=student(seed=1))
 
 
-def test_without_a_model_the_task_has_the_demos(teacher):
-    scores = pipeline(TASK, teacher=DEMO_TEACHER, device="cpu")(photo(0), CLASS_NAMES)
-    assert scores == pipeline(TASK, model=DEMO_MODEL, teacher=DEMO_TEACHER, device="cpu")(photo(0), CLASS_NAMES)
-    with pytest.raises(ValueError, match=f"as wide as the teacher's, {FEATURE_SIZE}, got 144"):
-        pipeline(TASK, teacher=teacher, device="cpu")
-
-
-def test_without_a_model_the_class_makes_one_as_wide_as_the_teacher(clip_folder, photos, monkeypatch):
-    asked = []
-    preset = pipelines.APMConfig.preset
+@pytest.fixture
+def small_presets(monkeypatch):
+    """Make fresh students small; returns the names of the presets that were asked for."""
+    asked, preset = [], APMConfig.preset
 
     def small(name, **overrides):
         asked.append(name)
         return preset(name, **overrides, image_size=28, hidden_sizes=[16], position_size=8)
 
-    monkeypatch.setattr(pipelines.APMConfig, "preset", small)
+    monkeypatch.setattr(APMConfig, "preset", small)
+    return asked
+
+
+def test_without_a_model_the_task_fits_a_fresh_one_to_the_teacher_or_the_one_in_the_package(
+    clip_folder, caplog, small_presets
+):
+    ready = pipeline(TASK, ttt_config=TTTConfig(steps=3), device="cpu")
+    assert ready.teacher.name == PHOTO_TEACHER and caplog.text.count("learnt photos of 100 kinds") == 1
+    scores = {one["label"]: one["score"] for one in ready(photo(0), ["cat", "dog"])}
+    found = APM.load(device="cpu").classify(photo(0), ["cat", "dog"], config=TTTConfig(steps=3))
+    expected = dict(zip(["cat", "dog"], found.logits.softmax(dim=1)[0].tolist(), strict=True))
+    assert scores == pytest.approx(expected, abs=1e-4)
+    other = pipeline(TASK, teacher=str(clip_folder), device="cpu")
+    assert other.model.config.feature_size == FEATURE_SIZE and small_presets == ["clip-ttt"] * 3
+
+
+def test_without_a_model_the_class_makes_one_as_wide_as_the_teacher(clip_folder, photos, small_presets):
     ready = [TestTimeTrainingPipeline(teacher=str(clip_folder), device="cpu", task=TASK) for _ in range(2)]
-    assert asked == ["clip-ttt"] * 2 and ready[0].model.config.feature_size == FEATURE_SIZE
+    assert small_presets == ["clip-ttt"] * 2 and ready[0].model.config.feature_size == FEATURE_SIZE
     assert ready[0](photos[0], LABELS) == ready[1](photos[0], LABELS), "the weights drawn differ"
 
 

@@ -194,12 +194,14 @@ def test_a_student_that_reads_its_teacher_is_given_what_the_teacher_sees(apm, ph
     processor = APMImageProcessorPil(size={"height": 32, "width": 32})
     pair = APM(model, processor, apm.teacher)
     pictures = photos[:2]
-    pixels = pair.preprocessing()["pixel_values"]([photo(0), photo(1)])
+    pixels = pair.preprocessing("student")["pixel_values"]([photo(0), photo(1)])
     with torch.no_grad():
         expected = model(pixels, trigger_column=pair.trigger_column([photo(0), photo(1)])).pooler_output
     assert expected.std(dim=0).min() > 1e-4
-    write_vectors(pair, pictures, tmp_path / "v.npy")
+    write_vectors(pair, pictures, tmp_path / "v.npy", sources=["student"])
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, rtol=1e-4, atol=1e-5)
+    by_default = "teacher" if source == "tokens" else "student"  # a dense student has no embedding of its own
+    assert write_vectors(pair, pictures, tmp_path / "u.npy").sources == [by_default]
     with pytest.raises(ValueError, match="trigger columns"):
         write_vectors(APM(model, processor, None), pictures, tmp_path / "w.npy")
 

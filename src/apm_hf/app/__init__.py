@@ -36,9 +36,9 @@ def launch(
     `/classify` and `/encode`, also over MCP where the package `mcp` is installed.
 
     Args:
-        model: a distilled APM, name or folder; without model and teacher the embedded ones, which know drawn scenes.
+        model: a distilled APM, name or folder; without model and teacher the embedded ones, of photos.
         teacher: whose features the model was distilled to, name or folder; without one nothing is compared with a
-            teacher, and labels cannot be used.
+            teacher, and labels cannot be used. Without a model, its dense student in the package.
         port: on which to listen; None is `GRADIO_SERVER_PORT` or the first free one from 7860.
         share: also behind a public address, through Gradio's tunnel.
         host: None is `GRADIO_SERVER_NAME`, which Spaces set, or 127.0.0.1.
@@ -51,7 +51,8 @@ def launch(
     Raises:
         ImportError: without gradio; says what to install.
         OSError: for a port that is taken.
-        ValueError: for a model that is no APM or is as wide as no teacher here, or a teacher alone.
+        ValueError: for a model that is no APM or is as wide as no teacher here, or a teacher alone
+            of which the package has no dense student.
     """
     try:
         import gradio  # noqa: F401

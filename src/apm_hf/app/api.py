@@ -95,7 +95,8 @@ def add_endpoints(models: AppModels, uploads: Uploads) -> None:
             image: The photo, JPEG, PNG or WebP.
             labels: Two to thirty labels.
             num_steps: Gradient steps of the adaptation, 1 to 200.
-            start: What adapts: "model", the distilled student, or "random", one with random weights.
+            start: What adapts: "model", the distilled student, which must not be dense, or "random", one with random
+                weights.
 
         Returns:
             Probabilities of each label from the teacher, the student before it adapts, and the adapted student.
@@ -123,7 +124,8 @@ def add_endpoints(models: AppModels, uploads: Uploads) -> None:
             image: The photo, JPEG, PNG or WebP.
 
         Returns:
-            The student's pooled feature, as many numbers as the features are wide.
+            As many numbers as the features are wide: the student's pooled feature or, of a dense student, which has
+            none of its own, the teacher's embedding.
         """
         return models.apm.encode(_read(uploads, image))[0].tolist()  # (1, F) -> (F,)
 

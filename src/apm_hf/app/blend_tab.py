@@ -1,4 +1,4 @@
-"""Two photos -> the model's outputs at any place between them: their trigger columns are blended.
+"""Two photos -> the model's outputs at any place between them: their trigger columns, or tokens, are blended.
 
 Source: arXiv:2410.20535; what a blend is, and is not, stands in `islands/interpolation.py`.
 

@@ -37,7 +37,7 @@ class PhotoFeatures:
     Args:
         photo: 8-bit RGB.
         pixel_values: `(1, C, S, S)`, the input of the model.
-        trigger_column: `(1, D)`, where the model takes it from its teacher.
+        trigger_column: `(1, D)` or tokens `(1, rows, cols, F)`, where the model takes them from its teacher.
         features: `(rows, cols, F)` in half precision, since those of many visitors are held at a time.
         rgb: `(rows, cols, 3)` in [0, 1], or None without RGB head.
     """

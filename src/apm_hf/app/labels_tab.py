@@ -63,20 +63,23 @@ def adaptation(
 
     Args:
         labels: K.
-        start: `"model"` adapts the distilled APM, `"random"` one with new weights.
+        start: `"model"` adapts the distilled APM, unless it is dense, `"random"` one with new weights.
         num_steps: gradient steps.
 
     Raises:
-        ValueError: without a teacher that knows the labels, or where the fit diverges.
+        ValueError: without a teacher that knows the labels, for a dense APM to start from, or where the fit diverges.
     """
+    if start == "model" and not models.adaptable.is_fitted:
+        raise ValueError("This APM reads its teacher and cannot be adapted: please start from random weights.")
+    apm = models.adaptable
     config = TTTConfig.preset("fast", steps=num_steps, start=start, seed=seed)
     teacher = _check_teacher(models.teacher, labels)
     texts = class_embeds(teacher, list(labels)).cpu()  # (K, F)
     target = teacher.encode_images([photo]).image_embeds
     assert target is not None
-    pixel_values = models.apm.image_processor([photo], return_tensors="pt")["pixel_values"]
-    column = models.apm.trigger_column([photo])
-    student, updates = copy.deepcopy(models.model), list[Progress]()
+    pixel_values = apm.image_processor([photo], return_tensors="pt")["pixel_values"]
+    column = apm.trigger_column([photo])
+    student, updates = copy.deepcopy(apm.bare_model), list[Progress]()
 
     def scores(embeds: Tensor) -> list[float]:
         return classify(embeds.cpu(), texts, logit_scale=teacher.logit_scale)[0].softmax(dim=-1).tolist()
@@ -106,7 +109,7 @@ def adaptation(
     def fit() -> None:
         try:
             adapted = adapt(
-                models.model, pixel_values, target, config=config, trigger_column=column, callback=callback
+                apm.bare_model, pixel_values, target, config=config, trigger_column=column, callback=callback
             )
             if adapted.diverged.any():
                 raise ValueError("The fit diverged: please take fewer steps or another photo.")

@@ -4,11 +4,19 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from ..assets import DEMO_TEACHER
+from ..configuration_apm import APMConfig
+from ..data.sample_photos import sample_photos
 from ..data.scenes import make_scene
 from ..modeling_apm import APMModel
 from ..pair import APM
 from ..teachers import Teacher
+from ..teachers.matching import matching_image_processor
+from ..ttt.photos import random_model
+from .uploads import MAX_LABELS
 
+# What the sample photos show, and what they do not.
+SAMPLE_LABELS = ("person", "cat", "cup", "rocket", "palace", "flower", "dog", "car", "chair", "airplane")
 # Held out from the embedded model and its teacher, which learnt other streams of scenes.
 _EXAMPLES_SEED, _EXAMPLES = 20_410, (3, 7, 2, 9, 1, 10)
 
@@ -20,10 +28,12 @@ class AppModels:
     Args:
         apm: the student with its image processor and its teacher, if there is one.
         control: a student of the same architecture with random weights.
+        adaptable: the pair whose student is adapted to photos: `apm`, or a fresh student where that one is dense.
     """
 
     apm: APM
     control: APMModel
+    adaptable: APM
 
     @property
     def model(self) -> APMModel:
@@ -35,19 +45,45 @@ class AppModels:
         """The student's teacher, if there is one."""
         return self.apm.teacher
 
+    @property
+    def knows_scenes(self) -> bool:
+        """Return whether the teacher is that of the demo, which has seen drawn scenes alone."""
+        return self.teacher is not None and self.teacher.name == DEMO_TEACHER
+
+    def examples(self) -> list[Image.Image]:
+        """Return six pictures to try the app with: sample photos, or drawn scenes for the demo's models."""
+        if not self.knows_scenes:
+            return list(sample_photos().values())
+        return [make_scene(index, seed=_EXAMPLES_SEED, image_size=384).image for index in _EXAMPLES]
+
+    def example_labels(self) -> list[str]:
+        """Return labels to begin with: the teacher's classes, or names of what sample photos show if it reads."""
+        names = self.apm.default_labels
+        if self.teacher is not None and self.teacher.has_text and not 2 <= len(names) <= MAX_LABELS:
+            return list(SAMPLE_LABELS)
+        return names[:MAX_LABELS]
+
 
 def load_models(model: str | None = None, teacher: str | None = None) -> AppModels:
     """Load a model and its teacher by name or folder; the embedded ones where neither is named.
 
+    A teacher alone is shown with its dense student in the package.
+
     Raises:
-        ValueError: for a model that is no APM or has another width than the teacher; for a teacher without a model.
+        ValueError: for a model that is no APM or has another width than the teacher; for a teacher without a model,
+            of which the package has no dense student.
     """
-    if model is None and teacher is not None:
-        raise ValueError(f"--model: expected an APM distilled from the teacher {teacher}, got none")
     apm = APM.load(model, teacher=teacher)
-    return AppModels(apm, apm.control().bare_model)
+    if apm.model is None:
+        dense = apm.with_dense_student()
+        if dense is None:
+            raise ValueError(f"--model: expected an APM distilled from the teacher {teacher}, got none")
+        apm = dense
+    return AppModels(apm, apm.control().bare_model, _adaptable(apm))
 
 
-def example_scenes() -> list[Image.Image]:
-    """Draw scenes to try the app with."""
-    return [make_scene(index, seed=_EXAMPLES_SEED, image_size=384).image for index in _EXAMPLES]
+def _adaptable(apm: APM) -> APM:
+    if not apm.is_dense or apm.teacher is None:
+        return apm
+    model = random_model(APMConfig.preset("clip-ttt", feature_size=apm.feature_size), seed=0).to(apm.teacher.device)
+    return APM(model, matching_image_processor(apm.teacher, model.config.image_size), apm.teacher, is_fitted=False)

@@ -19,7 +19,7 @@ from .api import add_endpoints
 from .blend_tab import Blend, blend, blend_pictures
 from .islands_tab import HEIGHTS, PhotoFeatures, island_pictures, photo_features, point_of_pixel, similarity_picture
 from .labels_tab import adaptation, curve_picture
-from .models import AppModels, example_scenes
+from .models import AppModels
 from .pictures import figures_html, scores_html
 from .recent import Recent
 from .uploads import GONE, MAX_LABELS, Uploads, read_labels
@@ -43,18 +43,18 @@ def page_style() -> dict[str, Any]:
 
 
 def build_page(models: AppModels) -> gr.Blocks:
-    """The page, to be launched with [`page_style`]. It opens with drawn scenes already looked at."""
-    scenes = example_scenes()
+    """The page, to be launched with [`page_style`]. It opens with examples already looked at."""
+    examples = models.examples()
     kept = (_SWEEP_SECONDS, _UPLOAD_SECONDS)
     with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=kept) as page:
         uploads = Uploads(page.GRADIO_CACHE)
         gr.Markdown(_introduction(models), elem_classes="apm-intro")
         with gr.Tab("Islands"):
-            _islands_tab(models, scenes, uploads)
+            _islands_tab(models, examples, uploads)
         with gr.Tab("Labels"):
-            _labels_tab(models, scenes, uploads)
+            _labels_tab(models, examples, uploads)
         with gr.Tab("Blends"):
-            _blend_tab(models, scenes, uploads)
+            _blend_tab(models, examples, uploads)
         gr.Markdown(f"apm_hf {__version__}. Photos are dropped after an hour, and used for nothing else.")
         add_endpoints(models, uploads)
     for block in page.blocks.values():
@@ -66,24 +66,26 @@ def build_page(models: AppModels) -> gr.Blocks:
 
 def _introduction(models: AppModels) -> str:
     size = f"{models.model.num_parameters() / 1e6:.1f} M parameters"
+    teacher = "" if models.teacher is None else f", compared with its teacher {models.teacher.name}"
+    known = f"**Here:** an APM of {size}{teacher}."
     if models.apm.is_embedded:
+        known = (
+            f"**What this one knows:** it is the small pair in the package ({size}, and its teacher). Both learnt "
+            f"photos of {len(models.apm.default_labels)} kinds of things, from accordions to yin-yang signs. The "
+            "teacher is often wrong about others, and knows a few hundred words."
+        )
+    elif models.knows_scenes:
         names = ", ".join(models.apm.default_labels)
         known = (
-            f"**What this one knows:** it is the demo model of the package ({size}). It and its teacher learnt twelve "
-            f"kinds of *drawn scenes* ({names}) and have never seen a photograph. Scenes like the examples work as "
-            "meant; in your own photos expect regions of colour and edges, not objects."
+            f"**What this one knows:** it is the demo's ({size}). It and its teacher learnt twelve kinds of *drawn "
+            f"scenes* ({names}) and have never seen a photograph. Scenes like the examples work as meant; in your own "
+            "photos expect regions of colour and edges, not objects."
         )
-    else:
-        teacher = "" if models.teacher is None else f", compared with its teacher {models.teacher.name}"
-        known = f"**Here:** an APM of {size}{teacher}."
-    return (
-        f"# {_TITLE}\nAn image is folded into one vector; a small network then answers, for any place asked about, "
-        "with the feature a large vision model would give it. Neighbouring places that agree form *islands*: parts "
-        f"and wholes. [Paper](https://arxiv.org/abs/2410.20535)\n\n{known}"
-    )
+    how = _HOW_A_DENSE_ONE_WORKS if models.apm.is_dense else _HOW_IT_WORKS
+    return f"# {_TITLE}\n{how} [Paper](https://arxiv.org/abs/2410.20535)\n\n{known}"
 
 
-def _islands_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads) -> None:
+def _islands_tab(models: AppModels, examples: list[Image.Image], uploads: Uploads) -> None:
     recent: Recent[PhotoFeatures] = Recent(**_RECENT)
 
     def features(path: str | None) -> PhotoFeatures:
@@ -110,10 +112,10 @@ def _islands_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads)
         y, x = point_of_pixel(column, row, uploads.shown_size(path))
         return like_place(path, y, x), round(y, 3), round(x, 3)
 
-    first = photo_features(models, scenes[0])
+    first = photo_features(models, examples[0])
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            photo = _photo("Photo: click a point, × for another", "islands-photo", scenes[0])
+            photo = _photo("Photo: click a point, × for another", "islands-photo", examples[0])
             similar = gr.HTML(similar_html(first, 0.0, 0.0), elem_id="similar")
             with gr.Row():
                 place = [
@@ -124,7 +126,7 @@ def _islands_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads)
                 ]
             compare = gr.Button("Show what is like this point", elem_id="point-show")
         with gr.Column(scale=5, min_width=300):
-            _examples(scenes, photo)
+            _examples(examples, photo)
             with gr.Row(equal_height=True):
                 heights = [
                     gr.Number(number, label=name, precision=0, minimum=1, maximum=500, min_width=80)
@@ -140,21 +142,22 @@ def _islands_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads)
     compare.click(_telling(like_place, gr.skip()), [photo, *place], similar, api_visibility="private")
 
 
-def _labels_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads) -> None:
+def _labels_tab(models: AppModels, examples: list[Image.Image], uploads: Uploads) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            photo = _photo("Photo, × for another", "labels-photo", scenes[1])
-            _examples(scenes, photo)
+            photo = _photo("Photo, × for another", "labels-photo", examples[1])
+            _examples(examples, photo)
             labels = gr.Textbox(
-                ", ".join(models.apm.default_labels), lines=3, elem_id="labels",
+                ", ".join(models.example_labels()), lines=3, elem_id="labels",
                 label=f"Labels, 2 to {MAX_LABELS}, with commas between them",
             )  # fmt: skip
             starts = [("the distilled APM", "model"), ("an APM with random weights", "random")]
-            start = gr.Radio(starts, value="random", label="Adaptation starts from")
+            can_choose = models.adaptable.is_fitted
+            start = gr.Radio(starts, value="random", label="Adaptation starts from", visible=can_choose)
             num_steps = gr.Slider(10, 200, value=60, step=10, label="Steps")
             adapt = gr.Button("Adapt to this photo", variant="primary", elem_id="adapt")
         with gr.Column(scale=5, min_width=300):
-            gr.Markdown(_WHAT_ADAPTATION_IS)
+            gr.Markdown(_WHAT_ADAPTATION_IS + ("" if can_choose else _OF_A_FRESH_ONE))
             with gr.Row():
                 with gr.Column(scale=5, min_width=320):
                     scores = gr.HTML(elem_id="scores")
@@ -181,7 +184,7 @@ def _labels_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads) 
     )
 
 
-def _blend_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads) -> None:
+def _blend_tab(models: AppModels, examples: list[Image.Image], uploads: Uploads) -> None:
     recent: Recent[Blend] = Recent(**_RECENT)
 
     def between_uploads(first: str | None, second: str | None, patches: str, alpha: float) -> str:
@@ -199,28 +202,28 @@ def _blend_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads) -
     def pictures(taken: Blend, alpha: float) -> str:
         return figures_html(blend_pictures(taken, alpha), columns=2)
 
-    first = pictures(blend(models, scenes[2], scenes[3]), 0.5)
+    first = pictures(blend(models, examples[2], examples[3]), 0.5)
+    is_dense, local_patch = models.apm.is_dense, models.model.config.local_patch
+    what = "teacher's tokens" if is_dense else "trigger column"
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             with gr.Row():
                 photos = [
-                    _photo(f"Photo {name}", f"blend-{name}", scene)
-                    for name, scene in zip("AB", scenes[2:4], strict=True)
+                    _photo(f"Photo {name}", f"blend-{name}", example)
+                    for name, example in zip("AB", examples[2:4], strict=True)
                 ]
             for name, photo in zip("AB", photos, strict=True):
-                _examples(scenes, photo, f"Drawn scenes for photo {name}")
+                _examples(examples, photo, f"Examples for photo {name}")
         with gr.Column(scale=5, min_width=300):
-            share = gr.Slider(
-                0, 1, value=0.5, step=0.05, label="Share of photo B in the trigger column", elem_id="share"
-            )
+            share = gr.Slider(0, 1, value=0.5, step=0.05, label=f"Share of photo B in the {what}", elem_id="share")
             patches = gr.Radio(
                 [("both photos, cross-faded", "blend"), ("photo A", "a"), ("photo B", "b")],
                 value="blend",
                 label="Local patches in the queries are those of",
-                visible=models.model.config.local_patch,
+                visible=local_patch,
             )
             between = gr.HTML(first, elem_id="between")
-            gr.Markdown(_WHAT_A_BLEND_IS, visible=models.model.config.local_patch)
+            gr.Markdown(_WHAT_A_BLEND_OF_TOKENS_IS if is_dense else _WHAT_A_BLEND_IS, visible=local_patch)
 
     inputs = [*photos, patches, share]
     _on_change(photos, between_uploads, inputs, [between])
@@ -231,10 +234,10 @@ def _blend_tab(models: AppModels, scenes: list[Image.Image], uploads: Uploads) -
     )  # fmt: skip
 
 
-def _photo(label: str, elem_id: str, scene: Image.Image) -> gr.Image:
+def _photo(label: str, elem_id: str, example: Image.Image) -> gr.Image:
     photo = gr.Image(
-        scene, type="filepath", label=label, elem_id=elem_id, elem_classes="apm-photo", alt_text=label, min_width=120,
-        format="png",  # what is shown and taken is what was drawn
+        example, type="filepath", label=label, elem_id=elem_id, elem_classes="apm-photo", alt_text=label,
+        min_width=120, format="png",  # what is shown and taken is what was drawn
         sources=["upload", "clipboard"], buttons=["fullscreen"], interactive=True,
     )  # fmt: skip
     # Gradio would open any file that a request names, and say "Error" where it cannot decode it.
@@ -242,11 +245,11 @@ def _photo(label: str, elem_id: str, scene: Image.Image) -> gr.Image:
     return photo
 
 
-def _examples(scenes: list[Image.Image], photo: gr.Image, label: str = "Drawn scenes to try") -> None:
+def _examples(examples: list[Image.Image], photo: gr.Image, label: str = "Examples to try") -> None:
     # `gr.Examples` would put a new `gr.Image` into the session, which opens any file.
-    examples = gr.Dataset(components=[photo], samples=[[scene] for scene in scenes], type="index", label=label)
-    examples.click(
-        lambda index: scenes[index], examples, photo, show_progress="hidden", queue=False, api_visibility="private"
+    shown = gr.Dataset(components=[photo], samples=[[example] for example in examples], type="index", label=label)
+    shown.click(
+        lambda index: examples[index], shown, photo, show_progress="hidden", queue=False, api_visibility="private"
     )
 
 
@@ -311,18 +314,32 @@ def _telling(action: Callable[..., Any], *instead: Any) -> Callable[..., Any]:
 
 # Gradio's thumbnails of examples are buttons without a name, for those who hear a page or speak to it.
 _NAME_EXAMPLES = """() => {
-    const named = button => `Scene ${[...button.parentElement.children].indexOf(button) + 1}`;
+    const named = button => `Example ${[...button.parentElement.children].indexOf(button) + 1}`;
     const name = () => document.querySelectorAll('.gallery-item:not([aria-label])')
         .forEach(button => button.setAttribute('aria-label', named(button)));
     new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
     name();
 }"""
+_HOW_IT_WORKS = (
+    "An image is folded into one vector; a small network then answers, for any place asked about, with the feature a "
+    "large vision model would give it. Neighbouring places that agree form *islands*: parts and wholes."
+)
+_HOW_A_DENSE_ONE_WORKS = (
+    "A vision model reads an image once, as a grid of patches; a small network then answers, for any place asked "
+    "about, with the feature that the model would give it, finer than its patches. Neighbouring places that agree are "
+    "*islands*: parts and wholes."
+)
 _WHAT_ADAPTATION_IS = (
     "The teacher looks at the photo once. An APM is then fitted, on this photo alone, until its own pooled feature is "
     "the teacher's embedding: the curve. An APM that is fitted to the end repeats its teacher, mistakes included; "
     "what it said before stands beside."
 )
+_OF_A_FRESH_ONE = " It begins with random weights here, since the APM of the other tabs reads its teacher's tokens."
 _WHAT_A_BLEND_IS = (
     "The fold into the trigger column is linear, so the blend of two columns is the column of the cross-faded image. "
     "With the local patches of one photo alone, what changes is what the column carries."
+)
+_WHAT_A_BLEND_OF_TOKENS_IS = (
+    "The teacher's tokens of the two photos are blended place by place. That is not what the teacher would see in the "
+    "cross-faded photo. With the local patches of one photo alone, what changes is what the tokens carry."
 )

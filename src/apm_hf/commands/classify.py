@@ -6,9 +6,9 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..assets import DEMO_TEACHER, PHOTO_TEACHER
 from .console import printable
 from .options import add
+from .pairs import ABOUT_NOTE, note
 
 if TYPE_CHECKING:
     from ..ttt.classification import TTTClassifier
@@ -28,16 +28,12 @@ EXAMPLES = (
 RESULT = {
     "teacher": "as given; null is the teacher of photos in the package",
     "model": "as given; null is a fresh one",
-    "note": "what the teacher in the package does not know; null for others",
+    "note": ABOUT_NOTE,
     "labels": "those that are ranked; what the teacher has no words for is left out",
     "photos": "a list: photo, steps, loss (at the first and the last step), cosine (to the teacher's embedding), "
     "agrees (on the first class), seconds, and teacher and apm: the --top_k classes as label and score",
     "errors": "a list: photo and message, of those that could not be read, or whose fit diverged",
 }
-NOTE = (
-    "no --teacher and no --model: the small teacher of photos in the package, which knows 100 kinds of things and "
-    "some everyday words; it is wrong about photos of anything else, see docs/photo_teacher.md"
-)
 INTERRUPTED = "what is printed is done; start again with the other photos"
 SMALLER = "a smaller --batch_size"
 
@@ -50,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of class names, one a line or a JSON list; else the teacher's classes",
     )
-    add(parser, "--model", "the one to adapt; with --teacher alone, a fresh one as wide as the teacher")
+    add(parser, "--model", "the one to adapt; by default, or of a dense one, a fresh one as wide as the teacher")
     add(parser, "--preset", "of the adaptation", choices=("fast", "paper"), default="fast")
     add(parser, "--steps", "instead of the preset's")
     parser.add_argument(
@@ -91,7 +87,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "teacher": options.teacher,
         "model": options.model,
-        "note": NOTE if _by_default(options) else None,
+        "note": note(options),
         "labels": classifier.class_names,
         "photos": photos,
         "errors": errors,
@@ -104,16 +100,14 @@ def _classifier(options: argparse.Namespace) -> "TTTClassifier":
     from ..teachers.zero_shot import read_labels, same_words
     from ..ttt import TTTConfig
 
-    if _by_default(options):
-        logger.info(NOTE)
-    alone = options.model is None
-    overrides: dict[str, Any] = {"seed": options.seed, "start": "random" if alone else "model"}
+    overrides: dict[str, Any] = {"seed": options.seed, "start": "model"}
     if options.steps is not None:
         overrides["steps"] = options.steps
     config = TTTConfig.preset(options.preset, **overrides)
     labels = None if options.labels is None else read_labels(options.labels)
-    teacher = options.teacher or (PHOTO_TEACHER if alone else DEMO_TEACHER)
-    pair = APM.load(options.model, teacher=teacher)
+    if options.teacher is None and options.model is not None:
+        raise ValueError("--teacher: expected the one that --model was distilled from, got none")
+    pair = APM.load(options.model, teacher=options.teacher)
     labels = labels or pair.default_labels
     if not labels:
         raise ValueError(
@@ -126,10 +120,6 @@ def _classifier(options: argparse.Namespace) -> "TTTClassifier":
     if len(labels) > 1 and len(same) == 1 and len(same[0]) == len(labels):
         raise ValueError("--labels: expected words that the teacher can tell apart, got none")
     return classifier
-
-
-def _by_default(options: argparse.Namespace) -> bool:
-    return options.teacher is None and options.model is None
 
 
 def _known(teacher: Any, labels: list[str]) -> list[str]:

@@ -5,13 +5,14 @@ import os
 from typing import Any
 
 from .options import add
-from .pairs import note_embedded
+from .pairs import ABOUT_NOTE, note
 
 HELP = "write one vector per photo to a parquet, NumPy or safetensors file"
 DESCRIPTION = """
 Write one vector per photo, with the photo's path, to a file for search, deduplication or a classifier of your own. The
 vectors are the student's, which --model names, the teacher's, or both. Photos that cannot be read are listed and left
-out. Parts of the work lie beside the file until it is written; the same command goes on from them.
+out. Parts of the work lie beside the file until it is written; the same command goes on from them. Without
+--teacher and --model a small teacher of photos in this package is used.
 """
 EXAMPLES = (
     "apm embed photos --model user/apm-photos --output vectors.parquet",
@@ -26,6 +27,7 @@ RESULT = {
     "normalized": "whether they have length 1",
     "model": "as given; null is the embedded one, or none",
     "teacher": "as given; null is the embedded one, or none",
+    "note": ABOUT_NOTE,
     "errors": "a list: photo and message, of those that could not be read",
 }
 INTERRUPTED = "the same command goes on from the parts beside the output file"
@@ -42,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         choices=("student", "teacher", "both"),
-        help="whose vectors; by default the student's where there is one",
+        help="whose vectors; by default the student's where there is one, unless it is dense",
     )
     parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1, as cosine search needs")
     add(parser, "--batch_size", default=32)
@@ -58,8 +60,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     sources = SOURCES if options.source == "both" else options.source and [options.source]
     check_output(options.output, sources, overwrite=options.overwrite)
     photos = find_photos(options.photos)
-    if options.teacher is None and options.model is None:
-        note_embedded()
     apm = APM.load(options.model, teacher=options.teacher)
     alone = len(options.photos) == 1 and os.path.isdir(options.photos[0])
     vectors = write_vectors(
@@ -83,5 +83,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "normalized": options.normalize,
         "model": options.model,
         "teacher": options.teacher,
+        "note": note(options),
         "errors": vectors.unreadable,
     }

@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
     from huggingface_hub import constants, get_token
 
     from .. import __version__
-    from ..assets import DEMO_MODEL, DEMO_TEACHER
+    from ..assets import PHOTO_MODEL, PHOTO_TEACHER
 
     return {
         "versions": {"apm_hf": __version__, **{name: _version(name) for name in (*CORE, *BESIDE)}},
@@ -69,7 +69,7 @@ def environment() -> dict[str, Any]:
             "logged_in": get_token() is not None,
             "cache": _public(constants.HF_HUB_CACHE),
         },
-        "embedded": {"teacher": _public(DEMO_TEACHER), "model": _public(DEMO_MODEL)},
+        "embedded": {"teacher": _public(PHOTO_TEACHER), "model": _public(PHOTO_MODEL)},
     }
 
 

@@ -12,7 +12,9 @@ __all__ = ["RESULT"]
 HELP = "blend the trigger columns of two photos: colours and features on the way, as a strip and a movie"
 DESCRIPTION = """
 Go from one photo's trigger column to another's in small steps and draw what the APM answers on the way: colours and
-features, as a strip and a movie. Without --model a fresh student is first distilled on the two photos alone.
+features, as a strip and a movie. Of a dense student the teacher's tokens are blended. With --teacher alone it is the
+dense student of this teacher in the package, if there is one; else, or with --fresh, a fresh student is first
+distilled on the two photos alone.
 """
 EXAMPLES = (
     "apm interpolate one.jpg other.jpg --output_dir frames",
@@ -28,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_pair_options(parser)
     add(parser, "--steps", "of a fresh student", default=300)
     parser.add_argument(
-        "--trigger_only", action="store_true", help="the fresh student sees no pixels beside the trigger column"
+        "--trigger_only", action="store_true", help="a fresh student, that sees no pixels beside the trigger column"
     )
     parser.add_argument("--frames", type=int, default=25, help="from photo to photo")
     add(parser, "--size", default=192)
@@ -53,7 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--steps: expected a positive number, got {options.steps}")
     photos = [read_rgb(path) for path in options.photos]
     writable_folder(options.output_dir)
-    pair = load_pair(options, local_patch=not options.trigger_only)
+    pair = load_pair(options, local_patch=not options.trigger_only, dense=not options.trigger_only)
     if options.trigger_only and pair.is_fitted:
         raise ValueError("--trigger_only: expected a fresh student, so --teacher without --model, or --fresh")
     what, fits = "not fitted to these photos", not pair.is_fitted

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..assets import DEMO_TEACHER
 from .options import add
 
 if TYPE_CHECKING:
@@ -15,11 +14,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("apm_hf")
 
+ABOUT_NOTE = "what the embedded pair does not know; null for others"
+
 # The RESULT of `apm islands` and `apm interpolate`.
 RESULT = {
     "files": "pictures, and films where there are any",
     "model": "as given; null is the embedded one, or a fresh one",
     "teacher": "as given; null is the embedded one, or none",
+    "note": ABOUT_NOTE,
     "num_parameters": "of the student",
     "fitted": "whether the student was fitted to what is drawn",
     "errors": "a list: photo and message, of those that could not be read",
@@ -33,6 +35,7 @@ def result(options: argparse.Namespace, files: "Sequence[Path]", pair: "APM", *,
         "files": list(files),
         "model": options.model,
         "teacher": options.teacher,
+        "note": note(options),
         "num_parameters": pair.bare_model.num_parameters(),
         "fitted": fitted,
         "errors": [],
@@ -42,18 +45,18 @@ def result(options: argparse.Namespace, files: "Sequence[Path]", pair: "APM", *,
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that [`load_pair`] reads."""
     add(parser, "--model", "distilled; by default, without --teacher, the embedded one")
-    add(parser, "--teacher", "alone, a fresh student is fitted to its features")
+    add(parser, "--teacher", "alone, with its dense student in the package, or a fresh one that is fitted")
     parser.add_argument(
         "--fresh", action="store_true", help="fit a fresh student, to the embedded teacher if none is named"
     )
 
 
 def load_pair(options: argparse.Namespace, *, local_patch: bool = True, dense: bool = False) -> "APM":
-    """Load what the options name, or a fresh student with random weights beside the teacher.
+    """Load what the options name; without a model, the teacher's dense student in the package, or a fresh one.
 
     Args:
         local_patch: whether a fresh student sees the pixels around each location.
-        dense: instead of a fresh student, prefer a dense one of this teacher that travels with the package.
+        dense: whether a dense student will do, which cannot be fitted to anything.
 
     Raises:
         ValueError: as [`APM.load`] does, and for `--fresh` beside `--model`.
@@ -62,20 +65,23 @@ def load_pair(options: argparse.Namespace, *, local_patch: bool = True, dense: b
 
     if options.fresh and options.model is not None:
         raise ValueError("--fresh: expected no --model beside it")
-    if options.model is None and options.teacher is None:
-        note_embedded()
-    if options.model is not None or (options.teacher is None and not options.fresh):
-        return APM.load(options.model, teacher=options.teacher)
-    teacher = APM.load(teacher=options.teacher or DEMO_TEACHER)
-    if dense and not options.fresh and (pair := teacher.with_dense_student()) is not None:
-        logger.info("no --model: the dense student of this teacher in the package; --fresh fits one to the photo")
+    pair = APM.load(options.model, teacher=options.teacher)
+    if options.model is not None:
         return pair
-    return teacher.fresh(local_patch=local_patch, seed=options.seed)
+    if dense and not options.fresh:
+        if pair.is_embedded:
+            return pair
+        if (found := pair.with_dense_student()) is not None:
+            logger.info("no --model: the dense student of this teacher in the package; --fresh fits one to the photo")
+            return found
+    return pair.fresh(local_patch=local_patch, seed=options.seed)
 
 
-def note_embedded() -> None:
-    """Log that the embedded student and teacher are used."""
-    logger.info("no --teacher and no --model: the embedded ones, which know drawn scenes only")
+def note(options: argparse.Namespace) -> str | None:
+    """Return what the embedded pair does not know, where the options name no other; else None."""
+    from ..pair import EMBEDDED_NOTE
+
+    return EMBEDDED_NOTE if options.teacher is None and options.model is None else None
 
 
 def caption(pair: "APM", what: str) -> str:
@@ -84,5 +90,5 @@ def caption(pair: "APM", what: str) -> str:
     teacher = pair.teacher
     if teacher is None:
         return f"APM, {size}, {what}"
-    name = "the embedded one" if teacher.name == DEMO_TEACHER else teacher.name.rstrip("/").rpartition("/")[2]
+    name = "the embedded one" if pair.is_embedded else teacher.name.rstrip("/").rpartition("/")[2]
     return f"APM, {size}, {what}; teacher: {name}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import add
+from .pairs import ABOUT_NOTE, note
 
 logger = logging.getLogger("apm_hf")
 
@@ -13,7 +14,8 @@ HELP = "write a teacher's features of a photo at any resolution"
 DESCRIPTION = """
 Write the features of a photo at any resolution to a safetensors file, as `features` (rows, cols, width), computed row
 by row in flat memory. With --model, a student is queried at each location; with --teacher alone, the dense student of
-this teacher in the package, if there is one, else the teacher's grid is interpolated bilinearly.
+this teacher in the package, if there is one, else the teacher's grid is interpolated bilinearly. Without both, a small
+teacher of photos in this package is used, and its dense student.
 """
 EXAMPLES = (
     "apm upsample a.jpg --model user/apm-dense --teacher facebook/dinov2-small --size 1024 --output map.safetensors",
@@ -26,6 +28,7 @@ RESULT = {
     "feature_size": "width of a feature",
     "bytes": "of the map",
     "picture": "the PNG file, or null",
+    "note": ABOUT_NOTE,
 }
 INTERRUPTED = "no file was written"
 SMALLER = "a smaller --size"
@@ -60,7 +63,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.picture is not None:
         _draw(Path(options.output), Path(options.picture))
     print(f"{options.output}: {facts['rows']} x {facts['cols']} x {facts['feature_size']} {options.dtype}")
-    return {"file": options.output, **facts, "picture": options.picture}
+    return {"file": options.output, **facts, "picture": options.picture, "note": note(options)}
 
 
 def _draw(file: Path, picture: Path) -> None:

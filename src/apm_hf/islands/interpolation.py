@@ -124,7 +124,9 @@ def frame_between(
         blending: blending of the columns, `"linear"` or `"spherical"`, see [`blend`].
         patches: with `local_patch=True`, the patches in the queries: those of the cross-faded image (`"blend"`:
             pixel values are blended linearly) or always those of one image (`"a"`, `"b"`).
-        trigger_columns: `(1, D)` each, instead of folding; required with `trigger_source="embedding"`.
+        trigger_columns: `(1, D)` each, instead of folding; required with `trigger_source="embedding"`. With
+            `trigger_source="tokens"` they are the teacher's tokens, `(1, rows, cols, F)`: a blend of these is not what
+            the teacher would output for the cross-faded image.
 
     Raises:
         ValueError: for unknown options, or shapes that do not fit the model.

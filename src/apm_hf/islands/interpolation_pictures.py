@@ -78,7 +78,7 @@ def interpolation_picture(
         model: the model to query.
         pixel_values: `(2, C, S, S)`, the photos as model inputs.
         size: `(rows, cols)` of the maps.
-        trigger_columns: `(1, D)` each, for `trigger_source="embedding"`.
+        trigger_columns: `(1, D)` each, for `trigger_source="embedding"`, or tokens `(1, rows, cols, F)`.
         caption: text below the strip.
 
     Returns:
@@ -103,7 +103,8 @@ def interpolation_picture(
         _Colours.of(frame, colours) for frame in tqdm(frames(config.steps, size), desc="blend", total=config.steps)
     ]
     strip = output_dir / "interpolation.png"
-    write_atomically(strip, png_bytes(_strip(photos, drawn, size, caption)))
+    blended = "the teacher's tokens" if model.config.trigger_source == "tokens" else "the trigger column"
+    write_atomically(strip, png_bytes(_strip(photos, drawn, size, caption, blended)))
     forward = _movie_frames(drawn, size)
     hold = round(config.fps * 0.8)
     movie = [*forward[:1] * hold, *forward, *forward[-1:] * hold, *forward[-2:0:-1]]
@@ -123,23 +124,26 @@ class _Colours:
         return cls(frame.alpha, panels | {"features (PCA)": colours(frame.features)})
 
 
-def _strip(photos: tuple[Image.Image, Image.Image], drawn: list[_Colours], size: tuple[int, int], caption: str) -> Any:
+def _strip(
+    photos: tuple[Image.Image, Image.Image], drawn: list[_Colours], size: tuple[int, int], caption: str, blended: str
+) -> Any:
     chosen = sorted({round(i * (len(drawn) - 1) / (_STRIP_COLUMNS - 1)) for i in range(_STRIP_COLUMNS)})
     shown = [drawn[index] for index in chosen]
     titles, aspect = list(shown[0].panels), size[0] / size[1]
     width, height, gap, margin = 2.0 / aspect**0.5, 2.0 * aspect**0.5, 0.08, 0.35
     left = width + 2 * gap + margin  # left edge of the model's outputs
     right = left + len(shown) * (width + gap)
-    bottom = len(titles) * (height + gap) + gap
+    top = gap if len(titles) > 1 else 0.35  # beside one row there is no room above the photos for their names
+    bottom = top + len(titles) * (height + gap)
     total_height = bottom + (0.95 if caption else 0.7)
     figure = new_figure(right + width + gap, total_height, dpi=_DPI)
     for place_x, photo, name in ((gap, photos[0], "A"), (right, photos[1], "B")):
-        axes = place(figure, place_x, (bottom - height) / 2, width, height)
+        axes = place(figure, place_x, top + (bottom - top - gap - height) / 2, width, height)
         axes.imshow(np.asarray(photo.convert("RGB")), aspect="auto", interpolation="lanczos")
         axes.set_title(f"photo {name}", fontsize=_FONT)
     for row, title in enumerate(titles):
         for column, frame in enumerate(shown):
-            axes = place(figure, left + column * (width + gap), gap + row * (height + gap), width, height)
+            axes = place(figure, left + column * (width + gap), top + row * (height + gap), width, height)
             axes.imshow(frame.panels[title], aspect="auto", interpolation="bilinear")
             if column == 0:
                 axes.set_ylabel(title, fontsize=_FONT)
@@ -148,7 +152,7 @@ def _strip(photos: tuple[Image.Image, Image.Image], drawn: list[_Colours], size:
     share = width / (width + gap) / 2  # so that ticks are centred under the columns
     axes.set(xlim=(-share * step, 1 + share * step), xticks=[column * step for column in range(len(shown))])
     axes.set_xticklabels([f"{frame.alpha:.2f}" for frame in shown], fontsize=_FONT)
-    axes.set_xlabel(r"$\alpha$: share of photo B in the trigger column", fontsize=_FONT)
+    axes.set_xlabel(rf"$\alpha$: share of photo B in {blended}", fontsize=_FONT)
     axes.spines[["top", "left", "right"]].set_visible(False)
     if caption:
         figure.text(0.5, 0.06 / total_height, caption, fontsize=10, color="0.35", ha="center")

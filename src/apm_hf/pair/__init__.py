@@ -1,5 +1,5 @@
 """The pair: a student with its image processor and its teacher."""
 
-from .apm import APM, Islands
+from .apm import APM, EMBEDDED_NOTE, Islands
 
-__all__ = ["APM", "Islands"]
+__all__ = ["APM", "EMBEDDED_NOTE", "Islands"]

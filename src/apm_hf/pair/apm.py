@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
-from ..assets import DEMO_MODEL, DEMO_TEACHER, DENSE_MODELS
+from ..assets import DENSE_MODELS, PHOTO_MODEL, PHOTO_TEACHER
 from ..configuration_apm import APMConfig
 from ..data.images import read_rgb
 from ..modeling_apm import APMModel, APMPreTrainedModel
@@ -62,6 +62,10 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 DEFAULT_HEIGHTS = (2, 6, 20)  # numbers of regions: wholes, parts, parts of parts
+EMBEDDED_NOTE = (
+    "no teacher and no model: the small pair in the package, which learnt photos of 100 kinds of things and some "
+    "everyday words; of anything else it knows little, see docs/photo_teacher.md"
+)
 MAX_TREE_SIZE = 96  # locations along the longer side: trees of finer maps take minutes
 
 
@@ -128,8 +132,8 @@ class APM:
 
         Args:
             model: the student's name or folder, whose image processor lies beside it, or the student itself, which
-                then sees what the teacher is given. Without model and teacher the embedded ones are loaded, which
-                know drawn scenes only.
+                then sees what the teacher is given. Without model and teacher the embedded ones are loaded: a small
+                teacher of photos and its dense student; what these do not know is logged.
             teacher: its name or folder, or the teacher itself; of the width that the student was distilled to.
             device: of both; by default the teacher's, or else the first of CUDA, MPS and CPU that is there.
             dtype: of both; by default as saved, on the CPU float32 for teachers.
@@ -139,7 +143,8 @@ class APM:
             OSError: for a name that is not found or cannot be reached.
         """
         if model is None and teacher is None:
-            model, teacher = DEMO_MODEL, DEMO_TEACHER
+            logger.warning(EMBEDDED_NOTE)
+            model, teacher = PHOTO_MODEL, PHOTO_TEACHER
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = load_teacher(teacher, device=device, dtype=dtype)
         student, image_processor = model, None
@@ -222,8 +227,22 @@ class APM:
 
     @property
     def is_embedded(self) -> bool:
-        """Return whether the student is the one in this package."""
-        return self.model is not None and self.model.name_or_path == DEMO_MODEL
+        """Return whether this is the pair in this package that is loaded where nothing is named."""
+        return self.model is not None and self.model.name_or_path == PHOTO_MODEL
+
+    @property
+    def is_dense(self) -> bool:
+        """Return whether the student reads its teacher's tokens, so that it cannot be fitted to them."""
+        return self.model is not None and self.bare_model.config.trigger_source == "tokens"
+
+    @property
+    def embedding_source(self) -> str:
+        """Whose embeddings [`APM.encode`] gives by default: the student's, or the teacher's.
+
+        They are the teacher's where there is no student, or a dense one beside its teacher: it adds detail to features
+        of locations, and nothing to the embedding of an image, which the teacher has computed anyway.
+        """
+        return "teacher" if self.model is None or (self.is_dense and self.teacher is not None) else "student"
 
     @property
     def default_labels(self) -> list[str]:
@@ -299,11 +318,12 @@ class APM:
             images: see the class.
             batch_size: images per batch.
             normalize: whether embeddings are scaled to length 1.
-            source: `"student"` or `"teacher"`; by default the student where there is one.
+            source: `"student"` or `"teacher"`; by default as [`APM.embedding_source`].
 
         Raises:
             ValueError: for an unreadable image, or a source that was not loaded.
         """
+        source = source or self.embedding_source
         preprocessing = self.preprocessing(source)
         embeds = [
             self.embed({name: prepare(batch) for name, prepare in preprocessing.items()}, source=source)
@@ -321,7 +341,7 @@ class APM:
         Raises:
             ValueError: for a source that was not loaded.
         """
-        if self._source(source) == "teacher":
+        if self._source(source or self.embedding_source) == "teacher":
             teacher = self._needed_teacher("embeddings are asked of")
             return {"teacher_pixel_values": partial(process, teacher.image_processor)}
         needed: dict[str, Any] = {"pixel_values": partial(process, self.image_processor)}
@@ -342,7 +362,7 @@ class APM:
         seen, column = None, None
         if (pixels := inputs.get("teacher_pixel_values")) is not None:
             seen = self._needed_teacher("embeddings are asked of").encode_images(pixel_values=pixels)
-        if self._source(source) == "teacher":
+        if self._source(source or self.embedding_source) == "teacher":
             assert seen is not None and seen.image_embeds is not None
             return seen.image_embeds.float().cpu()
         model = self.bare_model
@@ -371,7 +391,7 @@ class APM:
                 shape; by default the source's own grid.
             coordinates: `(L, 2)`, (y, x), instead of a map; of a student.
             batch_size: images per batch.
-            source: as in [`APM.encode`].
+            source: `"student"` or `"teacher"`; by default the student where there is one.
 
         Returns:
             `(B, rows, cols, F)`, or `(B, L, F)` for coordinates.
@@ -418,21 +438,22 @@ class APM:
 
         Args:
             labels: K class names that the teacher knows.
-            config: how to adapt; by default the preset `fast`, from the student's weights or, where there is none,
-                from random ones.
+            config: how to adapt; by default the preset `fast`, from the student's weights or, where there is none or
+                a dense one, which cannot be adapted, from random ones.
             templates: prompts with `{}` for the name, averaged.
 
         Raises:
             ValueError: without a teacher, or for names that it does not know.
         """
         teacher = self._needed_teacher("labels are compared with")
-        config = config or TTTConfig.preset("fast", start="random" if self.model is None else "model")
+        alone = self.model is None or self.is_dense
+        config = config or TTTConfig.preset("fast", start="model")
         return TTTClassifier(
             teacher,
             labels,
-            config=config,
-            model=self.model,
-            image_processor=self.image_processor,
+            config=replace(config, start="random") if alone else config,
+            model=None if alone else self.model,
+            image_processor=None if alone else self.image_processor,
             templates=templates,
         )
 
@@ -498,10 +519,12 @@ class APM:
             on_step: called before each update with its number and the student as it then is; for one image.
 
         Raises:
-            ValueError: without student or teacher, or where the fit diverges.
+            ValueError: without student or teacher, for a dense student, or where the fit diverges.
             ImportError: for several images without accelerate; says what to install.
         """
         photos, teacher, model = pictures(images), self._needed_teacher("a student is fitted to"), self._needed_model()
+        if self.is_dense:
+            raise ValueError("model: expected one that can be fitted, got a dense one; fit a fresh one: fresh().fit()")
         model, pixel_values = bare_model(model), self.pixel_values(photos)
         features = teacher_features(teacher, photos, fine=not self.is_fitted)
         if len(photos) > 1:

@@ -17,15 +17,18 @@ from torch import Tensor
 from transformers import AutoModel
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
+from transformers.utils import logging
 
-from ..assets import DEMO_MODEL
+from ..assets import PHOTO_MODEL, PHOTO_TEACHER
 from ..configuration_apm import APMConfig
 from ..data.images import decode_image, eight_bit_rgb
 from ..modeling_apm import APMModel
 from ..teachers import DEFAULT_TEMPLATES, Teacher, load_teacher
 from ..teachers.zero_shot import classify
 from ..ttt import TTTConfig, adapt, redraw
-from .apm import APM
+from .apm import APM, EMBEDDED_NOTE
+
+logger = logging.get_logger(__name__)
 
 _MAX_CACHED_TEXTS = 16
 
@@ -37,10 +40,12 @@ class TestTimeTrainingPipeline(Pipeline):
 
     Args:
         model: the APM, bare or with a head; never changed, but moved to `device`. `transformers.pipeline` takes a
-            folder or Hub name too, by default the demo's; here None is a fresh `clip-ttt` as wide as the teacher.
+            folder or Hub name too. None, or a dense student, which cannot be adapted, is a fresh `clip-ttt` as wide as
+            the teacher.
         teacher: computes targets and class embeddings: a [`Teacher`], or a name or folder for [`load_teacher`]; by
-            default the first one that the model's configuration says it was distilled from.
-        preset: recipe, `"fast"` by default; it starts from the weights of the given model.
+            default the first one that the model's configuration says it was distilled from; without both, the small
+            teacher of photos in the package.
+        preset: recipe, `"fast"` by default; it starts from the weights of the given model, or random ones.
         ttt_config: a [`TTTConfig`] instead, used unchanged; `transformers.pipeline` has a different `config`.
         **options: options of [`Pipeline`], and defaults for those of a call. `image_processor`, the model's, is by
             default its folder's, else one that matches the teacher's.
@@ -64,6 +69,9 @@ class TestTimeTrainingPipeline(Pipeline):
     ):
         if teacher is None:
             teacher = _named_teacher(model)
+        if getattr(getattr(model, "config", None), "trigger_source", None) == "tokens":
+            model = None
+            options.pop("image_processor", None)  # the dense student's
         if not isinstance(teacher, Teacher | str | os.PathLike):
             raise ValueError(f"teacher: expected a Teacher, or a name or folder of one, got {type(teacher).__name__}")
         if preset is not None and ttt_config is not None:
@@ -165,6 +173,9 @@ class TestTimeTrainingPipeline(Pipeline):
 
 def _named_teacher(model: Any) -> Any:
     """Load the first teacher that a model's configuration names; None where it names none."""
+    if getattr(model, "name_or_path", None) == PHOTO_MODEL:
+        logger.warning(EMBEDDED_NOTE)
+        return load_teacher(PHOTO_TEACHER)
     origins = getattr(getattr(model, "config", None), "distilled_from", None) or []
     name = next((entry["name"] for entry in origins if entry.get("name")), None)
     if name is None:
@@ -181,7 +192,7 @@ PIPELINE_REGISTRY.register_pipeline(
     "apm-zero-shot-image-classification",
     TestTimeTrainingPipeline,
     pt_model=AutoModel,
-    default={"model": (DEMO_MODEL, "main")},
+    default={"model": (PHOTO_MODEL, "main")},
     type="multimodal",
 )
 # Saved with a model, this entry would make `transformers.pipeline` look for remote code that does not exist.

@@ -86,7 +86,7 @@ def write_vectors(
         photos: image files, each once; see [`apm_hf.data.folders.find_photos`].
         output: a `.parquet`, `.npy` or `.safetensors` file, which is there as a whole or not at all.
         folder: to which paths are written relative; by default they are written as given.
-        sources: `"student"`, `"teacher"` or both; by default the student where there is one.
+        sources: `"student"`, `"teacher"` or both; by default as [`APM.embedding_source`].
         normalize: whether vectors are scaled to length 1.
         batch_size: photos per batch.
         num_workers: processes that read photos.
@@ -102,7 +102,7 @@ def write_vectors(
 
     if batch_size < 1:
         raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
-    target, sources = Path(output), list(sources or ["teacher" if apm.model is None else "student"])
+    target, sources = Path(output), list(sources or [apm.embedding_source])
     check_output(target, sources, overwrite=overwrite)
     parts = target.with_name(f"{target.name}.parts")
     state = process_state()

@@ -17,7 +17,7 @@ from typing import Any
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
-from ...assets import DEMO_MODEL
+from ...assets import DEMO_MODEL, DEMO_TEACHER
 from ...demo.story import demo_layers
 from ...distillation.rivals import fitted_rivals
 from ...modeling_apm import IGNORE_INDEX
@@ -69,9 +69,9 @@ def evaluate_islands(
     Args:
         output_dir: folder of the results; finished jobs with the same settings are not computed again.
         data: one or more data sets as [`load_masked_images`] takes them.
-        teacher: name or folder; by default the embedded one.
+        teacher: name or folder; by default the demo's, which knows drawn scenes.
         model: a distilled APM, as wide as the teacher. With a teacher alone, a fresh student's architecture is used
-            and the rows of a distilled one are omitted; with neither, the embedded one is used.
+            and the rows of a distilled one are omitted; with neither, the demo's is used.
         methods: rows of the tables to compute, by default all.
         max_images, split, image_column, ignore_labels: see [`load_masked_images`].
         max_unreadable_images: maximum number of rows with unreadable image or masks; they are skipped and listed in
@@ -195,7 +195,8 @@ def _load_models(
     if teacher is None and model is not None:
         raise ValueError(f"teacher: expected the one that model {model!r} was distilled from, got none")
     if teacher is None:
-        logger.info("no teacher and no model: using the embedded ones, which were trained on drawn scenes only")
+        logger.info("no teacher and no model: using those of the demo, which were trained on drawn scenes only")
+        model, teacher = DEMO_MODEL, DEMO_TEACHER
     apm = APM.load(model, teacher=teacher)
     if apm.model is None:
         logger.info("no model: rows of a distilled one are omitted, and a fresh student is adapted")
@@ -206,7 +207,7 @@ def _load_models(
     if num_levels and level_layers and len(level_layers) != num_levels:
         raise ValueError(f"level_layers: expected one per level, {num_levels}, got {list(level_layers)}")
     if num_levels and not level_layers:
-        if apm.is_embedded:
+        if model == DEMO_MODEL:
             level_layers = demo_layers(models.teacher)
         else:
             level_layers = [round(number * num_layers / num_levels) for number in range(1, num_levels + 1)]
