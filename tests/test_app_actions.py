@@ -362,6 +362,14 @@ def test_a_teacher_alone_is_shown_with_its_dense_student_on_every_tab(monkeypatc
     assert labels[np.argmax(last.teacher)] == "cat" and last.cosines[-1][1] > last.cosines[0][1] + 0.3
 
 
+def test_labels_to_begin_with_are_few_and_of_a_classifier_its_own(shared_dir):
+    """Of 1,000 classes those that the teacher finds in the examples, whatever it finds there."""
+    models = load_models(teacher=str(shared_dir / "teachers/deit-tiny"))
+    labels = models.example_labels()
+    assert 6 <= len(labels) <= MAX_LABELS and set(labels) < set(models.teacher.class_names)
+    assert "espresso" in labels
+
+
 def test_what_visitors_write_is_text_on_the_page():
     html = scores_html(["<b>x</b>", "y"], [("teacher", [0.25, 0.75])], "a caption")
     assert "&lt;b&gt;x&lt;/b&gt;" in html and "<b>" not in html and "25.0 %" in html

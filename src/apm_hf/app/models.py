@@ -12,6 +12,7 @@ from ..modeling_apm import APMModel
 from ..pair import APM
 from ..teachers import Teacher
 from ..teachers.matching import matching_image_processor
+from ..teachers.zero_shot import classify, topk
 from ..ttt.photos import random_model
 from .uploads import MAX_LABELS
 
@@ -57,11 +58,22 @@ class AppModels:
         return [make_scene(index, seed=_EXAMPLES_SEED, image_size=384).image for index in _EXAMPLES]
 
     def example_labels(self) -> list[str]:
-        """Return labels to begin with: the teacher's classes, or names of what sample photos show if it reads."""
-        names = self.apm.default_labels
-        if self.teacher is not None and self.teacher.has_text and not 2 <= len(names) <= MAX_LABELS:
+        """Return labels to begin with: all classes of the teacher or, of too many, those it finds in the examples.
+
+        To a teacher that reads they are the names of what the examples show.
+        """
+        names, teacher = self.apm.default_labels, self.teacher
+        if teacher is None or 2 <= len(names) <= MAX_LABELS:
+            return names
+        if teacher.has_text:
             return list(SAMPLE_LABELS)
-        return names[:MAX_LABELS]
+        if not names:
+            return []
+        embeds = teacher.encode_images(self.examples()).image_embeds
+        assert embeds is not None
+        found = topk(classify(embeds, teacher.encode_text(names), logit_scale=teacher.logit_scale), names, 3)
+        labels = dict.fromkeys(one.label for photo in found for one in photo)
+        return [label for label in labels if "," not in label]  # which separates labels on the page
 
 
 def load_models(model: str | None = None, teacher: str | None = None) -> AppModels:

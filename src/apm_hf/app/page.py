@@ -65,7 +65,7 @@ def build_page(models: AppModels) -> gr.Blocks:
 
 
 def _introduction(models: AppModels) -> str:
-    size = f"{models.model.num_parameters() / 1e6:.1f} M parameters"
+    size = f"{models.model.num_parameters(only_trainable=True) / 1e6:.1f} M parameters"
     teacher = "" if models.teacher is None else f", compared with its teacher {models.teacher.name}"
     known = f"**Here:** an APM of {size}{teacher}."
     if models.apm.is_embedded:

@@ -36,7 +36,7 @@ def result(options: argparse.Namespace, files: "Sequence[Path]", pair: "APM", *,
         "model": options.model,
         "teacher": options.teacher,
         "note": note(options),
-        "num_parameters": pair.bare_model.num_parameters(),
+        "num_parameters": pair.bare_model.num_parameters(only_trainable=True),  # without a teacher inside
         "fitted": fitted,
         "errors": [],
     }
@@ -86,7 +86,7 @@ def note(options: argparse.Namespace) -> str | None:
 
 def caption(pair: "APM", what: str) -> str:
     """Say below a picture how large the student is, what was done with it, and which teacher it has."""
-    size = f"{pair.bare_model.num_parameters() / 1e6:.1f} M parameters"
+    size = f"{pair.bare_model.num_parameters(only_trainable=True) / 1e6:.1f} M parameters"
     teacher = pair.teacher
     if teacher is None:
         return f"APM, {size}, {what}"
