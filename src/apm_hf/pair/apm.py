@@ -1,4 +1,4 @@
-"""An APM with its image processor and its teacher: loaded and checked together, and asked for what people want.
+"""Load an APM with its image processor and its teacher, check that they fit, and use them for common tasks.
 
     apm = APM.load("user/apm-photos", teacher="openai/clip-vit-base-patch16")
     apm.encode("photo.jpg")                                # (1, F)
@@ -71,7 +71,7 @@ MAX_TREE_SIZE = 96  # locations along the longer side: trees of finer maps take 
 
 @dataclass(frozen=True, eq=False)
 class Islands:
-    """The islands of agreement of one image.
+    """Hold the islands of agreement of one image.
 
     Args:
         features: `(rows, cols, F)`, in which they were found.
@@ -88,7 +88,7 @@ class Islands:
 
 @dataclass(frozen=True, eq=False)
 class APM:
-    """A student with its image processor and its teacher; made by [`APM.load`].
+    """Bundle a student with its image processor and its teacher; made by [`APM.load`].
 
     Images are PIL images, paths, `uint8` arrays or tensors (channels first or last), one or a list or batch of them.
 
@@ -132,7 +132,7 @@ class APM:
 
         Args:
             model: the student's name or folder, whose image processor lies beside it, or the student itself, which
-                then sees what the teacher is given. Without model and teacher the embedded ones are loaded: a small
+                then uses the teacher's preprocessing. Without model and teacher the embedded ones are loaded: a small
                 teacher of photos and its dense student; what these do not know is logged.
             teacher: its name or folder, or the teacher itself; of the width that the student was distilled to.
             device: of both; by default the teacher's, or else the first of CUDA, MPS and CPU that is there.
@@ -191,7 +191,7 @@ class APM:
         Raises:
             ValueError: without a teacher, whose features a student is fitted to.
         """
-        teacher = self._needed_teacher("a student is fitted to")
+        teacher = self._needed_teacher("to fit a student to")
         model = photo_model(teacher.feature_size, local_patch=local_patch, seed=seed).to(teacher.device)
         return APM(model, photo_image_processor(model.config.image_size), teacher, is_fitted=False)
 
@@ -200,7 +200,7 @@ class APM:
 
         Which teacher a student was made for is told by the SHA-256 of the teacher's weights.
         """
-        teacher = self._needed_teacher("a dense student reads the tokens of")
+        teacher = self._needed_teacher("whose tokens a dense student reads")
         configs = {folder: APMConfig.from_pretrained(folder) for folder in DENSE_MODELS}
         if teacher.feature_size not in {config.feature_size for config in configs.values()}:
             return None  # large teachers are not read through
@@ -275,10 +275,10 @@ class APM:
         """F, of the student or, alone, of the teacher."""
         if self.model is not None:
             return self.model.config.feature_size
-        return self._needed_teacher("features are asked of").feature_size
+        return self._needed_teacher("to compute features with").feature_size
 
     def trigger_column(self, images: Any, pixel_values: Tensor | None = None) -> Tensor | None:
-        """Return what the student's queries begin with, where it is more than a convolution of the pixels.
+        """Return the trigger column that the student takes from its teacher; None for one that computes its own.
 
         Args:
             images: see the class.
@@ -296,7 +296,7 @@ class APM:
             return self._tokens(self.pixel_values(images) if pixel_values is None else pixel_values)
         if source == "conv":
             return None
-        teacher = self._needed_teacher("this student takes its trigger columns from")
+        teacher = self._needed_teacher("that this student takes its trigger columns from")
         return teacher.encode_images(pictures(images)).image_embeds
 
     def _tokens(self, pixel_values: Tensor) -> Tensor | None:
@@ -307,7 +307,7 @@ class APM:
         if model.folds:
             with torch.no_grad():
                 return model.fold(pixel_values)
-        return tokens_at_half(self._needed_teacher("this student takes its trigger columns from"), pixel_values)
+        return tokens_at_half(self._needed_teacher("that this student takes its trigger columns from"), pixel_values)
 
     def encode(
         self, images: Any, *, batch_size: int = 32, normalize: bool = False, source: str | None = None
@@ -333,7 +333,7 @@ class APM:
         return torch.nn.functional.normalize(result, dim=1) if normalize else result
 
     def preprocessing(self, source: str | None = None) -> dict[str, Callable[[list[Image.Image]], Tensor]]:
-        """Return what makes the inputs of [`APM.embed`] of photos, by name; it can be sent to worker processes.
+        """Return functions that make inputs of [`APM.embed`] of photos, by name; they can be sent to worker processes.
 
         Args:
             source: as in [`APM.encode`].
@@ -342,12 +342,12 @@ class APM:
             ValueError: for a source that was not loaded.
         """
         if self._source(source or self.embedding_source) == "teacher":
-            teacher = self._needed_teacher("embeddings are asked of")
+            teacher = self._needed_teacher("to compute embeddings with")
             return {"teacher_pixel_values": partial(process, teacher.image_processor)}
         needed: dict[str, Any] = {"pixel_values": partial(process, self.image_processor)}
         if self.bare_model.folds:
             return needed
-        teacher = self._needed_teacher("this student takes its trigger columns from")
+        teacher = self._needed_teacher("that this student takes its trigger columns from")
         if self.bare_model.config.trigger_source == "embedding":
             needed["teacher_pixel_values"] = partial(process, teacher.image_processor)
         return needed
@@ -359,15 +359,15 @@ class APM:
             inputs: as [`APM.preprocessing`] makes them for this source.
             source: as in [`APM.encode`].
         """
-        seen, column = None, None
+        output, column = None, None
         if (pixels := inputs.get("teacher_pixel_values")) is not None:
-            seen = self._needed_teacher("embeddings are asked of").encode_images(pixel_values=pixels)
+            output = self._needed_teacher("to compute embeddings with").encode_images(pixel_values=pixels)
         if self._source(source or self.embedding_source) == "teacher":
-            assert seen is not None and seen.image_embeds is not None
-            return seen.image_embeds.float().cpu()
+            assert output is not None and output.image_embeds is not None
+            return output.image_embeds.float().cpu()
         model = self.bare_model
         pixel_values = inputs["pixel_values"].to(model.device)
-        column = self._tokens(pixel_values) if seen is None else seen.image_embeds
+        column = self._tokens(pixel_values) if output is None else output.image_embeds
         with torch.inference_mode():
             embeds = model.pooled_features(pixel_values, trigger_column=column)
         return embeds.float().cpu()
@@ -381,7 +381,7 @@ class APM:
         batch_size: int = 8,
         source: str | None = None,
     ) -> Tensor:
-        """Return features of locations, float32 on the CPU; images are seen whole.
+        """Return features of locations, float32 on the CPU, of complete images: none is cropped.
 
         A student is queried at each location. A teacher's grid is interpolated bilinearly.
 
@@ -411,7 +411,7 @@ class APM:
             if source == "teacher":
                 if coordinates is not None:
                     raise ValueError("coordinates: expected a student to query, got a teacher alone")
-                grid = teacher_features(self._needed_teacher("features are asked of"), batch, fine=False)
+                grid = teacher_features(self._needed_teacher("to compute features with"), batch, fine=False)
                 values = grid if where is None else upsample(grid, where)
             else:
                 pixel_values = self.pixel_values(batch)
@@ -445,7 +445,7 @@ class APM:
         Raises:
             ValueError: without a teacher, or for names that it does not know.
         """
-        teacher = self._needed_teacher("labels are compared with")
+        teacher = self._needed_teacher("to encode the labels with")
         alone = self.model is None or self.is_dense
         config = config or TTTConfig.preset("fast", start="model")
         return TTTClassifier(
@@ -510,7 +510,7 @@ class APM:
         """Return the pair with a copy of its student fitted to the teacher's features of these images.
 
         One image is fitted by test-time training. Several are distilled together, so that their trigger columns tell
-        them apart; they are seen in the first one's shape.
+        them apart; they are resized to the first one's shape.
 
         Args:
             images: see the class.
@@ -522,7 +522,7 @@ class APM:
             ValueError: without student or teacher, for a dense student, or where the fit diverges.
             ImportError: for several images without accelerate; says what to install.
         """
-        photos, teacher, model = pictures(images), self._needed_teacher("a student is fitted to"), self._needed_model()
+        photos, teacher, model = pictures(images), self._needed_teacher("to fit a student to"), self._needed_model()
         if self.is_dense:
             raise ValueError("model: expected one that can be fitted, got a dense one; fit a fresh one: fresh().fit()")
         model, pixel_values = bare_model(model), self.pixel_values(photos)
@@ -559,7 +559,7 @@ class APM:
 
     def _needed_teacher(self, what_for: str) -> Teacher:
         if self.teacher is None:
-            raise ValueError(f"teacher: expected one, which {what_for}, got none")
+            raise ValueError(f"teacher: expected one {what_for}, got none; pass teacher= to APM.load")
         return self.teacher
 
 
