@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import gradio as gr
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .. import __version__
 from .api import add_endpoints
@@ -28,6 +28,7 @@ _TITLE = "Asynchronous Perception Machine"
 _UPLOAD_SECONDS, _SWEEP_SECONDS = 3600, 600  # how long what a visitor gave is kept; how often it is swept away
 # What photos gave, on each tab that needs it again.
 _RECENT = {"max_entries": 64, "max_bytes": 128 * 2**20, "max_seconds": _UPLOAD_SECONDS // 2}
+_THUMBNAIL = (192, 192)  # pixels of an example that is chosen from, at most
 _WAITING, _AT_ONCE = 32, 2  # visitors in the queue; actions computed at a time
 
 
@@ -247,7 +248,8 @@ def _photo(label: str, elem_id: str, example: Image.Image) -> gr.Image:
 
 def _examples(examples: list[Image.Image], photo: gr.Image, label: str = "Examples to try") -> None:
     # `gr.Examples` would put a new `gr.Image` into the session, which opens any file.
-    shown = gr.Dataset(components=[photo], samples=[[example] for example in examples], type="index", label=label)
+    samples = [[ImageOps.contain(example, _THUMBNAIL)] for example in examples]
+    shown = gr.Dataset(components=[photo], samples=samples, type="index", label=label)
     shown.click(
         lambda index: examples[index], shown, photo, show_progress="hidden", queue=False, api_visibility="private"
     )
