@@ -199,7 +199,7 @@ class PhotoTeacherRecipe:
     dataset: str
     work_dir: str
     output_dir: str = PHOTO_TEACHER
-    steps: int = 240
+    steps: int = 480
     batch_size: int = 64
     learning_rate: float = 1e-3
     text_steps: int = 400
