@@ -361,13 +361,13 @@ def test_all_places_are_asked_where_more_are_wanted_than_there_are(tmp_path):
 @pytest.mark.parametrize("locations", [None, [5, 0, 3]], ids=["everywhere", "somewhere"])
 def test_the_student_is_asked_at_the_centres_of_the_teachers_patches(grid, locations):
     machine, pixels = student(pooling="attention", local_patch=True), noise(2, 3, STUDENT_SIZE, STUDENT_SIZE, seed=0)
-    targets = DistillationTargets(noise(2, FEATURE_SIZE, seed=1), torch.empty(0), torch.empty(0))
+    targets = DistillationTargets(noise(2, FEATURE_SIZE, seed=1), torch.empty(0), torch.empty(0), grid=grid)
     places = locations if locations is not None else range(grid[0] * grid[1])
     rows, cols = grid
     centres = [((2 * (i // cols) + 1) / rows - 1, (2 * (i % cols) + 1) / cols - 1) for i in places]
     expected = machine(pixels, torch.tensor(centres))
     given = None if locations is None else torch.tensor(locations)
-    answer = query_student(machine, pixels, targets, grid, locations=given)
+    answer = query_student(machine, pixels, targets, locations=given)
     for name in ("last_hidden_state", "pooler_output", "rgb"):
         torch.testing.assert_close(answer[name], expected[name], atol=1e-5, rtol=1e-5)
     assert expected.last_hidden_state.std(dim=1).max() > 0.05, "all places answer alike"

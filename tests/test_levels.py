@@ -92,7 +92,7 @@ def test_a_moved_teacher_is_asked_about_a_moved_image_and_the_student_where_its_
     batch = {"pixel_values": noise(2, 3, STUDENT_SIZE, STUDENT_SIZE, seed=1), "teacher_pixel_values": seen}
     maker = TargetMaker(clip, matching_image_processor(clip, STUDENT_SIZE))
     targets = maker(batch, shift=(0.25, -0.5))
-    coordinates, grid = targets.coordinates, targets.grid
+    coordinates = targets.coordinates
     answer = clip.encode_images(pixel_values=moved(seen, 0.25 * TEACHER_PATCH, -0.5 * TEACHER_PATCH))
     assert torch.equal(targets.features, answer.features.flatten(1, 2))
     # Row 1, column 2 of 4 x 4 patches, a quarter of a patch further down, half a patch further left.
@@ -105,9 +105,7 @@ def test_a_moved_teacher_is_asked_about_a_moved_image_and_the_student_where_its_
     colour = window.sum(dim=-1) / 36 * maker.std + maker.mean
     torch.testing.assert_close(targets.rgb[:, 1 * TEACHER_GRID + 2], colour)
     machine = student()
-    outputs = query_student(
-        machine, batch["pixel_values"], targets, grid, coordinates=coordinates, locations=torch.tensor([6])
-    )
+    outputs = query_student(machine, batch["pixel_values"], targets, locations=torch.tensor([6]))
     expected = machine(batch["pixel_values"], place[None]).last_hidden_state
     torch.testing.assert_close(outputs.last_hidden_state, expected)
 

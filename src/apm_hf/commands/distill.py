@@ -66,13 +66,11 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     from ..runs.processes import command_line
 
     settings: DistillationConfig | DenseConfig
-    training = TrainingConfig(**{field.name: getattr(options, field.name) for field in fields(TrainingConfig)})
+    training = TrainingConfig(**_values(options, TrainingConfig))
     if training.preset == "dense":
         settings = _dense_settings(options)
     else:
-        settings = DistillationConfig(
-            **{field.name: getattr(options, field.name) for field in fields(DistillationConfig)}
-        )
+        settings = DistillationConfig(**_values(options, DistillationConfig))
     result = train(training, settings, command=command_line("apm", options.arguments))
     if not result.is_main_process:
         return None
@@ -84,6 +82,10 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         "metrics": result.distillation.metrics,
         "url": result.address,
     }
+
+
+def _values(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in fields(kind)}
 
 
 def _dense_settings(options: argparse.Namespace) -> "DenseConfig":

@@ -16,7 +16,7 @@ from ..data.images import ImageCollator
 from ..data.loading import train_and_validation
 from ..data.split_streams import SplitStream
 from ..modeling_apm import APMModel
-from ..publishing.cards import CardFacts, warning_of, write_card, write_card_picture
+from ..publishing.cards import CardFacts, write_card, write_card_picture
 from ..publishing.hub import publish
 from ..publishing.zero_shot import check_text, save_with_text
 from ..runs.identity import images_digest
@@ -239,11 +239,12 @@ def _publish(
     training: TrainingConfig, config: DistillationConfig | DenseConfig, result: DistillationResult, command: str
 ) -> str | None:
     """Write the model's card and, where `push_to_hub` asks for it, upload its folder; return the commit's address."""
-    write_card(result.output_dir, _facts(training, config, result, command))
+    facts = _facts(training, config, result, command)
+    write_card(result.output_dir, facts)
     if not training.push_to_hub:
         return None
     assert training.hub_model_id is not None
-    if warning_of(result.output_dir):
+    if facts.warning:
         again = f"apm push {result.output_dir} {training.hub_model_id} --force"
         logger.error(f"not published, since the card warns of this model; `{again}` publishes it all the same")
         return None

@@ -143,24 +143,21 @@ def query_student(
     student: Any,
     pixel_values: Tensor,
     targets: DistillationTargets,
-    grid: tuple[int, int],
     *,
-    coordinates: Tensor | None = None,
     locations: Tensor | None = None,
     heads: Sequence[str] = (),
 ) -> APMModelOutput:
     """Query the student where its targets lie, `(B, L, ...)`, or at those of them with indices `locations`.
 
     Args:
-        grid: the teacher's, (rows, cols), at whose centres the targets lie,
-        coordinates: `(L, 2)` or `(B, L, 2)`, (y, x), unless they lie there.
         heads: names of additional teachers' heads, queried at the same locations.
     """
     config = getattr(student, "module", student).config
     trigger_column = targets.image_embeds if config.trigger_source == "embedding" else None
+    coordinates = targets.coordinates
     # Where they are the student's own grid, None costs less.
-    if coordinates is None and (locations is not None or grid != (config.grid_size, config.grid_size)):
-        coordinates = grid_coordinates(*grid, device=pixel_values.device)
+    if coordinates is None and (locations is not None or targets.grid != (config.grid_size, config.grid_size)):
+        coordinates = grid_coordinates(*targets.grid, device=pixel_values.device)
     if coordinates is not None and locations is not None:
         coordinates = coordinates[..., locations, :]
     return student(pixel_values, coordinates, trigger_column=trigger_column, heads=tuple(heads))
@@ -194,10 +191,10 @@ def query_heads(
             first = sum(one.shape[-2] for one in places[:-1])
             spans[head.grid] = slice(first, first + places[-1].shape[-2])
     if len(spans) == 1:
-        where = {"coordinates": main.coordinates, "locations": locations.get(main.grid)}
+        everywhere, drawn = main, locations.get(main.grid)
     else:
-        where = {"coordinates": torch.cat(places)}
-    outputs = query_student(student, pixel_values, main, main.grid, heads=list(additional), **where)
+        everywhere, drawn = replace(main, coordinates=torch.cat(places)), None
+    outputs = query_student(student, pixel_values, everywhere, locations=drawn, heads=list(additional))
     others = {}
     for name, head in additional.items():
         assert outputs.teacher_features is not None and outputs.teacher_embeds is not None

@@ -323,7 +323,6 @@ class APM:
         Raises:
             ValueError: for an unreadable image, or a source that was not loaded.
         """
-        source = source or self.embedding_source
         preprocessing = self.preprocessing(source)
         embeds = [
             self.embed({name: prepare(batch) for name, prepare in preprocessing.items()}, source=source)

@@ -11,7 +11,7 @@ Legend: B images, W bytes of a reason.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,19 @@ def readable(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
     good = ~batch[PROBLEM].bool().any(dim=1)
     return {name: values[good] for name, values in batch.items() if name != PROBLEM}
+
+
+def check_limit(unreadable: Sequence[str], limit: int) -> None:
+    """Raise a `ValueError` for more unreadable images than the limit.
+
+    Args:
+        unreadable: which they are and why, each once.
+    """
+    if len(unreadable) > limit:
+        raise ValueError(
+            f"max_unreadable_images: expected at most {limit} unreadable images, got {len(unreadable)}, the last of "
+            f"them {unreadable[-1]}"
+        )
 
 
 class SkippedImages:
@@ -121,11 +134,7 @@ class SkippedImages:
             write_atomically(self.path, (json.dumps(line) + "\n" for line in self.lines.values()))
         for line in new:
             logger.warning(f"skipped {line['image']}: {line['reason']} ({len(self)} of at most {self.limit})")
-        if len(self) > self.limit:
-            raise ValueError(
-                f"max_unreadable_images: expected at most {self.limit} unreadable images, got {len(self)}, "
-                f"the last of them {new[-1]['image']}: {new[-1]['reason']}"
-            )
+        check_limit([f"{line['image']}: {line['reason']}" for line in self.lines.values()], self.limit)
 
 
 class Numbered(Dataset):
@@ -159,4 +168,6 @@ def numbered(dataset: Any, *, digest: str | None = None) -> Any:
     return dataset if isinstance(dataset, IterableDataset) else Numbered(dataset, digest)
 
 
-__all__ = ["PROBLEM", "SKIPPED", "Numbered", "SkippedImages", "numbered", "packed", "problems", "readable"]
+__all__ = [
+    "PROBLEM", "SKIPPED", "Numbered", "SkippedImages", "check_limit", "numbered", "packed", "problems", "readable",
+]  # fmt: skip

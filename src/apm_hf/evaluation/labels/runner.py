@@ -31,7 +31,7 @@ from ...pair import APM
 from ...runs.files import write_atomically
 from ...runs.processes import process_state
 from ...runs.run import Run, own_folder
-from ...runs.unreadable_images import SKIPPED
+from ...runs.unreadable_images import SKIPPED, check_limit
 from ...teachers import Teacher, load_teacher
 from ..methods.registry import make_methods
 from ..methods.task import ImageBatch, Method, MethodOutput, ZeroShotTask
@@ -299,11 +299,7 @@ class _Evaluation:
             ValueError: for more unreadable images than are allowed.
         """
         self.unreadable.update({(line["benchmark"], line["image"]): line for line in records})
-        if len(self.unreadable) > self.config.max_unreadable_images:
-            raise ValueError(
-                f"max_unreadable_images: expected at most {self.config.max_unreadable_images} unreadable images, got "
-                f"{len(self.unreadable)}, the last of them {[*self.unreadable.values()][-1]['reason']}"
-            )
+        check_limit([line["reason"] for line in self.unreadable.values()], self.config.max_unreadable_images)
 
     def _predict_in_order(self, cells: list[Cell]) -> None:
         """Run sequential methods: every cell by one process, from the cached embeddings."""

@@ -26,6 +26,7 @@ from ...data.scenes import PART_NAMES, SceneDataset
 from ...modeling_apm import IGNORE_INDEX
 from ...runs.files import plain_name, read_text
 from ...runs.identity import images_digest
+from ...runs.unreadable_images import check_limit
 
 logger = logging.get_logger(__name__)
 
@@ -211,18 +212,15 @@ def without_unreadable(sets: Sequence[MaskedImages], limit: int) -> tuple[list[M
     """
     if not limit:
         return list(sets), []  # the first unreadable row stops the run
-    good, skipped = [], []
+    good: list[MaskedImages] = []
+    skipped: list[dict[str, Any]] = []
     for found in sets:
         bad = found.unreadable()
         skipped += [{"data": found.name, "image": row, "reason": reason} for row, reason in bad.items()]
         good.append(found.without(bad) if bad else found)
     for line in skipped:
         logger.warning(f"skipped {line['reason']}")
-    if len(skipped) > limit:
-        raise ValueError(
-            f"max_unreadable_images: expected at most {limit} unreadable images, got {len(skipped)}, the last of them "
-            f"{skipped[-1]['reason']}"
-        )
+    check_limit([line["reason"] for line in skipped], limit)
     return good, skipped
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from ...runs.checksums import write_checksummed
 from ...runs.files import sync
 from ...runs.run import Run
+from ...runs.unreadable_images import check_limit
 from .layout import INDEX, Estimate, shard_name
 
 
@@ -37,10 +38,6 @@ def write_index(run: Run, plan: dict[str, Any], num_shards: int, max_unreadable_
         bad += noted["content"]["bad"]
         file = run.tensors(shard_name(number)).name
         shards.append({"file": file, "rows": noted["content"]["rows"], **noted["tensors"]})
-    if len(bad) > max_unreadable_images:
-        raise ValueError(
-            f"max_unreadable_images: expected at most {max_unreadable_images} unreadable images, got {len(bad)}, the "
-            f"last of them row {bad[-1]['row']}: {bad[-1]['reason']}"
-        )
+    check_limit([f"row {one['row']}: {one['reason']}" for one in bad], max_unreadable_images)
     write_checksummed(run.folder / INDEX, {**plan, "shards": shards, "bad": bad})
     sync(run.folder)
