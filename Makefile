@@ -50,8 +50,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
 
 docs: .venv/installed
-	# pdoc reads a module's own dictionary, where names that are loaded on first use appear then.
-	$(BIN)/python -c 'from apm_hf import *; from pdoc.__main__ import cli; cli()' --docformat google --output-directory site apm_hf
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --clean
 
 assets: .venv/installed
 	$(BIN)/python scripts/make_demo_teacher.py

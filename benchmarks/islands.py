@@ -1,4 +1,4 @@
-"""The machines of docs/islands.md: distilled from drawn scenes, or from photos, with a column of levels.
+"""The machines of docs/islands_measured.md: distilled from drawn scenes, or from photos, with a column of levels.
 
     python benchmarks/islands.py --output_dir runs/islands/scenes --seed 0
     python benchmarks/islands.py --output_dir runs/islands/photos --teacher FOLDER --dataset FOLDER --preset photos

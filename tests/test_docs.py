@@ -5,14 +5,15 @@ beside a Hub on 127.0.0.1. Commands that train for hours are not run: their prog
 """
 
 import argparse
+import ast
 import gc
+import importlib
 import importlib.util
 import os
 import re
 import shlex
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -130,20 +131,42 @@ def test_the_tree_names_every_folder_of_the_package():
     assert {name for name in re.findall(r"\b([a-z_0-9]+\.py)\b", tree) if name not in ours} == set()
 
 
-def test_the_reference_is_rendered_and_holds_every_public_name():
-    pdoc = pytest.importorskip("pdoc")
+DIRECTIVE = re.compile(r"^::: (apm_hf[\w.]*)$", re.M)
+
+
+def test_the_reference_has_every_public_name_once_and_no_other():
     import apm_hf
 
-    public = {name: getattr(apm_hf, name) for name in apm_hf.__all__}
-    pdoc.render.configure(docformat="google")
-    with warnings.catch_warnings():  # of annotations in transformers
-        warnings.simplefilter("ignore")
-        page = pdoc.pdoc("apm_hf")
-    for name, value in public.items():
-        assert f'id="{name}"' in page, name
-        found = re.search(rf'id="{name}">.*?class="attr (\w+)"', page, re.DOTALL)
-        # What pdoc does not find is an empty variable, to which it also makes another name of something public.
-        assert found[1] != "variable" or value.__name__ != name, name
+    named = [name for path in (ROOT / "docs/api").glob("*.md") for name in DIRECTIVE.findall(path.read_text())]
+    assert sorted(set(named)) == sorted(named)
+    assert {f"apm_hf.{name}" for name in apm_hf.__all__} <= set(named)
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages == set(re.findall(r"\S+\.md", navigation))
+
+
+def texts_of(module_file):
+    """All strings in a Python file; what an f-string fills in is left out."""
+    for node in ast.walk(ast.parse(module_file.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_in_the_questions_are_those_of_the_sources():
+    """`title="MODULE"` names the library's module that prints it; without a title it is this package."""
+    ours = [text for path in (ROOT / "src").rglob("*.py") for text in texts_of(path)]
+    quoted = re.findall(r'^```text(?: title="([\w.]+)")?\n(.*?)^```', (ROOT / "docs/faq.md").read_text(), re.S | re.M)
+    assert len(quoted) > 15
+    for module, message in quoted:
+        texts = list(texts_of(Path(importlib.util.find_spec(module).origin))) if module else ours
+        for part in message.strip().split("…"):
+            assert any(part.strip() in text for text in texts), part
 
 
 def test_nothing_in_the_documentation_names_a_path_of_a_machine():

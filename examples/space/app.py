@@ -1,4 +1,4 @@
-"""The app as a Space of the Hub; docs/app.md says how to publish it.
+"""The app as a Space of the Hub; docs/serving.md says how to publish it.
 
 pip install -r requirements.txt && python app.py                         # the embedded APM, no network
 APM_MODEL=user/apm APM_TEACHER=openai/clip-vit-base-patch16 python app.py  # yours; on a Space, as variables

@@ -441,6 +441,8 @@ def weights_digest(module: nn.Module, *, dtype: torch.dtype | None = None) -> st
 
 
 class APMPreTrainedModel(PreTrainedModel):
+    """Draw, load and save the weights of all APM models."""
+
     config_class = APMConfig
     base_model_prefix = "apm"
     main_input_name = "pixel_values"
