@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # Files that keep a core busy for long begin first, so that no core is idle at the end.
 LONG = (
-    "demo", "app", "docs", "app_actions", "scaling", "dense", "export", "cli", "hub_roundtrip", "resume",
+    "demo", "app", "docs", "notebooks", "app_actions", "scaling", "dense", "export", "cli", "hub_roundtrip", "resume",
     "ecosystem_compiled", "evaluation_ablations", "evaluation_suites", "distillation", "dense_evaluation",
     "evaluation_runner",
 )  # fmt: skip
