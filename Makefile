@@ -19,7 +19,7 @@ TORCHVISION_BIN := .venv-torchvision/bin
 # Every test file in which pictures become pixel values, through whichever backend there is.
 IMAGE_TESTS = $(shell grep -lE 'torchvision|load_teacher|save_clip|[Ii]mage_?[Pp]rocessor|DEMO_|photos?\b' tests/test_*.py)
 
-.PHONY: demo test test-torchvision test-transformers lint style bench docs assets clean
+.PHONY: demo test test-torchvision test-transformers lint style bench docs release-check assets clean
 
 demo: .venv/installed
 	$(BIN)/apm demo --output_dir apm
@@ -51,6 +51,10 @@ bench: .venv/installed
 
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --clean
+
+# Of what is committed; some minutes and gigabytes, no part of CI.
+release-check: .venv/installed
+	UV=$(CURDIR)/$(BIN)/uv PYTHON=$(PYTHON) scripts/rehearse_release.sh --demo
 
 assets: .venv/installed
 	$(BIN)/python scripts/make_demo_teacher.py

@@ -36,7 +36,7 @@ from .pair.pipeline import TestTimeTrainingPipeline  # noqa: E402
 from .teachers import Teacher, TeacherOutput, load_teacher  # noqa: E402
 from .ttt import Adapted, TTTConfig, adapt  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "APM",
