@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Rehearse a release of what is committed: build, check, install into empty environments, use, test from the sdist. Nothing is uploaded.
+# Rehearse a release of what is committed: build, check, install into empty environments, use, test from the sdist. Nothing
+# is uploaded.
 #
 #     scripts/rehearse_release.sh [--demo]     # --demo also runs `apm demo`, three minutes on two cores
 #
@@ -19,7 +20,7 @@ say "build, of a clone"
 git clone --quiet "$root" "$work/clone"
 "$UV" venv --quiet --python "$PYTHON" "$work/tools"
 "$UV" pip install --quiet --python "$work/tools/bin/python" build twine
-"$work/tools/bin/python" -m build --outdir "$work/dist" "$work/clone" | tail -1
+"$work/tools/bin/python" -m build --outdir "$work/dist" "$work/clone" >"$work/build.txt" 2>&1 || { cat "$work/build.txt"; exit 1; }
 "$work/tools/bin/twine" check --strict "$work"/dist/*
 ls -l "$work/dist" | awk 'NR > 1 {print $5, $9}'
 wheel=$(echo "$work"/dist/*.whl)
@@ -36,7 +37,7 @@ grep -q "^## $version" "$root/CHANGELOG.md" || { echo "CHANGELOG.md: expected a 
 import numpy, apm_hf
 photo = numpy.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype="uint8")
 apm = apm_hf.APM.load()
-print("encode", tuple(apm.encode(photo).shape), "encode_dense", tuple(apm.encode_dense(photo, size=16).shape))'
+print("encode", tuple(apm.encode(photo).shape), "encode_dense", tuple(apm.encode_dense(photo, size=16).shape))' 2>/dev/null
 
 say "the sdist holds what is needed to test"
 tar -xzf "$work"/dist/*.tar.gz -C "$work"

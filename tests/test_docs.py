@@ -128,6 +128,7 @@ def test_the_tree_names_every_folder_of_the_package():
         elif path.is_dir() and path.name != "__pycache__":
             assert f"{path.name}/" in tree, path.name
     ours = {path.name for part in ("src", "examples", "benchmarks", "scripts") for path in (ROOT / part).rglob("*.py")}
+    ours |= {path.name for path in ROOT.glob("*.py")}
     assert {name for name in re.findall(r"\b([a-z_0-9]+\.py)\b", tree) if name not in ours} == set()
 
 
