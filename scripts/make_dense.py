@@ -27,6 +27,7 @@ from apm_hf.assets import DENSE_MODEL, PHOTO_MODEL, PHOTO_TEACHER
 from apm_hf.data.images import decode_image, eight_bit_rgb
 from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DenseConfig, DensePairs, distill_dense
+from apm_hf.distillation.validation import card_figures
 from apm_hf.publishing.cards import FACTS_FILE, CardFacts, write_card
 from apm_hf.runs.run import MANIFEST
 from make_photo_teacher import load_parts
@@ -123,7 +124,7 @@ def write_facts(
         command=f"{command} --max_images {options.max_images} --steps {options.steps} --seed {options.seed}",
         steps=options.steps,
         num_parameters=student.num_parameters(only_trainable=True),
-        metrics=metrics,
+        **card_figures(metrics),
     )
     card = write_card(folder, facts)
     if options.student == "photo":  # both are in the package, and on no Hub

@@ -16,12 +16,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import CLIPTextConfig
 
 import apm_hf
+from apm_hf import APM
+from apm_hf.commands.main import main
+from apm_hf.data import sample_photos
 from apm_hf.image_processing_pil_apm import APMImageProcessorPil
 from apm_hf.modeling_apm import AUTO_CLASSES
-from apm_hf.publishing.cards import CardFacts, move_card, write_card, write_card_picture
+from apm_hf.publishing.cards import CardFacts, card_photos, change_card, write_card, write_card_picture
 from apm_hf.publishing.hub import publish
 from fixtures_hub import TOKEN, Repository
-from fixtures_tiny import TOWER, student, student_config
+from fixtures_tiny import TOWER, photo, student, student_config
 
 NAME = "someone/apm-tiny"
 FACTS = CardFacts(
@@ -313,15 +316,56 @@ def test_a_card_that_somebody_edited_is_published_as_it_is(hub, trained):
     with (trained / "README.md").open("a") as file:
         file.write("\nMind the gap.\n")
     edited = (trained / "README.md").read_bytes()
-    assert not move_card(trained, "someone/elsewhere")
+    assert not change_card(trained, repo_id="someone/elsewhere")
     publish(trained, "someone/elsewhere", token=TOKEN)
     assert hub.model("someone/elsewhere").files()["README.md"].content == edited
 
 
-def test_the_card_shows_the_islands_of_a_drawn_scene_beside_controls_where_they_were_drawn(tmp_path):
+def test_the_card_shows_photos_that_may_be_published_where_they_were_drawn(tmp_path):
     assert "islands.png" not in write_card(tmp_path, FACTS).read_text()
     model = student(image_size=24)
     processor = APMImageProcessorPil(size={"height": 24, "width": 24})
-    picture = write_card_picture(tmp_path, model, processor)
+    photo(0, size=(90, 60)).save(tmp_path / "mine.png")
+    photos, what = card_photos([tmp_path / "mine.png"])
+    assert photos[0].size == (448, 448) and "chosen by whoever published" in what
+    picture = write_card_picture(tmp_path, APM(model, processor, None), photos)
     assert picture == tmp_path / "islands.png" and picture.read_bytes()[:4] == b"\x89PNG"
-    assert "](islands.png)" in write_card(tmp_path, FACTS).read_text()
+    text = write_card(tmp_path, replace(FACTS, photos=what)).read_text()
+    assert "](islands.png)" in text and what in text
+    with pytest.raises(ValueError, match="nowhere.png"):
+        card_photos([tmp_path / "nowhere.png"])
+
+
+def test_without_photos_scikit_image_s_are_shown_and_without_it_none(monkeypatch):
+    pytest.importorskip("skimage")
+    photos, what = card_photos()
+    assert len(photos) == 2 and "scikit-image's `chelsea` and `coffee`" in what
+    monkeypatch.setattr(sample_photos, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="scikit-image"):
+        card_photos()
+
+
+def test_a_published_model_is_given_photos_of_its_publisher(hub, trained, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    photo(0).save(tmp_path / "mine.png")
+    words = ["push", str(trained), NAME, "--card_images", str(tmp_path / "mine.png")]
+    assert main(words) == 0
+    files = hub.model(NAME).files()
+    assert files["islands.png"].content[:4] == b"\x89PNG" and b"](islands.png)" in files["README.md"].content
+    student(trigger_source="embedding").save_pretrained(trained)
+    assert main(words) == 1 and "expected a student that needs no teacher" in caplog.text
+
+
+def test_what_a_card_claims_of_its_origins_is_what_the_hub_knows(tmp_path):
+    for source, relation in (("conv", "finetune"), ("tokens", "adapter")):
+        config = {"trigger_source": source, "distilled_from": [{"name": FACTS.teacher, "license": "own-terms"}]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        data = ModelCard.load(write_card(tmp_path, FACTS)).data.to_dict()
+        assert data["base_model_relation"] == relation and data["base_model"] == FACTS.teacher
+        assert (data["license"], data["license_name"]) == ("other", "own-terms")
+    assert "eprint = {2410.20535}" in (tmp_path / "README.md").read_text()
+    (tmp_path / "config.json").write_text(json.dumps({"distilled_from": [{"name": FACTS.teacher, "license": None}]}))
+    data = ModelCard.load(write_card(tmp_path, FACTS)).data
+    assert (data.license, data.license_link) == ("other", f"https://huggingface.co/{FACTS.teacher}")
+    local = ModelCard.load(write_card(tmp_path, replace(FACTS, teacher="a teacher of ours"))).data.to_dict()
+    assert {"license_link", "base_model_relation"}.isdisjoint(local)

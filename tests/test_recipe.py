@@ -15,6 +15,7 @@ from apm_hf.commands import distill
 from apm_hf.commands.main import main
 from apm_hf.data.images import ImageCollator
 from apm_hf.distillation import recipe as training
+from apm_hf.distillation import validation
 from fixtures_tiny import photo, save_clip, save_splits
 
 datasets = pytest.importorskip("datasets")
@@ -48,7 +49,7 @@ def here(monkeypatch, tmp_path_factory):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Leave out the card's picture, which takes longer than all the rest of so short a run."""
-    monkeypatch.setattr(training, "_draw_card_picture", lambda *inputs: None)
+    monkeypatch.setattr(training, "_draw_card_picture", lambda *inputs: False)
 
 
 def forget_accelerate():
@@ -124,15 +125,26 @@ def test_the_same_command_gives_the_same_model_however_its_flags_are_written(
     told = json.loads(capfd.readouterr().out)
     assert set(told) == set(distill.RESULT)
     assert told["output_dir"] == str(tmp_path / "first") and told["steps"] == 2 and told["processes"] == 1
+    assert told["verdict"].startswith("this student is ") and "no better than a constant" in told["warning"]
     assert told["metrics"] == json.loads((tmp_path / "first/metrics.json").read_text())
     words = [word.replace("_", "-") if word.startswith("--") else word for word in flags(place, tmp_path / "second")]
     pairs = [f"{name}={value}" for name, value in zip(words[::2], words[1::2], strict=True)]
     assert distilled(pairs, "--max-steps", "2") == 0 and "processes: 1" in caplog.text
+    summary = capfd.readouterr().out.splitlines()
+    assert summary[0].startswith(f"{tmp_path / 'second'}: a student of ") and summary[-2].startswith(
+        "next: apm islands "
+    )
+    figures = told["metrics"][-1]
+    for line, name in zip(summary[2:6], ("feature", "mean", "position", "ridge"), strict=True):
+        assert float(line.split()[-1]) == pytest.approx(figures[f"{name}_r2"], abs=1e-3)
+    assert summary[7].startswith("Do not use it: ") and summary[-1].endswith(" --force")
     assert largest_difference(tmp_path / "first", tmp_path / "second") == 0
     for name in ("first", "second"):
         assert_card_without_paths(tmp_path / name, tmp_path, place)
         card = (tmp_path / name / "README.md").read_text()
         assert "apm distill --teacher" in card and "hidden_sizes" in card, "the command can be given again"
+        for title, figure in (("this student", "feature_r2"), ("ridge regression", "ridge_r2")):
+            assert f"| {title} | {figures[figure]:.4f} |" in card
     assert distilled(flags(place, tmp_path / "third", max_steps=2, seed=1)) == 0
     assert largest_difference(tmp_path / "first", tmp_path / "third") > 1e-2
 
@@ -144,7 +156,7 @@ def test_a_run_goes_on_where_it_was_interrupted(here, no_picture, place, tmp_pat
 
     def interrupted(collator, rows):
         seen.append(rows)
-        if len(seen) == 7:
+        if len(seen) == 13:  # six batches for controls, two to validate, five steps
             raise KeyboardInterrupt
         return collate(collator, rows)
 
@@ -173,7 +185,7 @@ def test_input_and_architecture_can_be_chosen_and_the_result_is_published_with_i
     assert distilled(flags(place, tmp_path / "none", max_steps=1, **settings)) == 0
     assert not published and "not published, since the card warns of this model; `apm push" in caplog.text
     assert "**Do not use this model: this student is no better" in (tmp_path / "none/README.md").read_text()
-    here.setattr(training, "worse_than_constant", lambda metrics: None)
+    here.setattr(validation, "worse_than_constant", lambda metrics: None)
     assert distilled(flags(place, tmp_path / "run", max_steps=1, **settings)) == 0
     model = AutoModel.from_pretrained(tmp_path / "run")
     assert model.config.local_patch and model.config.feature_size == 16

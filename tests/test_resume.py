@@ -130,7 +130,7 @@ class Moments:
 def begun(whole, tmp_path_factory):
     """The folder of a run that was killed after its first checkpoint."""
     folder = tmp_path_factory.mktemp("begun") / "run"
-    child = forked(lambda: run(folder, data=Fatal(random_targets(20), 30)))
+    child = forked(lambda: run(folder, data=Fatal(random_targets(20), 50)))  # controls read all 20 first
     assert status_of(child) == -signal.SIGKILL
     assert Checkpoints(folder, keep=1).names() == ["step_00000002"]
     return folder
@@ -332,7 +332,7 @@ def test_a_full_disk_is_one_message_and_the_checkpoint_before_stays(two, name, t
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits(whole, tmp_path, number):
     folder = tmp_path / "run"
-    told = Fatal(random_targets(20), 41, lambda: os.kill(os.getpid(), number))  # in the fourth step
+    told = Fatal(random_targets(20), 61, lambda: os.kill(os.getpid(), number))  # in the fourth step
     assert status_of(forked(lambda: run(folder, data=told, checkpoint_steps=0))) == EXIT_STOPPED == 75
     assert Checkpoints(folder, keep=1).names() == ["step_00000004"]
     assert not (folder / "model.safetensors").exists()
@@ -381,7 +381,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path, m
         ready.touch()
         time.sleep(60)
 
-    child = forked(lambda: run(folder, data=Fatal(random_targets(20), 20, write), statistics_images=0))
+    child = forked(lambda: run(folder, data=Fatal(random_targets(20), 40, write), statistics_images=0))
     try:
         deadline = time.monotonic() + 30
         while not ready.exists() and time.monotonic() < deadline:

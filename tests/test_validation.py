@@ -1,15 +1,23 @@
-"""Validation figures against scikit-learn and plain loops, and the picture's panels against their colours."""
+"""Validation figures against scikit-learn and plain NumPy, and the picture's panels against their colours."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from apm_hf import APMModelOutput
+from apm_hf.distillation.controls import measure_controls
 from apm_hf.distillation.losses import DistillationTargets
-from apm_hf.distillation.validation import TILE, ValidationMetrics, validation_picture, worse_than_constant
+from apm_hf.distillation.validation import (
+    TILE,
+    ValidationMetrics,
+    comparison,
+    validation_picture,
+    verdict,
+    worse_than_constant,
+)
 from apm_hf.islands import PCAColours
+from apm_hf.position_encoding import grid_coordinates
 
 NUM_IMAGES, GRID, WIDTH = 7, (3, 2), 5
 
@@ -57,39 +65,109 @@ def test_figures_are_those_of_scikit_learn_and_count_every_image_once(batches):
     assert values["feature_cosine"] == pytest.approx(np.mean(cosines), rel=1e-5)
     embed_cosines = cosine_similarity(outputs.pooler_output.numpy(), targets.image_embeds.numpy()).diagonal()
     assert values["embed_cosine"] == pytest.approx(embed_cosines.mean(), rel=1e-5)
-    flat_answer, flat_target = answer.reshape(-1, WIDTH), target.reshape(-1, WIDTH)
-    expected = r2_score(flat_target, flat_answer, multioutput="variance_weighted")
-    assert values["feature_r2"] == pytest.approx(expected, rel=1e-5)
     assert values["rgb_mse"] == pytest.approx(((outputs.rgb - targets.rgb) ** 2).mean().item(), rel=1e-5)
 
 
-def test_r2_is_exact_where_features_lie_far_from_zero():
-    # Vision transformers have such channels: their mean is large against their spread.
-    outputs, targets = answers_and_targets(offset=300.0)
-    expected = r2_score(
-        targets.features.flatten(0, 1).double().numpy(),
-        outputs.last_hidden_state.flatten(0, 1).double().numpy(),
-        multioutput="variance_weighted",
+def photos(num_images, *, seed, offset=0.0):
+    """Pixels, and a teacher's features of a 3 x 2 grid: each place's own value, the brightness there, and noise."""
+    pixels = torch.rand(num_images, 3, 3 * 8, 2 * 8, generator=torch.Generator().manual_seed(seed))
+    brightness = torch.nn.functional.avg_pool2d(pixels, 8).mean(dim=1).flatten(1)[..., None]  # (B, L, 1)
+    scales = torch.tensor([1.0, 20.0, 0.1, 3.0, 1.0])
+    place = 2 * noise(6, WIDTH, seed=99)
+    features = (place + 200 * (brightness - 0.5) * torch.linspace(1, -1, WIDTH)) * scales + offset
+    features = features + scales * noise(num_images, 6, WIDTH, seed=seed + 1)
+    return {"pixel_values": pixels}, DistillationTargets(noise(num_images, WIDTH, seed=5), features, grid=GRID)
+
+
+def controls_of(train, held_out):
+    return measure_controls(*([(batch, {"": targets})] for batch, targets in (train, held_out)))[""]
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_controls_and_r2_are_those_of_numpy_in_standardised_units_after_position_means(offset):
+    train, held_out = photos(40, seed=0, offset=offset), photos(9, seed=10, offset=offset)
+    controls = controls_of(train, held_out)
+    fitted, wanted = (targets.features.double().numpy() for _, targets in (train, held_out))
+    std = fitted.std(axis=(0, 1))
+    total = (((wanted - wanted.mean(axis=0)) / std) ** 2).sum()
+
+    def r2(output):
+        return 1 - (((wanted - output) / std) ** 2).sum() / total
+
+    assert controls.figures["mean_r2"] == pytest.approx(r2(fitted.mean(axis=(0, 1))), abs=1e-4)
+    assert controls.figures["position_r2"] == pytest.approx(r2(fitted.mean(axis=0)), abs=1e-4)
+    assert controls.figures["mean_r2"] < controls.figures["position_r2"] < 0
+    assert controls.figures["ridge_r2"] > 0.5, "what is linear in the pixels is found"
+    output = held_out[1].features + 0.5 * noise(9, 6, WIDTH, seed=3)
+    outputs = APMModelOutput(last_hidden_state=output, pooler_output=held_out[1].image_embeds)
+    metrics = ValidationMetrics()
+    for rows in (slice(0, 6), slice(6, 9)):
+        one = APMModelOutput(**{name: value[rows] for name, value in outputs.items()})
+        targets = DistillationTargets(held_out[1].image_embeds[rows], held_out[1].features[rows])
+        metrics.add(metrics.statistics(one, targets, controls))
+    values = metrics.compute(controls)
+    assert values["feature_r2"] == pytest.approx(r2(output.double().numpy()), abs=1e-4)
+    assert values | controls.figures == values
+
+
+def test_a_regression_finds_nothing_in_noise_and_reads_the_embedding_of_a_student_that_does():
+    (pixels, train), (others, held_out) = photos(160, seed=0), photos(12, seed=10)
+    features = [noise(len(one.features), 6, WIDTH, seed=seed) for seed, one in enumerate((train, held_out))]
+    shared = [4 * one[:, :1].expand(-1, 6, -1) for one in features]
+    for source, reads_embedding in ((features, False), (shared, False), (shared, True)):
+        pairs = [
+            [(batch, {"": DistillationTargets(values[:, 0], values, grid=GRID)})]
+            for batch, values in zip((pixels, others), source, strict=True)
+        ]
+        found = measure_controls(*pairs, reads_embedding=reads_embedding)[""].figures["ridge_r2"]
+        assert found > 0.6 if reads_embedding else found < 0.1, found
+
+
+def test_features_at_some_places_alone_are_enough_to_fit_controls():
+    (batch, whole), held_out = photos(40, seed=0), photos(9, seed=10)
+    places = torch.stack([torch.randperm(6, generator=torch.Generator().manual_seed(row))[:4] for row in range(40)])
+    some = DistillationTargets(
+        whole.image_embeds,
+        whole.features.take_along_dim(places[..., None], dim=1),
+        grid=GRID,
+        coordinates=grid_coordinates(*GRID)[places],
     )
-    assert compute(outputs, targets, BATCHES)["feature_r2"] == pytest.approx(expected, abs=1e-4)
+    found, expected = (
+        controls_of(({**batch, "locations": places}, some), held_out),
+        controls_of((batch, whole), held_out),
+    )
+    assert found.figures["ridge_r2"] == pytest.approx(expected.figures["ridge_r2"], abs=0.1)
+    assert found.figures["position_r2"] == pytest.approx(expected.figures["position_r2"], abs=0.05)
 
 
-def test_a_perfect_student_has_r2_one_and_the_mean_has_r2_zero():
+def test_without_two_images_to_validate_on_there_is_no_r2():
+    train = photos(4, seed=0)
+    held_out = photos(1, seed=1)
+    assert measure_controls([(train[0], {"": train[1]})], [(held_out[0], {"": held_out[1]})]) == {}
+    assert measure_controls([], [(held_out[0], {"": held_out[1]})]) == {}
+
+
+def test_a_student_is_said_to_be_above_or_not_above_its_controls():
+    figures = {"feature_r2": 0.1, "mean_r2": -0.5, "position_r2": 0.0, "ridge_r2": 0.2}
+    assert verdict(figures) == "this student is above mean feature, position alone and not above ridge regression"
+    assert [title for title, _ in comparison(figures)][0] == "this student" and verdict({"feature_cosine": 0.4}) == ""
+    assert worse_than_constant(figures) is None
+    assert "R² -0.500, the mean" in worse_than_constant({**figures, "feature_r2": -0.5})
+    cosines = {"feature_cosine": 0.5, "mean_cosine": 0.6}
+    assert "R² 0.100 and cosine 0.500, the mean" in worse_than_constant({**figures, **cosines})
+    assert "no better than a constant" in worse_than_constant(cosines)
+
+
+def test_the_mean_has_the_cosine_that_is_called_that_of_the_mean():
     outputs, targets = answers_and_targets()
-    outputs.last_hidden_state = targets.features
-    assert compute(outputs, targets, WHOLE)["feature_r2"] == pytest.approx(1, abs=1e-6)
-    assert worse_than_constant(compute(outputs, targets, WHOLE)) is None
     outputs.last_hidden_state = targets.features.mean(dim=(0, 1)).expand_as(targets.features)
     values = compute(outputs, targets, BATCHES)
-    assert values["feature_r2"] == pytest.approx(0, abs=1e-5)
     assert values["feature_cosine"] == pytest.approx(values["mean_cosine"], abs=1e-6)
-    values["feature_cosine"] -= 0.1
-    assert "no better than a constant" in worse_than_constant(values)
 
 
 def test_a_student_without_colours_has_no_colour_error():
     values = compute(*answers_and_targets(rgb=False), WHOLE)
-    assert set(values) == {"feature_cosine", "feature_r2", "embed_cosine", "mean_cosine"}
+    assert set(values) == {"feature_cosine", "embed_cosine", "mean_cosine"}
 
 
 def test_no_image_is_an_error():

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 from .options import SHARED, add
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ..distillation import DistillationResult
     from ..distillation.dense import DenseConfig
+    from ..distillation.recipe import TrainingConfig
 
 HELP = "train a small model, an APM, to reproduce a teacher's features on your images"
 DESCRIPTION = """
@@ -26,7 +30,10 @@ RESULT = {
     "steps": "optimiser steps",
     "processes": "that took part",
     "num_parameters": "of the APM",
-    "metrics": "of every validation: step, feature_cosine, mean_cosine (of a constant), feature_r2, embed_cosine, ...",
+    "metrics": "of every validation: step, feature_r2, mean_r2, position_r2, ridge_r2, feature_cosine, mean_cosine, "
+    "embed_cosine, ...",
+    "verdict": "which controls the student is above",
+    "warning": "why the student should not be used, else null",
     "url": "of the commit with --push_to_hub, else null",
 }
 INTERRUPTED = "with --resume the same command goes on from its last checkpoint, if there is one (--checkpoint_steps)"
@@ -63,6 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     from ..distillation import DistillationConfig
     from ..distillation.recipe import TrainingConfig, train
+    from ..distillation.validation import verdict, worse_than_constant
     from ..runs.processes import command_line
 
     settings: DistillationConfig | DenseConfig
@@ -74,14 +82,37 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     result = train(training, settings, command=command_line("apm", options.arguments))
     if not result.is_main_process:
         return None
+    metrics = result.distillation.metrics[-1] if result.distillation.metrics else {}
+    said, warning = verdict(metrics), worse_than_constant(metrics)
+    print("\n".join(_summary(training, settings.max_steps, result.distillation, metrics)))
     return {
         "output_dir": result.distillation.output_dir,
         "steps": settings.max_steps,
         "processes": result.num_processes,
         "num_parameters": result.distillation.student.num_parameters(),
         "metrics": result.distillation.metrics,
+        "verdict": said or None,
+        "warning": warning,
         "url": result.address,
     }
+
+
+def _summary(
+    training: "TrainingConfig", steps: int, result: "DistillationResult", metrics: "Mapping[str, float]"
+) -> "Iterator[str]":
+    """Yield the last lines of a run: folder, figures, and what to do next."""
+    from ..distillation.validation import comparison, verdict, worse_than_constant
+
+    folder, count = result.output_dir, result.student.num_parameters(only_trainable=True) / 1e6
+    yield f"{folder}: a student of {count:.1f} M parameters after {steps} steps"
+    if rows := comparison(metrics):
+        yield "R² on held-out images, after the mean of every position is removed:"
+        yield from (f"  {title:<24}{value:7.3f}" for title, value in rows)
+        yield f"That is, {verdict(metrics)}."
+    if warning := worse_than_constant(metrics):
+        yield f"Do not use it: {warning}."
+    yield f"next: apm islands PHOTO --model {folder} --teacher {training.teacher} --output_dir islands"
+    yield f"      apm push {folder} USER/NAME" + (" --force" if warning else "")
 
 
 def _values(options: argparse.Namespace, kind: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("apm_hf")
@@ -31,14 +33,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch to commit to (default: main)")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--force", action="store_true", help="publish a model too whose card warns of it")
+    parser.add_argument(
+        "--card_images", nargs="+", metavar="PHOTO", help="photos for the card that may be published, drawn anew"
+    )
     parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..publishing.hub import publish
 
+    if options.card_images:
+        _draw(options.folder, options.card_images)
     wishes = {name: getattr(options, name) for name in ("private", "revision", "create_pr", "commit_message", "force")}
     given: dict[str, Any] = {name: value for name, value in wishes.items() if value}
     url = publish(options.folder, options.repo_id, **given)
     print(url)
     return {"url": url, "repo_id": options.repo_id, "folder": options.folder}
+
+
+def _draw(folder: str, photos: Sequence[str]) -> None:
+    """Draw these photos for the card, as the student sees them.
+
+    Raises:
+        ValueError: for a folder that cannot be published, an unreadable photo, or a student that reads its teacher.
+    """
+    from ..pair import APM
+    from ..publishing.cards import card_photos, change_card, write_card_picture
+    from ..publishing.hub import check_folder
+
+    check_folder(Path(folder))
+    pictures, what = card_photos(photos)
+    apm = APM.load(folder)
+    if not apm.bare_model.folds:
+        raise ValueError("--card_images: expected a student that needs no teacher; give them to apm distill instead")
+    write_card_picture(folder, apm, pictures)
+    if not change_card(folder, photos=what):
+        logger.warning(f"{folder}: the card was edited, and does not show the new islands.png unless you link it")

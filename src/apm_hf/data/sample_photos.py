@@ -19,16 +19,20 @@ SAMPLE_PHOTOS = {
 }
 
 
-def sample_photos() -> dict[str, Image.Image]:
-    """Return six photos by name: a woman, a cat, a cup of coffee, a rocket, a palace and a flower.
+def sample_photos(*names: str) -> dict[str, Image.Image]:
+    """Return photos by name: by default six, a woman, a cat, a cup of coffee, a rocket, a palace and a flower.
 
     The packages are not imported, which takes seconds.
+
+    Args:
+        *names: some of `SAMPLE_PHOTOS`.
 
     Raises:
         ImportError: without scikit-image or scikit-learn; says what to install.
     """
     photos = {}
-    for name, (package, file) in SAMPLE_PHOTOS.items():
+    for name in names or SAMPLE_PHOTOS:
+        package, file = SAMPLE_PHOTOS[name]
         found = find_spec(package)
         if found is None or found.origin is None:
             raise ImportError('sample photos come with scikit-image and scikit-learn: pip install "apm_hf[viz]"')

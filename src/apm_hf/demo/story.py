@@ -129,7 +129,9 @@ def run_demo(config: DemoConfig) -> DemoResult:
         test.run(condition, images, models, shown=index % len(images))
 
     facts = _facts(config, student, test.rows)
-    write_card_picture(output_dir, student, image_processor, seed=config.seed)
+    scene = SceneDataset(1, seed=config.seed + 424_243)[0]["image"]  # a stream of its own
+    write_card_picture(output_dir, APM(student, image_processor, teacher), [scene])
+    facts = replace(facts, photos="a drawn scene that it was not trained on")
     report_dir = Path(config.report_dir or f"{config.output_dir.rstrip('/')}_report")
     table, files = write_report(report_dir, test.rows, test.panels, test.losses, facts)
     write_card(

@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +40,8 @@ from ..teachers.dense_grids import moved, tokens_at_half
 from ..teachers.licenses import inherit
 from ..teachers.matching import dense_image_processor
 from .resuming import MADE, make_room
-from .rivals import CHUNK, AttentionUpsampler, Ridge, Upsampler, bilinear
+from .rivals import CHUNK, AttentionUpsampler, Ridge, Upsampler, averages, bilinear
+from .validation import verdict
 
 logger = logging.get_logger(__name__)
 
@@ -205,7 +206,8 @@ class DenseResult:
 
     Args:
         student: on the CPU, in evaluation mode.
-        metrics: R² of held-out photos after removing the mean of each position: `decoder`, `bilinear`, `ridge`.
+        metrics: R² of held-out photos after removing the mean of each position, of the student as `feature_r2` and of
+            what it is compared with as `mean_r2`, `position_r2`, `ridge_r2` and `bilinear_r2`.
         output_dir: folder of the model.
     """
 
@@ -250,18 +252,17 @@ def distill_dense(
             assert student.config.distilled_from is not None
             student.config.distilled_from[0]["sha256"] = teacher.features_digest()
         ridge = Ridge.fit(train, mean, std)
-        metrics = evaluate_dense(student, ridge, validation)
+        metrics = evaluate_dense(student, ridge, validation, averages(train))
         logger.info("held-out R² after position means: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-        if metrics["decoder"] <= metrics["ridge"]:
-            logger.warning("the decoder is no better than a ridge regression from the same photos")
+        logger.info(verdict(metrics))
         if run.state.is_main_process:
-            settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
-            facts = {"r2": metrics, "num_photos": len(train), "settings": settings}
             with run.finished_files(last="config.json") as folder, no_loading_bars():
                 student.save_pretrained(folder)
                 train.image_processor.save_pretrained(folder)
                 ridge.save(folder)
-                (folder / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
+                (folder / "metrics.json").write_text(
+                    json.dumps([{"step": config.max_steps, **metrics}], indent=2) + "\n"
+                )
             run.forget_previous(MADE)
         run.state.wait_for_everyone()
     return DenseResult(student, metrics, run.folder)
@@ -403,20 +404,23 @@ def as_upsampler(student: APMModel) -> Upsampler:
 def evaluate_dense(
     student: APMModel, ridge: Ridge, validation: DensePairs, rivals: Mapping[str, Upsampler] | None = None
 ) -> dict[str, float]:
-    """Return R² after position means, of held-out photos: of the decoder, interpolation, ridge regression and others.
+    """Return R² after position means, of held-out photos: of the student, interpolation, ridge regression and others.
 
     Args:
         ridge: fitted to the photos that the student learnt from.
         validation: with plain windows.
         rivals: more of them, by name.
+
+    Returns:
+        `feature_r2` of the student, and `NAME_r2` of the others.
     """
     methods: dict[str, Upsampler] = {
-        "decoder": as_upsampler(student),
-        "bilinear": bilinear,
-        "ridge": ridge,
+        "feature": as_upsampler(student),
         **(rivals or {}),
+        "ridge": ridge,
+        "bilinear": bilinear,
     }
-    return {name: _r2(validation, method, ridge.std) for name, method in methods.items()}
+    return {f"{name}_r2": _r2(validation, method, ridge.std) for name, method in methods.items()}
 
 
 @torch.inference_mode()

@@ -33,6 +33,7 @@ from ..runs.unreadable_images import SkippedImages, readable
 from ..teachers import Teacher
 from ..teachers.feature_cache import CachedImages
 from ..teachers.licenses import inherit
+from .controls import IMAGES, Controls, measure_controls
 from .engine import compile_in_place, make_accelerator, make_optimizer, prepare, sharded, whole_student
 from .epoch_sampler import EpochSampler
 from .feature_statistics import set_statistics, statistics_of
@@ -154,6 +155,7 @@ class _Distillation:
         else:
             self._begin()
         self._set_statistics(student, collate_fn)
+        self.controls = {} if validation_data is None else self._measure_controls(collate_fn, validation_data)
         self.stream: StreamPlace | None = None
         if isinstance(train_data, SplitStream):
             train_data.share(self.accelerator.process_index, processes, config.num_workers)
@@ -278,19 +280,48 @@ class _Distillation:
             for name, statistics in self.progress["statistics"].items():
                 student.set_feature_statistics(**statistics, head=name)
         elif self.config.statistics_images:
-            features = (self.objective.features(batch) for batch in self._first_batches(collate_fn))
+            share = (self.accelerator.process_index, self.config.statistics_images, self.accelerator.num_processes)
+            features = (self.objective.features(batch) for batch in self._first_batches(collate_fn, *share))
             gather, device = self.accelerator.gather, self.accelerator.device
             set_statistics(
                 student, features, kind=self.config.statistics, gather=lambda packed: gather(packed.to(device))
             )
 
-    def _first_batches(self, collate_fn: Callable | None) -> Iterator[dict[str, Tensor]]:
-        """Yield this process's share of the first images, as many as statistics are measured on."""
-        share = (self.accelerator.process_index, self.config.statistics_images, self.accelerator.num_processes)
+    def _measure_controls(self, collate_fn: Callable | None, validation_data: Dataset) -> dict[str, Controls]:
+        """Measure in one process what the student will be compared with, on no more images than it learns from."""
+        config = self.config
+        found: list[dict[str, Controls]] = [{}]
+        if self.accelerator.is_main_process:
+            step = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+            streamed = isinstance(validation_data, IterableDataset)
+            places: Any = range(0 if streamed else len(validation_data))  # type: ignore[arg-type]
+            rows = iter(validation_data) if streamed else (validation_data[index] for index in places)
+            batches = (
+                self._first_batches(collate_fn, 0, min(IMAGES, config.max_steps * step), 1),
+                self._collated(rows, collate_fn),
+            )
+            with torch.no_grad(), no_loading_bars():
+                found = [
+                    measure_controls(
+                        *(((batch, self.objective.targets_by_head(batch)) for batch in some) for some in batches),
+                        reads_embedding=self.architecture.trigger_source == "embedding",
+                        seed=config.seed,
+                    )
+                ]
+        (controls,) = broadcast_object_list(found)
+        if not controls:
+            logger.warning("validation: R² needs two images to validate on and one to learn from; it is left out")
+        return controls
+
+    def _first_batches(self, collate_fn: Callable | None, *share: int) -> Iterator[dict[str, Tensor]]:
+        """Yield a share, (first, last, step), of the images that training begins with."""
         rows = iter(self.train_data)
         if self.sampler is not None:
             rows = (self.train_data[index] for index in self.sampler)
-        rows = itertools.islice(rows, *share)
+        yield from self._collated(itertools.islice(rows, *share), collate_fn)
+
+    def _collated(self, rows: Iterator[Any], collate_fn: Callable | None) -> Iterator[dict[str, Tensor]]:
+        """Yield batches of the rows whose images can be read, on this process's device."""
         while batch := list(itertools.islice(rows, self.config.batch_size)):
             collated = (collate_fn or default_collate)(batch)
             if len((collated := readable(collated))["pixel_values"]):
@@ -365,7 +396,10 @@ class _Distillation:
         metrics: dict[str, ValidationMetrics] = {}
         for index, batch in enumerate(self.validation_loader):
             predictions = self.objective.predict(self.student, batch)
-            found = {name: ValidationMetrics.statistics(*pair) for name, pair in predictions.items()}
+            found = {
+                name: ValidationMetrics.statistics(*pair, self.controls.get(name))
+                for name, pair in predictions.items()
+            }
             found = self.skipped.sift_figures(found, batch, self.accelerator.gather_for_metrics, step)
             for name, gathered in found.items():
                 metrics.setdefault(name, ValidationMetrics()).add(gathered)
@@ -377,9 +411,10 @@ class _Distillation:
                 picture.save(path)
         if not metrics:
             raise ValueError("validation: expected at least one image, got none")
-        values = metrics.pop(MAIN).compute()
+        values: dict[str, float] = {}
         for name, head_metrics in metrics.items():
-            values |= {f"{name}/{figure}": value for figure, value in head_metrics.compute().items()}
+            figures = head_metrics.compute(self.controls.get(name))
+            values |= {f"{name}/{figure}" if name else figure: value for figure, value in figures.items()}
         if self.config.max_unreadable_images:
             values["skipped_images"] = float(len(self.skipped))
         self.metrics.append({"step": step, **values})

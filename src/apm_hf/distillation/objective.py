@@ -80,6 +80,11 @@ class Objective:
             )
         return main, additional
 
+    def targets_by_head(self, batch: dict[str, Tensor]) -> dict[str, DistillationTargets]:
+        """Return the targets of every head; the main head is `MAIN`."""
+        main, additional = self.head_targets(batch)
+        return {MAIN: main, **additional}
+
     def losses(self, student: Any, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return the losses by name, those of an additional teacher as `NAME/loss_grid`, and their sum, `loss`.
 
@@ -117,8 +122,7 @@ class Objective:
 
     def not_finite(self, batch: dict[str, Tensor]) -> str | None:
         """Say for which images a teacher's outputs are not finite, by `index` if the batch has it; None for none."""
-        main, additional = self.head_targets(batch)
-        for name, targets in {MAIN: main, **additional}.items():
+        for name, targets in self.targets_by_head(batch).items():
             finite = targets.image_embeds.isfinite().all(dim=1) & targets.features.isfinite().flatten(1).all(dim=1)
             if not finite.all():
                 places = (~finite).nonzero().flatten()
@@ -129,10 +133,9 @@ class Objective:
 
     def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return by head what statistics are measured on: the teachers' patches or, if only they count, embeddings."""
-        main, additional = self.head_targets(batch)
         return {
             name: one.features if self.weights.grid else one.image_embeds
-            for name, one in {MAIN: main, **additional}.items()
+            for name, one in self.targets_by_head(batch).items()
         }
 
     def _losses(

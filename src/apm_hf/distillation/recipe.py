@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -16,7 +17,8 @@ from ..data.images import ImageCollator
 from ..data.loading import train_and_validation
 from ..data.split_streams import SplitStream
 from ..modeling_apm import APMModel
-from ..publishing.cards import CardFacts, write_card, write_card_picture
+from ..pair import APM
+from ..publishing.cards import CardFacts, card_photos, write_card, write_card_picture
 from ..publishing.hub import publish
 from ..publishing.zero_shot import check_text, save_with_text
 from ..runs.identity import images_digest
@@ -31,7 +33,7 @@ from .dense import DenseConfig, DensePairs, distill_dense
 from .loop import distill
 from .resuming import make_room
 from .settings import DistillationConfig, DistillationResult
-from .validation import worse_than_constant
+from .validation import card_figures
 
 logger = logging.get_logger(__name__)
 
@@ -86,6 +88,10 @@ class TrainingConfig:
         default=False,
         metadata={"help": "save the text tower of a CLIP-like teacher too, for zero-shot classification"},
     )
+    card_images: list[str] = field(
+        default_factory=list,
+        metadata={"help": "photos for the card that may be published; by default two of scikit-image's"},
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "publish the result, with its card"})
     hub_model_id: str | None = field(default=None, metadata={"help": "repository, user/name"})
 
@@ -135,9 +141,11 @@ def train(training: TrainingConfig, config: DistillationConfig | DenseConfig, *,
     resumes = isinstance(config, DistillationConfig) and config.resume
     if not resumes and not config.overwrite:
         make_room(Run(config.output_dir, process_state()), overwrite=False)  # refuses a folder with a run
+    photos, about_photos = _card_photos(training)
     overrides, processor_options = (_json_object(training, name) for name in ("config_overrides", "image_processor"))
     if isinstance(config, DenseConfig):
-        return _train_dense(training, config, overrides, command=command)
+        options = {"photos": photos, "about_photos": about_photos, "command": command}
+        return _train_dense(training, config, overrides, **options)  # type: ignore[arg-type]
     set_seed(config.seed)
     # Each process's own device: of several GPUs "cuda" alone is the first one until Accelerate has shared them out.
     placed = {"device": process_state().device, "dtype": training.teacher_dtype}
@@ -199,15 +207,21 @@ def train(training: TrainingConfig, config: DistillationConfig | DenseConfig, *,
     )
     state, address = process_state(), None
     if state.is_main_process:
-        _draw_card_picture(result, image_processor)
+        shown = _draw_card_picture(result, APM(result.student, image_processor, teacher), photos)
         if training.with_text:
             save_with_text(result.student, teacher, image_processor, result.output_dir)
-        address = _publish(training, config, result, command)
+        address = _publish(training, config, result, command, about_photos if shown else "")
     return TrainingResult(result, state.num_processes, state.is_main_process, address)
 
 
 def _train_dense(
-    training: TrainingConfig, config: DenseConfig, overrides: dict[str, Any], *, command: str
+    training: TrainingConfig,
+    config: DenseConfig,
+    overrides: dict[str, Any],
+    *,
+    photos: list[Image.Image],
+    about_photos: str,
+    command: str,
 ) -> TrainingResult:
     """Distil a decoder of the teacher's tokens, see [`apm_hf.distillation.dense`]."""
     data, validation = train_and_validation(
@@ -224,22 +238,26 @@ def _train_dense(
         raise ValueError(f"--dataset: expected 20 photos or more, or --validation_split, got {len(data.dataset) + 1}")
     state = process_state()
     teacher = load_teacher(training.teacher, device=state.device, dtype=training.teacher_dtype)
-    photos = [part.photos() for part in (data, validation)]
-    train_pairs = DensePairs.build(photos[0], teacher, seed=config.seed, description="teacher")
-    held_out = DensePairs.build(photos[1], teacher, shifted=False, description="teacher, held out")
+    train_pairs = DensePairs.build(data.photos(), teacher, seed=config.seed, description="teacher")
+    held_out = DensePairs.build(validation.photos(), teacher, shifted=False, description="teacher, held out")
     result = distill_dense(teacher, train_pairs, held_out, config, dataset=training.dataset, **overrides)
     found = DistillationResult(result.student, [{"step": config.max_steps, **result.metrics}], result.output_dir)
     address = None
     if state.is_main_process:
-        address = _publish(training, config, found, command)
+        shown = _draw_card_picture(found, APM(found.student, train_pairs.image_processor, teacher), photos)
+        address = _publish(training, config, found, command, about_photos if shown else "")
     return TrainingResult(found, state.num_processes, state.is_main_process, address)
 
 
 def _publish(
-    training: TrainingConfig, config: DistillationConfig | DenseConfig, result: DistillationResult, command: str
+    training: TrainingConfig,
+    config: DistillationConfig | DenseConfig,
+    result: DistillationResult,
+    command: str,
+    photos: str,
 ) -> str | None:
     """Write the model's card and, where `push_to_hub` asks for it, upload its folder; return the commit's address."""
-    facts = _facts(training, config, result, command)
+    facts = _facts(training, config, result, command, photos)
     write_card(result.output_dir, facts)
     if not training.push_to_hub:
         return None
@@ -272,26 +290,38 @@ def _check_cacheable(training: TrainingConfig, config: DistillationConfig) -> No
         raise ValueError("--feature_cache: expected a data set that is not streamed: features are found by row")
 
 
-def _draw_card_picture(result: DistillationResult, image_processor: Any) -> None:
-    if result.student.config.trigger_source != "conv":
-        return  # its trigger column is the teacher's, who is not there when the model is used alone
+def _draw_card_picture(result: DistillationResult, apm: APM, photos: list[Image.Image]) -> bool:
+    """Draw the photos for the card, and return whether it has a picture."""
+    device = apm.bare_model.device
     try:
-        write_card_picture(result.output_dir, result.student, image_processor)
+        if photos:
+            if apm.teacher is not None:
+                apm.bare_model.to(apm.teacher.device)
+            write_card_picture(result.output_dir, apm, photos)
     except ImportError as error:
         logger.warning(f"the card goes without a picture: {error}")
+        return False
+    finally:
+        apm.bare_model.to(device)
+    return bool(photos)
+
+
+def _card_photos(training: TrainingConfig) -> tuple[list[Image.Image], str]:
+    try:
+        return card_photos(training.card_images)
+    except ImportError as error:
+        logger.warning(f"the card goes without a picture: {error}; --card_images gives photos of yours")
+        return [], ""
 
 
 def _facts(
-    training: TrainingConfig, config: DistillationConfig | DenseConfig, result: DistillationResult, command: str
+    training: TrainingConfig,
+    config: DistillationConfig | DenseConfig,
+    result: DistillationResult,
+    command: str,
+    photos: str,
 ) -> CardFacts:
     last = {name: value for name, value in result.metrics[-1].items() if name != "step"} if result.metrics else {}
-    comparison, warning = "", ""
-    if "mean_cosine" in last:
-        warning = worse_than_constant(last) or ""
-        comparison = (
-            "A constant, the mean of the teacher's features over the validation images, has R² 0 and the cosine "
-            f"{last['mean_cosine']:.4f} to them."
-        )
     return CardFacts(
         repo_id=training.hub_model_id or config.output_dir,
         teacher=training.teacher,
@@ -299,9 +329,8 @@ def _facts(
         command=command,
         steps=config.max_steps,
         num_parameters=result.student.num_parameters(only_trainable=True),
-        metrics={name: value for name, value in last.items() if name.rpartition("/")[2] != "mean_cosine"},
-        comparison=comparison,
-        warning=warning,
+        **card_figures(last),
+        photos=photos,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..position_encoding import axis_codes, coordinates_to_indices, grid_coordinates, sample_grid
+from .ridge import NormalEquations, held_out
 
 if TYPE_CHECKING:
     from .dense import DensePairs
@@ -25,10 +26,23 @@ if TYPE_CHECKING:
 Upsampler = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 RIDGE, BILATERAL, ATTENTION = "ridge.safetensors", "bilateral.safetensors", "attention.safetensors"
-RIDGE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal of the inputs' covariance
 CHUNK = 32  # photos at a time
 PLACES = 2**12  # locations whose weights for all tokens are held at a time
 TUNED_PHOTOS = 64
+
+
+def averages(pairs: "DensePairs") -> dict[str, Upsampler]:
+    """Return the mean feature of these photos, and that of each place: what can be said without the photo."""
+    places = torch.stack([part.float().sum(dim=(0, 1)) for part in pairs.targets.split(CHUNK)]).sum(dim=0)
+    places = places / (len(pairs) * pairs.targets.shape[1])  # (rows, cols, F)
+
+    def constant(maps: Tensor) -> Upsampler:
+        def call(tokens: Tensor, coordinates: Tensor, pixel_values: Tensor) -> Tensor:
+            return sample_grid(maps[None].expand(len(tokens), -1, -1, -1), coordinates)
+
+        return call
+
+    return {"mean": constant(places.mean(dim=(0, 1), keepdim=True)), "position": constant(places)}
 
 
 def bilinear(tokens: Tensor, coordinates: Tensor, pixel_values: Tensor) -> Tensor:
@@ -59,34 +73,12 @@ class Ridge:
 
     @classmethod
     def fit(cls, pairs: "DensePairs", mean: Tensor, std: Tensor) -> "Ridge":
-        """Solve the normal equations; the penalty is chosen on every tenth photo, which is then fitted to as well."""
-        width = 2 * len(mean) + 1
-        held = torch.arange(len(pairs)) % 10 == 0 if len(pairs) >= 20 else torch.zeros(len(pairs), dtype=torch.bool)
-        sums = {}
-        for name, numbers in (("fitted", (~held).nonzero()[:, 0]), ("held", held.nonzero()[:, 0])):
-            gram, cross = (
-                torch.zeros(width, width, dtype=torch.float64),
-                torch.zeros(width, len(mean), dtype=torch.float64),
-            )
-            squares = 0.0
+        """Solve the normal equations; the penalty is chosen on photos that are fitted to afterwards."""
+        equations, held = NormalEquations(2 * len(mean) + 1, len(mean)), held_out(len(pairs))
+        for is_held, numbers in ((False, (~held).nonzero()[:, 0]), (True, held.nonzero()[:, 0])):
             for part in numbers.split(CHUNK):
-                inputs, targets = cls._inputs(pairs, part, mean, std)
-                gram += (inputs.T @ inputs).double()
-                cross += (inputs.T @ targets).double()
-                squares += float((targets**2).sum())
-            sums[name] = gram, cross, squares
-        (gram, cross, _), (held_gram, held_cross, squares) = sums["fitted"], sums["held"]
-
-        def solve(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
-            eye = torch.eye(width, dtype=torch.float64) * penalty * gram.diagonal().mean()
-            return torch.linalg.solve(gram + eye, cross)
-
-        def error(penalty: float) -> float:
-            weight = solve(gram, cross, penalty)
-            return float(squares - 2 * (weight * held_cross).sum() + (weight * (held_gram @ weight)).sum())
-
-        best = min(RIDGE_PENALTIES, key=error) if held.any() else RIDGE_PENALTIES[1]
-        return cls(solve(gram + held_gram, cross + held_cross, best).float(), mean, std)
+                equations.add(*cls._inputs(pairs, part, mean, std), held=is_held)
+        return cls(equations.solve(), mean, std)
 
     @staticmethod
     def _inputs(pairs: "DensePairs", numbers: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:

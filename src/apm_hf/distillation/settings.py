@@ -127,9 +127,10 @@ class DistillationResult:
 
     Args:
         student: the trained student, on the CPU.
-        metrics: of every validation, in order: `step`, `feature_cosine`, `feature_r2`, `mean_cosine` (of a
-            constant, the mean of the teacher's features), `embed_cosine`, `rgb_mse`, and those of additional teachers
-            with their names in front, e.g. `dinov2/feature_cosine`.
+        metrics: of every validation, in order: `step`, R² after position means of the student as `feature_r2` and of
+            its controls as `mean_r2`, `position_r2` and `ridge_r2`, `feature_cosine` and `mean_cosine` (of a constant,
+            the mean of the teacher's features), `embed_cosine`, `rgb_mse`, and those of additional teachers with
+            their names in front, e.g. `dinov2/feature_cosine`.
         output_dir: where the model was saved.
     """
 

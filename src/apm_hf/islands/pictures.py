@@ -131,6 +131,43 @@ def islands_picture(
     return path
 
 
+def photos_picture(
+    photos: Sequence[Image.Image],
+    path: Path,
+    model: APMModel,
+    pixel_values: Tensor,
+    *,
+    trigger_column: Tensor | None = None,
+    heights: Sequence[int] = (2, 6),
+    size: int = 64,
+    seed: int = 0,
+) -> Path:
+    """Write a figure with a row for each photo: features, regions, and features of a model with random weights.
+
+    Args:
+        photos: B square photos.
+        path: of the PNG file.
+        pixel_values, trigger_column: `(B, C, S, S)` and `(B, ...)`, the model's inputs of these photos.
+        heights: numbers of regions, ascending.
+        size: locations along a side of the maps.
+        seed: random seed of the control.
+    """
+    control, rows = random_model(model.config, seed=seed).to(model.device), []
+    if model.config.trigger_source == "tokens":
+        control.trigger = model.trigger  # the teacher is no part of what is drawn
+    for index, photo in enumerate(photos):
+        pixels, column = (None if x is None else x[index : index + 1] for x in (pixel_values, trigger_column))
+        assert pixels is not None
+        features, beside = (_one_map(one, pixels, (size, size), column)[0] for one in (model, control))
+        cuts, picture = RegionTree.fit(features).cuts(heights), np.asarray(photo)
+        regions = [draw_regions(picture, cut, fill) for cut, fill in zip(cuts, tree_colours(cuts), strict=True)]
+        row = [Panel("photo", picture), Panel("features", PCAColours.fit(features)(features))]
+        row += [Panel(f"{height} regions", region) for height, region in zip(heights, regions, strict=True)]
+        rows.append([*row, Panel("control: random", PCAColours.fit(beside)(beside))])
+    write_atomically(path, png_bytes(draw_panels(rows, 1.0, dpi=90)))
+    return path
+
+
 def error_map(model: APMModel, pixel_values: Tensor, teacher_features: Tensor, **options: Any) -> Tensor:
     """Return 1 - cosine of model and teacher at the centres of the teacher's patches: `(rows, cols)`, float32.
 

@@ -8,19 +8,29 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image, ImageOps
 
+from ..assets import EMBEDDED
+from ..data.images import read_rgb
+from ..data.sample_photos import sample_photos
 from ..runs import provenance
 from ..runs.files import write_atomically
-from ..teachers.licenses import public_name
+from ..teachers.licenses import HUB_LICENSES, public_name
+
+if TYPE_CHECKING:
+    from ..pair import APM
 
 FACTS_FILE = "card.json"
-PICTURE = "islands.png"
+PICTURE, PHOTO_SIZE = "islands.png", 448
+SAMPLES = ("chelsea", "coffee")  # both in the public domain
 # In a wheel the template lies beside this file, in a checkout at the top.
 _TEMPLATES = (Path(__file__).with_name("model_card.md"), Path(__file__).parents[3] / "model_card.md")
 _TASK = "image-feature-extraction"
@@ -39,6 +49,7 @@ class CardFacts:
         metrics: measured figures of this model by name.
         comparison: what others reach, in Markdown.
         warning: why the model should not be used; `publish` asks for `force` then.
+        photos: what the picture in the folder shows, see [`write_card_picture`]; empty where there is none.
         versions: by package; `commit` is that of a checkout. By default, those at hand.
     """
 
@@ -51,6 +62,7 @@ class CardFacts:
     metrics: Mapping[str, float]
     comparison: str = ""
     warning: str = ""
+    photos: str = ""
     versions: Mapping[str, str] | None = None
 
     def public(self) -> "CardFacts":
@@ -73,8 +85,7 @@ class CardFacts:
 def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
     """Write `README.md`, the model card, and `card.json`, its facts, into a model folder.
 
-    The picture `islands.png` is shown where it lies in the folder; see [`write_card_picture`]. Licences are those of
-    `distilled_from` in the folder's configuration.
+    Licences are those of `distilled_from` in the folder's configuration.
 
     Raises:
         FileNotFoundError: if the package was installed without its template.
@@ -90,11 +101,14 @@ def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
     return folder / "README.md"
 
 
-def move_card(folder: str | os.PathLike[str], repo_id: str) -> bool:
-    """Give a folder's card, if it is as `write_card` left it, the name the model will be loaded by.
+def change_card(folder: str | os.PathLike[str], **changes: str) -> bool:
+    """Change facts of a folder's card, if it is as `write_card` left it.
+
+    Args:
+        **changes: fields of [`CardFacts`], such as `repo_id`, the name that the model will be loaded by.
 
     Returns:
-        Whether the card is now of that name; a card that was edited is left unchanged.
+        Whether the card was changed; a card that was edited is left as it is.
     """
     folder = Path(folder)
     try:
@@ -106,7 +120,7 @@ def move_card(folder: str | os.PathLike[str], repo_id: str) -> bool:
             return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    facts = replace(facts, repo_id=repo_id)
+    facts = replace(facts, **changes)  # type: ignore[arg-type]
     content = {**asdict(facts), "hub_names": hub_names}
     card = _render(folder, facts, hub_names)
     write_atomically(folder / FACTS_FILE, json.dumps(content, indent=2) + "\n")
@@ -122,26 +136,50 @@ def warning_of(folder: Path) -> str:
         return ""
 
 
-def write_card_picture(folder: str | os.PathLike[str], model: Any, image_processor: Any, *, seed: int = 0) -> Path:
-    """Write `islands.png`, the islands of a drawn scene and their controls: nobody else's picture is published.
+def card_photos(paths: Sequence[str | os.PathLike[str]] = ()) -> tuple[list[Image.Image], str]:
+    """Return square photos for a card's picture, and what they are: these, or two of scikit-image's sample photos.
+
+    No photo of the training data is taken, whose publication somebody else may have to permit.
+
+    Args:
+        paths: photos that may be published; the middle of each is shown.
 
     Raises:
+        ValueError: for an unreadable photo.
+        ImportError: without paths, where scikit-image is not installed.
+    """
+    if paths:
+        photos, what = [read_rgb(path) for path in paths], "chosen by whoever published this model"
+    else:
+        found = sample_photos(*SAMPLES)
+        photos, what = list(found.values()), f"scikit-image's `{'` and `'.join(SAMPLES)}`, in the public domain"
+    return [ImageOps.fit(photo, (PHOTO_SIZE, PHOTO_SIZE)) for photo in photos], what
+
+
+def write_card_picture(folder: str | os.PathLike[str], apm: "APM", photos: Sequence[Image.Image]) -> Path:
+    """Write `islands.png`: a row for each photo, with the student's features, their regions, and a control.
+
+    Args:
+        apm: the student, and its teacher if it reads the teacher's tokens or embeddings.
+        photos: square ones, see [`card_photos`].
+
+    Raises:
+        ValueError: for a student that reads its teacher, without one.
         ImportError: without the extra `viz`.
     """
-    import torch
+    from ..islands.pictures import photos_picture
 
-    from ..data.scenes import SceneDataset
-    from ..islands.pictures import IslandsConfig, islands_picture
-
-    scene = SceneDataset(1, seed=seed + 424_243)[0]["image"]  # a stream of its own
-    pixel_values = image_processor(scene, return_tensors="pt")["pixel_values"].to(model.device)
+    pixel_values = apm.pixel_values(list(photos))
+    column = apm.trigger_column(list(photos), pixel_values)
     with torch.no_grad():
-        return islands_picture(scene, Path(folder), model, pixel_values, config=IslandsConfig(size=128, seed=seed))
+        return photos_picture(photos, Path(folder) / PICTURE, apm.bare_model, pixel_values, trigger_column=column)
 
 
 def _hub_name(name: str) -> str | None:
     """`user/name`, without the configuration of a data set; None for what is no repository."""
     name = name.partition(":")[0]
+    if name == EMBEDDED:
+        return None
     return name if not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) else None
 
 
@@ -152,9 +190,11 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
     teachers = [entry for entry in config.get("distilled_from") or [] if entry.get("name")]
     name, reads_text = Path(facts.repo_id).name, config.get("text_config") is not None
+    reads_tokens = config.get("trigger_source") == "tokens"
+    # Of the four relations that the Hub knows, none of which is distillation; without one it guesses.
+    relation = "adapter" if reads_tokens else "finetune"
     data = ModelCardData(
-        license=_licence(teachers),
-        license_name=None if _licence(teachers) != "other" else "see-teacher-and-data",
+        **_licence(teachers, hub_names["base_model"]),
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification" if reads_text else _TASK,
         tags=["apm", "glom", "distillation", "custom_code"],
@@ -172,6 +212,7 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
         ]
         or None,
         **hub_names,
+        **({"base_model_relation": relation} if hub_names["base_model"] else {}),
     )
     rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in facts.metrics.items())
     size, patch = config.get("image_size", 448), config.get("patch_size", 14)
@@ -193,16 +234,35 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
         comparison=facts.comparison,
         warning=facts.warning,
         reads_text=reads_text,
-        reads_tokens=config.get("trigger_source") == "tokens",
-        picture=PICTURE if (folder / PICTURE).exists() else None,
+        reads_tokens=reads_tokens,
+        picture=PICTURE if facts.photos else None,
+        photos=facts.photos,
+        home=_home(),
     )
     return str(card)
 
 
-def _licence(teachers: list[dict[str, Any]]) -> str:
-    """The weights' own: the teachers', where it is known and one."""
+def _licence(teachers: list[dict[str, Any]], page: str | None) -> dict[str, str]:
+    """Return the weights' licence as the Hub takes it: the teachers', where it is known and one, else a link to them.
+
+    Args:
+        page: of the teacher, on the Hub.
+    """
     found = {entry.get("license") or "other" for entry in teachers}
-    return found.pop() if len(found) == 1 else "other"
+    name = found.pop() if len(found) == 1 else "other"
+    if name in HUB_LICENSES:
+        return {"license": name}
+    link = {} if page is None else {"license_link": f"https://huggingface.co/{page}"}
+    return {"license": "other", "license_name": "see-teacher-and-data" if name == "other" else name, **link}
+
+
+def _home() -> str | None:
+    """Return the address of this package, as its metadata have it."""
+    try:
+        named = metadata("apm_hf").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return None
+    return next((entry.partition(",")[2].strip() for entry in named), None)
 
 
 def _licence_table(teachers: list[dict[str, Any]], teacher: str) -> str:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..configuration_apm import APMConfig
 from ..runs.run import manifest_faults
-from .cards import move_card, warning_of
+from .cards import change_card, warning_of
 
 logger = logging.getLogger("apm_hf")
 
@@ -80,7 +80,7 @@ def publish(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if not move_card(folder, repo_id):
+        if not change_card(folder, repo_id=repo_id):
             logger.info(f"{folder.name}/README.md: no card of this package's making, published as it is")
         commit = api.upload_folder(
             folder_path=folder,
