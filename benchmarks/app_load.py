@@ -53,13 +53,13 @@ class Session:
         path = self.http.post("/gradio_api/upload", files={"files": (name, data)}).json()[0]
         return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
-    def click(self, button: str, *values: Any) -> list[Any]:
-        """Click a button, wait, and return what its event outputs.
+    def use(self, element: str, *values: Any, how: str = "click") -> list[Any]:
+        """Click a button, or change a number, wait, and return what the event outputs.
 
         Raises:
             RuntimeError: where the app refuses the event, as when its queue is full.
         """
-        event = next(e for e in self.config["dependencies"] if [self.ids[button], "click"] in e["targets"])
+        event = next(e for e in self.config["dependencies"] if [self.ids[element], how] in e["targets"])
         # Versions before a public API had one input more, of the session.
         values = (None,) * (len(event["inputs"]) - len(values)) + values
         body = {"fn_index": event["id"], "data": values, "session_hash": self.session}
@@ -78,7 +78,7 @@ def memory_of_sessions(server: psutil.Process, address: str, num_sessions: int) 
     measured = []
     for number in range(1, num_sessions + 1):
         visitor = Session(address)
-        visitor.click("point-show", visitor.scene, 0.1, 0.2)
+        visitor.use("point-show", visitor.scene, 0.1, 0.2)
         visitor.http.close()
         if number % max(1, num_sessions // 8) == 0:
             measured.append((number, server.memory_info().rss / 1e6))
@@ -95,7 +95,7 @@ def waiting_times(address: str, num_visitors: int, seed: int) -> list[float]:
         photo = visitor.upload("photo.png", file.getvalue())
         start.wait()
         begin = time.monotonic()
-        shown = visitor.click("islands-show", photo, 0, 0, 2, 6, 20)
+        shown = visitor.use("num-Wholes", photo, 2, 6, 20, how="change")
         assert any("<img" in str(html) for html in shown), "a visitor got no islands"
         return time.monotonic() - begin
 
@@ -111,7 +111,7 @@ def attack(address: str, pipes: list[Path], stop: threading.Event) -> int:
     while not stop.is_set():
         for photo in [*({"path": str(pipe)} for pipe in pipes), bomb]:
             try:
-                attacker.click("islands-show", photo, 0, 0, 2, 6, 20)
+                attacker.use("num-Wholes", photo, 2, 6, 20, how="change")
             except RuntimeError:
                 time.sleep(0.1)
             num_refused += 1

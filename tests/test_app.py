@@ -1,5 +1,6 @@
 """The app in a real browser: the Space, served from a folder as it is published, visited with Chromium."""
 
+import io
 import re
 import shutil
 import socket
@@ -25,6 +26,12 @@ NAMELESS = """
 OVERFLOWING = """
     const beyond = e => e.getBoundingClientRect().right > innerWidth;
     return [...document.querySelectorAll('.apm, .apm *')].filter(beyond).map(e => e.outerHTML.slice(0, 200));"""
+# The grounds of all that is seen on a page, where they are not transparent.
+GROUNDS = """
+    const all = [...document.querySelectorAll('body, body *')];
+    const large = all.filter(e => e.checkVisibility() && e.clientWidth > 100);
+    const grounds = large.map(e => getComputedStyle(e).backgroundColor);
+    return grounds.filter(c => !/, 0\\)$|transparent/.test(c));"""
 # Keeps every heading that the last column of the table of scores ever had.
 RECORD_HEADINGS = """
     window.headings = new Set();
@@ -163,10 +170,10 @@ def test_an_uploaded_photo_gives_islands_at_three_heights_beside_features_and_co
     visit.wait_for_another("#islands img", before)
     visit.wait_for_another("#similar img", None)
     sizes = visit.page.eval_on_selector_all(
-        "#islands img", "images => images.map(i => [i.naturalWidth, i.naturalHeight])"
+        "#islands img, #made-of img", "images => images.map(i => [i.naturalWidth, i.naturalHeight])"
     )
     assert sizes == [[480, 360]] * 8
-    captions = visit.page.locator("#islands figcaption b").all_inner_texts()
+    captions = visit.page.locator("#islands figcaption b, #made-of figcaption b").all_inner_texts()
     assert captions == [
         *("2 wholes", "6 parts", "20 sub-parts", "Control: 6 parts"),
         *("Features", "Teacher", "RGB decoded", "Control: features"),
@@ -209,9 +216,9 @@ def test_a_file_that_is_no_photo_gets_a_message_and_the_next_photo_islands(visit
     for name, sentence in {"text.png": "cannot be read as a picture", "huge.png": "more than 50 megapixels"}.items():
         visit.upload("#islands-photo", tmp_path / name)
         visit.message(sentence)
-        assert visit.page.locator("#islands img, #similar img").count() == 0
+        assert visit.page.locator("#islands img, #made-of img, #similar img").count() == 0
     visit.page.click("#islands-photo button[aria-label='Remove Image']")
-    visit.page.click("#islands-show")
+    visit.page.click("#point-show")
     visit.message("There is no photo yet")
     visit.upload("#islands-photo", scene)
     visit.wait_for_another("#islands img", None)
@@ -291,16 +298,52 @@ def test_a_scene_is_chosen_with_a_click(visit):
     visit.wait_for_another("#similar img", None)
 
 
-def test_on_a_phone_everything_is_in_one_column(address, browser):
+def test_another_number_of_regions_is_shown_at_once_and_nothing_else_changes(visit):
+    visit.tab("Islands")
+    before, features = visit.source("#islands img"), visit.source("#made-of img")
+    visit.page.fill("#num-Wholes input", "3")
+    visit.wait_for_another("#islands img", before)
+    assert visit.page.locator("#islands figcaption b").first.inner_text() == "3 wholes"
+    assert visit.source("#made-of img") == features
+    visit.page.fill("#num-Wholes input", "7")  # more than parts
+    visit.message("each above the last")
+    assert visit.page.locator("#islands figcaption b").first.inner_text() == "3 wholes"
+    visit.page.fill("#num-Wholes input", "2")
+
+
+def test_on_a_phone_results_come_first_in_two_columns_and_the_page_is_short(address, browser):
     phone = Visit(browser, address, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
-    for name, pictures in (("Islands", "#islands img"), ("Labels", "#curve img"), ("Blends", "#between img")):
+    for name, pictures, columns in (
+        ("Islands", "#islands img", 2),
+        ("Labels", "#curve img", 1),
+        ("Blends", "#between img", 2),
+    ):
         phone.tab(name)
         if name == "Labels":
             phone.page.click("#adapt")
             phone.page.get_by_role("columnheader", name="APM, step 60").wait_for()
         phone.page.wait_for_selector(pictures)
         boxes = [picture.bounding_box() for picture in phone.page.locator(pictures).all()]
-        assert {round(box["x"]) for box in boxes} == {round(boxes[0]["x"])} and boxes[0]["width"] > 300
+        assert len({round(box["x"]) for box in boxes}) == columns and boxes[0]["width"] > 300 / columns
         assert phone.page.evaluate("document.documentElement.scrollWidth <= innerWidth && innerWidth == 390")
         assert phone.run(OVERFLOWING) == []
+        assert phone.page.evaluate("document.documentElement.scrollHeight") < 2500
+        if name == "Islands":
+            assert boxes[0]["y"] < phone.page.locator("#islands-photo").bounding_box()["y"]
     phone.check()
+
+
+def test_a_dark_page_has_no_white_boxes(address, browser):
+    dark = Visit(browser, address + "?__theme=dark", viewport={"width": 1280, "height": 900}, color_scheme="dark")
+    for name, element in (("Islands", "#similar"), ("Labels", "#curve")):
+        dark.tab(name)
+        if name == "Labels":
+            dark.page.click("#adapt")
+            dark.page.get_by_role("columnheader", name="APM, step 60").wait_for()
+        dark.page.wait_for_selector(f"{element} img")
+        shown = Image.open(io.BytesIO(dark.page.locator(f"{element} img").screenshot())).convert("L")
+        corners = [shown.getpixel((x, y)) for x in (1, shown.width - 2) for y in (1, shown.height - 2)]
+        assert name == "Islands" or max(corners) < 60, "the ground of a drawing is the page's"
+    grounds = dark.run(GROUNDS)
+    assert grounds and all(sum(map(int, re.findall(r"\d+", ground)[:3])) < 3 * 120 for ground in grounds), grounds
+    dark.check()

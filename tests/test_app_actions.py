@@ -30,7 +30,13 @@ from PIL import Image
 from apm_hf import APMConfig
 from apm_hf.app import MAX_SESSIONS, decode, launch, uploads
 from apm_hf.app.blend_tab import blend, blend_pictures
-from apm_hf.app.islands_tab import island_pictures, photo_features, point_of_pixel, similarity_picture
+from apm_hf.app.islands_tab import (
+    island_pictures,
+    made_of_pictures,
+    photo_features,
+    point_of_pixel,
+    similarity_picture,
+)
 from apm_hf.app.labels_tab import adaptation, curve_picture
 from apm_hf.app.models import load_models
 from apm_hf.app.pictures import Picture, figures_html, scores_html
@@ -69,14 +75,14 @@ def differ(one, other):
 
 
 def test_islands_stand_at_three_heights_beside_what_they_are_made_of_and_controls(models, seen):
-    islands, made_of = island_pictures(models, seen, (2, 5, 9))
+    islands, made_of = island_pictures(seen, (2, 5, 9)), made_of_pictures(models, seen)
     assert [picture.title for picture in islands] == ["2 wholes", "5 parts", "9 sub-parts", "Control: 5 parts"]
     assert [picture.title for picture in made_of] == ["Features", "Teacher", "RGB decoded", "Control: features"]
     for row in (islands, made_of):
         assert [picture.is_control for picture in row] == [False, False, False, True]
         assert all(picture.image.size == (480, 480) and picture.image.mode == "RGB" for picture in row)
         assert min(differ(row[0], other) for other in row[1:]) > 2
-    again = island_pictures(models, seen, (2, 5, 9))
+    again = island_pictures(seen, (2, 5, 9)), made_of_pictures(models, seen)
     assert all(
         differ(*two) == 0
         for row, same in zip((islands, made_of), again, strict=True)
@@ -88,14 +94,14 @@ def test_islands_stand_at_three_heights_beside_what_they_are_made_of_and_control
 
 
 @pytest.mark.parametrize("heights", [(6, 2, 20), (2, 2, 3), (0, 1, 2), (2, 6, 10**6)])
-def test_heights_that_are_no_heights_are_refused(models, seen, heights):
+def test_heights_that_are_no_heights_are_refused(seen, heights):
     with pytest.raises(ValueError, match="three numbers of regions, each above the last|too many for this photo"):
-        island_pictures(models, seen, heights)
+        island_pictures(seen, heights)
 
 
 def test_a_photo_of_any_shape_has_islands_in_its_shape(models):
     wide = photo_features(models, Image.effect_noise((300, 40), 50).convert("RGB"), size=64)
-    islands, made_of = island_pictures(models, wide)
+    islands, made_of = island_pictures(wide), made_of_pictures(models, wide)
     assert {picture.image.size for picture in islands + made_of} == {(480, 64)}
 
 
@@ -103,7 +109,7 @@ def test_without_a_teacher_islands_are_shown_and_labels_refused(models, scene, s
     alone = copy.copy(models)
     object.__setattr__(alone, "apm", copy.copy(models.apm))
     object.__setattr__(alone.apm, "teacher", None)
-    assert [picture.title for picture in island_pictures(alone, seen)[1]] == [
+    assert [picture.title for picture in made_of_pictures(alone, seen)] == [
         "Features",
         "RGB decoded",
         "Control: features",
@@ -348,10 +354,10 @@ def test_a_teacher_alone_is_shown_with_its_dense_student_on_every_tab(monkeypatc
     labels, cat, other = models.example_labels(), *models.examples()[1:3]
     assert not models.teacher.unknown_labels(labels) and 2 <= len(labels) <= MAX_LABELS
     seen = photo_features(models, cat, size=24)
-    islands, made_of = island_pictures(models, seen, (2, 5, 9))
+    islands, made_of = island_pictures(seen, (2, 5, 9)), made_of_pictures(models, seen)
     assert len(islands) == 4 and [one.title for one in made_of] == ["Features", "Teacher", "Control: features"]
     assert differ(made_of[0], made_of[1]) > 1  # finer than the teacher's grid
-    assert "Similarity" == similarity_picture(models, seen, (0.0, 0.0)).title
+    assert similarity_picture(models, seen, (0.0, 0.0)).title == "Like the point"
     way = blend(models, cat, other)
     alone = photo_features(models, cat, size=96).features
     assert torch.nn.functional.cosine_similarity(way.frame(0.0).features, alone, dim=-1).min() > 0.999
@@ -454,7 +460,7 @@ class Visitor:
         raise AssertionError("the stream ended before the event")
 
     def islands(self, photo):
-        return self.send(self.event("islands-show", "click"), [photo, 0, 0, 2, 6, 20])
+        return self.send(self.event("num-Wholes", "change"), [photo, 2, 6, 20])
 
     def similar(self, photo):
         return self.send(self.event("point-show", "click"), [photo, 0.1, 0.2])
@@ -484,7 +490,7 @@ def test_a_request_reads_uploads_alone_and_learns_nothing_of_other_files(server,
     Image.new("RGB", (40, 30), "red").save(tmp_path / "secret.png")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     visitor = new_visitor()
-    assert visitor.islands(visitor.scene())[0][0].count("<img") == 8
+    assert visitor.islands(visitor.scene())[0][0].count("<img") == 4
     example = next(
         event
         for event in visitor.config["dependencies"]
@@ -497,7 +503,7 @@ def test_a_request_reads_uploads_alone_and_learns_nothing_of_other_files(server,
                               "session_hash": visitor.session}).raise_for_status()  # fmt: skip
         for path in map(str, paths):
             outputs, told = visitor.islands({"path": path})
-            assert (outputs, told) == (["", ""], [GONE])
+            assert (outputs, told) == (None, [GONE])
             for photo in ({"path": path, "meta": {"_type": "gradio.FileData"}}, {"path": path, "url": path}):
                 outputs, told = visitor.islands(photo)
                 assert not any(outputs or []) and set(told) <= {GONE} and "png" not in str(told)
@@ -535,13 +541,13 @@ def test_pipes_keep_no_other_visitor_waiting(server, tmp_path, new_visitor):
         visitor = new_visitor()
         visitor.patience = 30
         try:
-            assert visitor.islands(visitor.scene())[0][0].count("<img") == 8
+            assert visitor.islands(visitor.scene())[0][0].count("<img") == 4
         finally:
             while not all(attack.done() for attack in attacks):  # whatever opened a pipe goes on
                 for pipe in pipes:
                     os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
                 time.sleep(0.1)
-    assert all(attack.result() == (["", ""], [GONE]) for attack in attacks)
+    assert all(attack.result() == (None, [GONE]) for attack in attacks)
 
 
 def test_a_picture_hidden_in_an_icon_is_refused_before_it_is_decoded(server, bomb, new_visitor):
@@ -550,7 +556,7 @@ def test_a_picture_hidden_in_an_icon_is_refused_before_it_is_decoded(server, bom
     visitor.islands(visitor.scene())
     before = memory_peak(process)
     outputs, told = visitor.islands(visitor.upload("bomb.ico", icon(bomb)))
-    assert outputs == ["", ""] and len(told) == 1 and "more than 50 megapixels" in told[0]
+    assert outputs is None and len(told) == 1 and "more than 50 megapixels" in told[0]
     assert memory_peak(process) < before + 60
 
 

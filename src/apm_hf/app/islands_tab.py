@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..islands.colours import PCAColours
-from ..islands.figures import figure_pixels
-from ..islands.panels import Panel, draw_panels, draw_regions
+from ..islands.figures import load_matplotlib
+from ..islands.panels import draw_regions
 from ..islands.similarity import similarity_map
 from ..islands.tree import RegionTree, tree_colours
 from ..ttt.maps import query, upsample
@@ -40,6 +40,8 @@ class PhotoFeatures:
         trigger_column: `(1, D)` or tokens `(1, rows, cols, F)`, where the model takes them from its teacher.
         features: `(rows, cols, F)` in half precision, since those of many visitors are held at a time.
         rgb: `(rows, cols, 3)` in [0, 1], or None without RGB head.
+        control: `(rows, cols, F)` of fewer locations, of an APM with random weights.
+        trees: of the model's features, and of the control's; any numbers of regions are cuts of them.
     """
 
     photo: Image.Image
@@ -47,44 +49,42 @@ class PhotoFeatures:
     trigger_column: Tensor | None
     features: Tensor
     rgb: Tensor | None
+    control: Tensor
+    trees: tuple[RegionTree, RegionTree]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the photo, as RGB, and of all tensors."""
-        tensors = (self.pixel_values, self.trigger_column, self.features, self.rgb)
-        return 3 * self.photo.width * self.photo.height + sum(t.nbytes for t in tensors if t is not None)
+        """Bytes of the photo, as RGB, of all tensors, and of the trees."""
+        tensors = (self.pixel_values, self.trigger_column, self.features, self.rgb, self.control)
+        trees = sum(4 * tree.merge_heights.nbytes for tree in self.trees)
+        return 3 * self.photo.width * self.photo.height + sum(t.nbytes for t in tensors if t is not None) + trees
 
 
 def photo_features(models: AppModels, photo: Image.Image, *, size: int = 128) -> PhotoFeatures:
     """Query the features of a photo at `size` locations along its longer side."""
     pixel_values, column = models.apm.pixel_values([photo]), models.apm.trigger_column([photo])
     features, rgb = query_map(models.model, pixel_values, map_size(photo, size), trigger_column=column)
-    return PhotoFeatures(photo, pixel_values, column, features[0].half(), None if rgb is None else rgb[0])
+    coarse, control = (
+        query_map(model, pixel_values, map_size(photo, min(_TREE_SIZE, size)), trigger_column=column)[0][0]
+        for model in (models.model, models.control)
+    )
+    trees = RegionTree.fit(coarse), RegionTree.fit(control)
+    colours = None if rgb is None else rgb[0]
+    return PhotoFeatures(photo, pixel_values, column, features[0].half(), colours, control.half(), trees)
 
 
-def island_pictures(
-    models: AppModels, seen: PhotoFeatures, heights: Sequence[int] = HEIGHTS
-) -> tuple[list[Picture], list[Picture]]:
-    """Islands at three heights with their control, and what they are made of with its control.
+def island_pictures(seen: PhotoFeatures, heights: Sequence[int] = HEIGHTS) -> list[Picture]:
+    """Islands at three heights, with their control.
 
     Raises:
         ValueError: for numbers of regions that do not ascend, or more than locations.
     """
     if min(heights) < 1 or list(heights) != sorted(set(heights)):
         raise ValueError("Wholes, parts and sub-parts: please give three numbers of regions, each above the last.")
-    size = map_size(seen.photo, min(_TREE_SIZE, max(seen.features.shape[:2])))
-    if heights[-1] > size[0] * size[1]:
+    tree, control = seen.trees
+    if heights[-1] > tree.shape[0] * tree.shape[1]:
         raise ValueError(f"{heights[-1]} regions are too many for this photo: please ask for fewer.")
-    features, control_features = (
-        query_map(model, seen.pixel_values, size, trigger_column=seen.trigger_column)[0][0]
-        for model in (models.model, models.control)
-    )
-    return _islands(seen, features, control_features, heights), _made_of(models, seen, control_features)
-
-
-def _islands(seen: PhotoFeatures, features: Tensor, control_features: Tensor, heights: Sequence[int]) -> list[Picture]:
-    cuts = RegionTree.fit(features).cuts(heights)
-    control_cut = RegionTree.fit(control_features).cut(heights[1])
+    cuts, control_cut = tree.cuts(heights), control.cut(heights[1])
     drawn = [
         from_colours(draw_regions(np.asarray(seen.photo), cut, fill), seen.photo)
         for cut, fill in zip([*cuts, control_cut], [*tree_colours(cuts), *tree_colours([control_cut])], strict=True)
@@ -96,7 +96,8 @@ def _islands(seen: PhotoFeatures, features: Tensor, control_features: Tensor, he
     return [*islands, Picture(f"Control: {heights[1]} parts", drawn[-1], _CONTROL, is_control=True)]
 
 
-def _made_of(models: AppModels, seen: PhotoFeatures, control_features: Tensor) -> list[Picture]:
+def made_of_pictures(models: AppModels, seen: PhotoFeatures) -> list[Picture]:
+    """What islands are made of: features, the teacher's beside them, colours, and a control."""
     features = seen.features.float()
     colours = PCAColours.fit(features)
     shown = {"Features": (colours(features), "of the APM, three principal components")}
@@ -107,7 +108,7 @@ def _made_of(models: AppModels, seen: PhotoFeatures, control_features: Tensor) -
     if seen.rgb is not None:
         shown["RGB decoded"] = seen.rgb.float().cpu().numpy(), "the photo as the APM holds it"
     # Colours of its own, in which a control shows the most.
-    shown["Control: features"] = PCAColours.fit(control_features)(control_features), _CONTROL
+    shown["Control: features"] = PCAColours.fit(seen.control.float())(seen.control.float()), _CONTROL
     return [
         Picture(title, from_colours(picture, seen.photo), note, is_control=note == _CONTROL)
         for title, (picture, note) in shown.items()
@@ -127,14 +128,23 @@ def similarity_picture(models: AppModels, seen: PhotoFeatures, point: tuple[floa
     there = query(models.model, seen.pixel_values, where, trigger_column=seen.trigger_column).last_hidden_state
     assert there is not None
     similar = similarity_map(seen.features[None], there)[0, 0].cpu().numpy()
-    figure = draw_panels(
-        [[Panel("Like the point", similar, "cosine similarity", point=point)]], similar.shape[0] / similar.shape[1]
-    )
+    low, high = float(similar.min()), float(similar.max())
+    colours = load_matplotlib()[0].colormaps["viridis"]((similar - low) / max(high - low, 1e-6))[..., :3]
     return Picture(
-        "Similarity",
-        Image.fromarray(figure_pixels(figure)),
-        f"to the place marked, y {y:.2f}, x {x:.2f}: the brighter, the more alike",
+        "Like the point",
+        _marked(from_colours(colours, seen.photo), y, x),
+        f"at y {y:.2f}, x {x:.2f}: cosines from {low:.2f}, dark, to {high:.2f}, bright",
     )
+
+
+def _marked(image: Image.Image, y: float, x: float) -> Image.Image:
+    """Mark a point of a picture with a cross that is seen on any ground."""
+    column, row = (x + 1) / 2 * image.width, (y + 1) / 2 * image.height
+    draw = ImageDraw.Draw(image)
+    for width, length, colour in ((7, 13, "black"), (3, 11, "white")):
+        draw.line([(column - length, row), (column + length, row)], fill=colour, width=width)
+        draw.line([(column, row - length), (column, row + length)], fill=colour, width=width)
+    return image
 
 
 def point_of_pixel(x: float, y: float, size: tuple[int, int]) -> tuple[float, float]:

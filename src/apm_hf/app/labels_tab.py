@@ -26,6 +26,7 @@ from .pictures import Picture
 
 _FRAMES = 10  # shown on the way, about
 _ORANGE = "#D55E00"  # of Okabe & Ito, as in `style.css`
+_GREY = "#777777"  # read on white and on black alike
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,19 @@ def curve_picture(progress: Progress, num_steps: int) -> Picture:
     steps, cosines = zip(*progress.cosines, strict=True)
     figure = new_figure(5.2, 3.1, dpi=150)
     axes = figure.add_axes((0.13, 0.19, 0.84, 0.76))
-    axes.axhline(1, color="0.6", linestyle=(0, (4, 3)), linewidth=1)
+    axes.axhline(1, color=_GREY, linestyle=(0, (4, 3)), linewidth=1)
     axes.annotate("the teacher's embedding", (0.99, 1), xycoords=("axes fraction", "data"), xytext=(0, -4),
-                  textcoords="offset points", ha="right", va="top", color="0.4", fontsize=11)  # fmt: skip
+                  textcoords="offset points", ha="right", va="top", color=_GREY, fontsize=11)  # fmt: skip
     axes.plot(steps, cosines, color=_ORANGE, linewidth=2.5, marker="o", markersize=5, clip_on=False)
     axes.set(xlim=(0, num_steps), ylim=(min(0.0, min(cosines)), 1.04))
-    axes.set_xlabel("step", fontsize=12)
-    axes.set_ylabel("cosine to the target", fontsize=12)
-    axes.tick_params(labelsize=11)
+    axes.set_xlabel("step", fontsize=12, color=_GREY)
+    axes.set_ylabel("cosine to the target", fontsize=12, color=_GREY)
+    axes.tick_params(labelsize=11, colors=_GREY)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
     note = f"cosine to the teacher's embedding {cosines[0]:.2f} before, {cosines[-1]:.2f} after {progress.step} steps"
-    return Picture("Adaptation", Image.fromarray(figure_pixels(figure)), note)
+    return Picture("Adaptation", Image.fromarray(figure_pixels(figure, transparent=True)), note)
 
 
 class _Closed(Exception):

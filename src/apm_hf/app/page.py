@@ -17,7 +17,15 @@ from PIL import Image, ImageOps
 from .. import __version__
 from .api import add_endpoints
 from .blend_tab import Blend, blend, blend_pictures
-from .islands_tab import HEIGHTS, PhotoFeatures, island_pictures, photo_features, point_of_pixel, similarity_picture
+from .islands_tab import (
+    HEIGHTS,
+    PhotoFeatures,
+    island_pictures,
+    made_of_pictures,
+    photo_features,
+    point_of_pixel,
+    similarity_picture,
+)
 from .labels_tab import adaptation, curve_picture
 from .models import AppModels
 from .pictures import figures_html, scores_html
@@ -92,13 +100,18 @@ def _islands_tab(models: AppModels, examples: list[Image.Image], uploads: Upload
     def features(path: str | None) -> PhotoFeatures:
         return recent.get(path, lambda: photo_features(models, uploads.read(path)))
 
-    def show_islands(path: str | None, y: float | None, x: float | None, *numbers: int | None) -> tuple[str, str]:
+    def show_photo(path: str | None, y: float | None, x: float | None, *numbers: int | None) -> tuple[str, str, str]:
         seen = features(path)
-        return islands_html(seen, *numbers), similar_html(seen, y or 0.0, x or 0.0)
+        return islands_html(seen, *numbers), made_of_html(seen), similar_html(seen, y or 0.0, x or 0.0)
+
+    def show_islands(path: str | None, *numbers: int | None) -> str:
+        return islands_html(features(path), *numbers)
 
     def islands_html(seen: PhotoFeatures, *numbers: int | None) -> str:
-        found, made_of = island_pictures(models, seen, [number or 0 for number in numbers])
-        return figures_html(found, "Islands of agreement") + figures_html(made_of, "What they are made of")
+        return figures_html(island_pictures(seen, [number or 0 for number in numbers]), "Islands of agreement")
+
+    def made_of_html(seen: PhotoFeatures) -> str:
+        return figures_html(made_of_pictures(models, seen), "What they are made of")
 
     def like_place(path: str | None, y: float | None, x: float | None) -> str:
         if y is None or x is None:
@@ -126,19 +139,24 @@ def _islands_tab(models: AppModels, examples: list[Image.Image], uploads: Upload
                     for label in ("y: -1 top, 1 bottom", "x: -1 left, 1 right")
                 ]
             compare = gr.Button("Show what is like this point", elem_id="point-show")
-        with gr.Column(scale=5, min_width=300):
+        with gr.Column(scale=5, min_width=300, elem_classes="apm-results"):
             _examples(examples, photo)
             with gr.Row(equal_height=True):
                 heights = [
-                    gr.Number(number, label=name, precision=0, minimum=1, maximum=500, min_width=80)
+                    gr.Number(
+                        number, label=name, precision=0, minimum=1, maximum=500, min_width=80, elem_id=f"num-{name}"
+                    )
                     for name, number in zip(("Wholes", "Parts", "Sub-parts"), HEIGHTS, strict=True)
                 ]
-                show = gr.Button("Show the islands", variant="primary", elem_id="islands-show", min_width=200)
             islands = gr.HTML(islands_html(first, *HEIGHTS), elem_id="islands")
+            made_of = gr.HTML(made_of_html(first), elem_id="made-of")
 
-    inputs, outputs = [photo, *place, *heights], [islands, similar]
-    _on_change([photo], show_islands, inputs, outputs)
-    show.click(_telling(show_islands, "", ""), inputs, outputs, api_visibility="private")
+    _on_change([photo], show_photo, [photo, *place, *heights], [islands, made_of, similar])
+    for height in heights:
+        height.change(
+            _telling(show_islands, gr.skip()), [photo, *heights], islands,
+            trigger_mode="always_last", show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
     photo.select(_telling(like_click, *[gr.skip()] * 3), photo, [similar, *place], api_visibility="private")
     compare.click(_telling(like_place, gr.skip()), [photo, *place], similar, api_visibility="private")
 
@@ -215,7 +233,7 @@ def _blend_tab(models: AppModels, examples: list[Image.Image], uploads: Uploads)
                 ]
             for name, photo in zip("AB", photos, strict=True):
                 _examples(examples, photo, f"Examples for photo {name}")
-        with gr.Column(scale=5, min_width=300):
+        with gr.Column(scale=5, min_width=300, elem_classes="apm-results"):
             share = gr.Slider(0, 1, value=0.5, step=0.05, label=f"Share of photo B in the {what}", elem_id="share")
             patches = gr.Radio(
                 [("both photos, cross-faded", "blend"), ("photo A", "a"), ("photo B", "b")],

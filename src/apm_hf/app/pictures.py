@@ -23,7 +23,7 @@ class Picture:
 
     Args:
         title: in one or two words.
-        image: RGB.
+        image: RGB, or RGBA: a drawing without a ground of its own, for light and dark pages.
         note: what is seen.
         is_control: whether it is there to be compared with.
     """
@@ -42,7 +42,7 @@ def from_colours(colours: np.ndarray, photo: Image.Image) -> Image.Image:
 
 
 def figures_html(pictures: Sequence[Picture], heading: str = "", *, columns: int = 4) -> str:
-    """Figures side by side, `columns` in a row where there is room; on a phone one below the other."""
+    """Figures side by side, `columns` in a row where there is room; on a phone two."""
     figures = "".join(
         f'<figure class="{"apm-control" if picture.is_control else ""}">'
         f'<img src="{_data_uri(picture.image)}" alt="{escape(f"{picture.title}: {picture.note}")}"'
@@ -74,5 +74,5 @@ def scores_html(names: Sequence[str], columns: Sequence[tuple[str, Sequence[floa
 
 def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
-    image.convert("RGB").save(file, format="WEBP", quality=90)
+    image.save(file, format="WEBP", quality=90)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -46,10 +46,13 @@ def png_bytes(drawn: Any) -> bytes:
     return file.getvalue()
 
 
-def figure_pixels(figure: Any) -> np.ndarray:
-    """Render a figure as a movie frame `(H, W, 3)`, uint8."""
+def figure_pixels(figure: Any, *, transparent: bool = False) -> np.ndarray:
+    """Render a figure as a movie frame `(H, W, 3)`, uint8; or, without its ground, as `(H, W, 4)`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    if transparent:
+        for part in (figure, *figure.axes):
+            part.patch.set_alpha(0)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return np.asarray(canvas.buffer_rgba())[..., : 4 if transparent else 3].copy()
