@@ -1,6 +1,6 @@
 """Export a model for other runtimes, as ONNX or `torch.export` graphs that are compared with the model first.
 
-Graphs, all float32, for any numbers of images and locations:
+Graphs, all float32, for any numbers of images and locations (and rows and columns of a teacher's tokens):
 
     fold:  pixel_values                                -> trigger_column
     query: trigger_column, coordinates[, pixel_values] -> features[, rgb], pooled[, levels]
@@ -72,10 +72,6 @@ def export_model(
     if not isinstance(model, APMModel):
         raise ValueError(f"model: expected an APMModel (a head's is its .apm), got {type(model).__name__}")
     source = model.config.trigger_source
-    if source == "tokens" and not model.folds:
-        raise ValueError(
-            "model: expected a dense student with its teacher inside, see APMModel.set_teacher; got one alone"
-        )
     possible = ("fold", "query", "model") if model.folds else ("query",)
     graphs = possible[:2] if graphs is None else tuple(dict.fromkeys(graphs))
     if unknown := set(graphs) - set(possible):
@@ -114,8 +110,10 @@ class _Graph(nn.Module):
         places: Axes = {"coordinates": ["batch", "locations", 2] if per_image else ["locations", 2]}
         column: list[Any] = ["batch", config.trigger_width]
         if config.trigger_source == "tokens":
-            pixel_values = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
-            column = ["batch", *self.model.fold(pixel_values).shape[1:]]
+            column = ["batch", "rows", "cols", config.feature_size]
+            if self.model.folds:
+                pixel_values = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
+                column = ["batch", *self.model.fold(pixel_values).shape[1:]]
         if name == "query":
             self.model.trigger = nn.Identity()
         query = {"trigger_column": column} | places | (pixels if config.local_patch else {})
@@ -133,14 +131,15 @@ class _Graph(nn.Module):
 
     def examples(self, num_images: int = 2, num_locations: int = 5) -> Tensors:
         """Draw inputs, by default of sizes to trace: torch takes 0 and 1 for constants."""
-        sizes, generator = {"batch": num_images, "locations": num_locations}, torch.Generator().manual_seed(0)
+        sizes = {"batch": num_images, "locations": num_locations, "rows": 4 + num_images, "cols": 6}
+        generator = torch.Generator().manual_seed(0)
         shapes = {name: [sizes.get(axis, axis) for axis in axes] for name, axes in self.inputs.items()}
         return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def _write(graph: _Graph, path: Path, opset: int | None) -> Callable[[Tensors], Tensors]:
     """Write one file, and return a function that runs it."""
-    dims = {name: torch.export.Dim(name, min=1) for name in ("batch", "locations")}
+    dims = {name: torch.export.Dim(name, min=1) for name in ("batch", "locations", "rows", "cols")}
     free = {
         name: {i: dims[axis] for i, axis in enumerate(axes) if axis in dims} for name, axes in graph.inputs.items()
     }
