@@ -46,6 +46,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     set_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_public_teacher(request, monkeypatch):
+    """Where no teacher is named, tests take the embedded one, whatever is in this computer's cache or on the Hub."""
+    if "hub" not in request.fixturenames:
+        monkeypatch.setattr("apm_hf.teachers.defaults.find_on_hub", lambda name: None)
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """Variables of a process that has a CPU, no network and no settings of its user."""

@@ -92,7 +92,7 @@ class Repository:
             "tags": card.get("tags", []),
             "pipeline_tag": card.get("pipeline_tag"),
             "library_name": card.get("library_name"),
-            "siblings": [{"rfilename": path} for path in sorted(files)],
+            "siblings": [{"rfilename": path, "size": len(files[path].content)} for path in sorted(files)],
         }
 
 

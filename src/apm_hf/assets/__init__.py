@@ -9,3 +9,4 @@ PHOTO_TEACHER = str(_ASSETS / "photo-teacher")  # made by scripts/make_photo_tea
 PHOTO_MODEL = str(_ASSETS / "dense-photo")  # the dense student of PHOTO_TEACHER, made by scripts/make_dense.py
 DENSE_MODEL = str(_ASSETS / "dense-deit-tiny")  # made by scripts/make_dense.py
 DENSE_MODELS = (PHOTO_MODEL, DENSE_MODEL)  # each of another teacher
+EMBEDDED = "embedded"  # what PHOTO_TEACHER is called wherever a teacher is named

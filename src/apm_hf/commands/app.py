@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from .options import add
-from .pairs import ABOUT_NOTE, note
+from .pairs import ABOUT_NOTE
 
 HELP = "try an APM in the browser: islands, places, labels, two photos"
 DESCRIPTION = """
@@ -36,4 +36,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     page = import_module("..app", __package__).launch(
         model=options.model, teacher=options.teacher, port=options.port, share=options.share
     )
-    return {"url": page.local_url, "model": options.model, "teacher": options.teacher, "note": note(options)}
+    from ..assets import EMBEDDED
+    from ..pair import EMBEDDED_NOTE
+
+    is_embedded = options.model is None and options.teacher in (None, EMBEDDED)
+    about = {"model": options.model, "teacher": options.teacher, "note": EMBEDDED_NOTE if is_embedded else None}
+    return {"url": page.local_url, **about}

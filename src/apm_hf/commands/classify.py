@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from .console import printable
 from .options import add
-from .pairs import ABOUT_NOTE, note
+from .pairs import ABOUT_NOTE, ABOUT_TEACHER, add_teacher_option, load, note, teacher_name
 
 if TYPE_CHECKING:
+    from ..pair import APM
     from ..ttt.classification import TTTClassifier
 
 logger = logging.getLogger("apm_hf")
@@ -19,14 +20,15 @@ HELP = "adapt to photos and classify them, the teacher beside the APM"
 DESCRIPTION = """
 Adapt an APM to each photo at test time and classify it zero-shot, the teacher's own answer beside it: a student that
 is fitted to the end repeats its teacher. With --teacher alone a fresh student is fitted. Without --teacher and --model
-a small teacher of photos in this package is used, which knows the kinds of Caltech-101 and some everyday words.
+a public one is fetched from the Hub once, and said; where that is out of reach, a small teacher of photos in this
+package is used, which knows the kinds of Caltech-101 and some everyday words: --teacher embedded.
 """
 EXAMPLES = (
     "apm classify photo.jpg --teacher openai/clip-vit-large-patch14 --labels classes.txt",
     "apm classify *.png --model user/apm-photos --teacher openai/clip-vit-base-patch16 --labels classes.txt --json",
 )
 RESULT = {
-    "teacher": "as given; null is the teacher of photos in the package",
+    "teacher": ABOUT_TEACHER,
     "model": "as given; null is a fresh one",
     "note": ABOUT_NOTE,
     "labels": "those that are ranked; what the teacher has no words for is left out",
@@ -40,7 +42,7 @@ SMALLER = "a smaller --batch_size"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files, folders or patterns")
-    add(parser, "--teacher", "by default the one in this package")
+    add_teacher_option(parser)
     parser.add_argument(
         "--labels",
         metavar="FILE",
@@ -64,7 +66,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("batch_size", "top_k"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: expected a positive number, got {getattr(options, name)}")
-    classifier, names = _classifier(options), find_photos(options.photos)
+    (pair, classifier), names = _classifier(options), find_photos(options.photos)
     photos: list[dict[str, Any]] = []
     errors: list[dict[str, str]] = []
 
@@ -85,17 +87,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if not entry["apm"]:
                 report(entry["photo"], "the fit diverged, so that there are the teacher's scores alone")
     return {
-        "teacher": options.teacher,
+        "teacher": teacher_name(pair),
         "model": options.model,
-        "note": note(options),
+        "note": note(pair),
         "labels": classifier.class_names,
         "photos": photos,
         "errors": errors,
     }
 
 
-def _classifier(options: argparse.Namespace) -> "TTTClassifier":
-    from ..pair import APM
+def _classifier(options: argparse.Namespace) -> "tuple[APM, TTTClassifier]":
     from ..teachers import DEFAULT_TEMPLATES
     from ..teachers.zero_shot import read_labels, same_words
     from ..ttt import TTTConfig
@@ -107,11 +108,11 @@ def _classifier(options: argparse.Namespace) -> "TTTClassifier":
     labels = None if options.labels is None else read_labels(options.labels)
     if options.teacher is None and options.model is not None:
         raise ValueError("--teacher: expected the one that --model was distilled from, got none")
-    pair = APM.load(options.model, teacher=options.teacher)
+    pair = load(options, "words")
     labels = labels or pair.default_labels
     if not labels:
         raise ValueError(
-            f"--labels: expected a file of class names, since {options.teacher} has no classes of its own"
+            f"--labels: expected a file of class names, since {teacher_name(pair)} has no classes of its own"
         )
     labels = _known(pair.teacher, labels)
     classifier = pair.classifier(labels, config=config, templates=options.template or DEFAULT_TEMPLATES)
@@ -119,7 +120,7 @@ def _classifier(options: argparse.Namespace) -> "TTTClassifier":
         logger.warning(f"the teacher cannot tell apart: {printable(', '.join(names))}; their order means nothing")
     if len(labels) > 1 and len(same) == 1 and len(same[0]) == len(labels):
         raise ValueError("--labels: expected words that the teacher can tell apart, got none")
-    return classifier
+    return pair, classifier
 
 
 def _known(teacher: Any, labels: list[str]) -> list[str]:

@@ -5,14 +5,15 @@ import os
 from typing import Any
 
 from .options import add
-from .pairs import ABOUT_NOTE, note
+from .pairs import ABOUT_NOTE, ABOUT_TEACHER, add_teacher_option, load, note, teacher_name
 
 HELP = "write one vector per photo to a parquet, NumPy or safetensors file"
 DESCRIPTION = """
 Write one vector per photo, with the photo's path, to a file for search, deduplication or a classifier of your own. The
 vectors are the student's, which --model names, the teacher's, or both. Photos that cannot be read are listed and left
 out. Parts of the work lie beside the file until it is written; the same command goes on from them. Without
---teacher and --model a small teacher of photos in this package is used.
+--teacher and --model a public teacher is fetched from the Hub once, and said; where that is out of reach, the small
+one of photos in this package is used. Vectors of different teachers cannot be compared: name one for what is to grow.
 """
 EXAMPLES = (
     "apm embed photos --model user/apm-photos --output vectors.parquet",
@@ -25,8 +26,8 @@ RESULT = {
     "feature_size": "width of a vector",
     "sources": "whose vectors they are: student, teacher",
     "normalized": "whether they have length 1",
-    "model": "as given; null is the embedded one, or none",
-    "teacher": "as given; null is the embedded one, or none",
+    "model": "as given, or null",
+    "teacher": ABOUT_TEACHER,
     "note": ABOUT_NOTE,
     "errors": "a list: photo and message, of those that could not be read",
 }
@@ -40,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="FILE", required=True, help="file to write, that ends in .parquet, .npy or .safetensors"
     )
     add(parser, "--model", "the student")
-    add(parser, "--teacher", "the one that the student was distilled from, or one alone")
+    add_teacher_option(parser, "the one that the student was distilled from, or one alone")
     parser.add_argument(
         "--source",
         choices=("student", "teacher", "both"),
@@ -54,13 +55,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..data.folders import find_photos
-    from ..pair import APM
     from ..pair.vectors import SOURCES, check_output, write_vectors
 
     sources = SOURCES if options.source == "both" else options.source and [options.source]
     check_output(options.output, sources, overwrite=options.overwrite)
     photos = find_photos(options.photos)
-    apm = APM.load(options.model, teacher=options.teacher)
+    apm = load(options, "vectors")
     alone = len(options.photos) == 1 and os.path.isdir(options.photos[0])
     vectors = write_vectors(
         apm,
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "sources": vectors.sources,
         "normalized": options.normalize,
         "model": options.model,
-        "teacher": options.teacher,
-        "note": note(options),
+        "teacher": teacher_name(apm),
+        "note": note(apm),
         "errors": vectors.unreadable,
     }

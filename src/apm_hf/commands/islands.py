@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..runs.files import plain_name
 from .console import printable
 from .options import add
-from .pairs import RESULT, add_pair_options, caption, load_pair, result
+from .pairs import RESULT, add_pair_options, caption, load_pair, result, teacher_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,12 +81,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--steps: expected a positive number, got {options.steps}")
     photos = find_photos(options.photos)
     writable_folder(options.output_dir)
-    pair = load_pair(options, dense=not (options.adapt or options.movie))
+    task = "words" if options.text else "locations"
+    pair = load_pair(options, task, dense=not (options.adapt or options.movie))
     teacher, fits = pair.teacher, not pair.is_fitted or options.adapt or options.movie
     if fits and teacher is None:
         raise ValueError("--adapt, --movie: expected --teacher, to whose features the student is fitted")
     if options.text and (teacher is None or not teacher.has_text):
-        raise ValueError(f"--text: expected a teacher with a text tower, got {options.teacher}")
+        raise ValueError(f"--text: expected a teacher with a text tower, got {teacher_name(pair)}")
     texts = {}
     if teacher is not None and options.text:
         texts = dict(zip(options.text, teacher.encode_text(options.text, ("{}",)), strict=True))

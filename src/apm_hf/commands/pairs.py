@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("apm_hf")
 
-ABOUT_NOTE = "what the embedded pair does not know; null for others"
+ABOUT_NOTE = "what the embedded teacher does not know; null for others"
+ABOUT_TEACHER = "name; embedded is the one in the package, null none"
 
 # The RESULT of `apm islands` and `apm interpolate`.
 RESULT = {
     "files": "pictures, and films where there are any",
     "model": "as given; null is the embedded one, or a fresh one",
-    "teacher": "as given; null is the embedded one, or none",
+    "teacher": ABOUT_TEACHER,
     "note": ABOUT_NOTE,
     "num_parameters": "of the student",
     "fitted": "whether the student was fitted to what is drawn",
@@ -34,8 +35,8 @@ def result(options: argparse.Namespace, files: "Sequence[Path]", pair: "APM", *,
     return {
         "files": list(files),
         "model": options.model,
-        "teacher": options.teacher,
-        "note": note(options),
+        "teacher": teacher_name(pair),
+        "note": note(pair),
         "num_parameters": pair.bare_model.num_parameters(only_trainable=True),  # without a teacher inside
         "fitted": fitted,
         "errors": [],
@@ -44,28 +45,60 @@ def result(options: argparse.Namespace, files: "Sequence[Path]", pair: "APM", *,
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that [`load_pair`] reads."""
-    add(parser, "--model", "distilled; by default, without --teacher, the embedded one")
-    add(parser, "--teacher", "alone, with its dense student in the package, or a fresh one that is fitted")
-    parser.add_argument(
-        "--fresh", action="store_true", help="fit a fresh student, to the embedded teacher if none is named"
-    )
+    add(parser, "--model", "distilled; by default, the teacher's dense student in the package, or a fresh one")
+    add_teacher_option(parser)
+    parser.add_argument("--fresh", action="store_true", help="fit a fresh student to the teacher's features")
 
 
-def load_pair(options: argparse.Namespace, *, local_patch: bool = True, dense: bool = False) -> "APM":
+def add_teacher_option(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Add the option that [`load`] reads beside `--model`."""
+    known = "by default a public one, or the one in this package where the Hub is out of reach"
+    add(parser, "--teacher", f"{more}; {known}" if more else known)
+
+
+def load(options: argparse.Namespace, task: str) -> "APM":
+    """Load what the options name or, where they name nothing, the public teacher for this task or the embedded pair.
+
+    What the embedded teacher does not know is printed.
+
+    Args:
+        task: one of `apm_hf.teachers.defaults.HUB_TEACHERS`.
+
+    Raises:
+        ValueError, OSError: as [`APM.load`] does.
+    """
+    from ..assets import PHOTO_MODEL, PHOTO_TEACHER
+    from ..pair import APM
+    from ..teachers.defaults import default_teacher
+
+    if options.model is not None or options.teacher is not None:
+        pair = APM.load(options.model, teacher=options.teacher)
+    elif (teacher := default_teacher(task)) is not None:
+        pair = APM.load(teacher=teacher)
+    else:
+        pair = APM.load(PHOTO_MODEL, teacher=PHOTO_TEACHER)
+        print("no teacher named, and the Hub's is neither in the cache nor in reach: the one in this package is taken")
+    if (said := note(pair)) is not None:
+        print(said)
+    return pair
+
+
+def load_pair(
+    options: argparse.Namespace, task: str = "locations", *, local_patch: bool = True, dense: bool = False
+) -> "APM":
     """Load what the options name; without a model, the teacher's dense student in the package, or a fresh one.
 
     Args:
+        task: see [`load`].
         local_patch: whether a fresh student sees the pixels around each location.
         dense: whether a dense student will do, which cannot be fitted to anything.
 
     Raises:
         ValueError: as [`APM.load`] does, and for `--fresh` beside `--model`.
     """
-    from ..pair import APM
-
     if options.fresh and options.model is not None:
         raise ValueError("--fresh: expected no --model beside it")
-    pair = APM.load(options.model, teacher=options.teacher)
+    pair = load(options, task)
     if options.model is not None:
         return pair
     if dense and not options.fresh:
@@ -77,11 +110,20 @@ def load_pair(options: argparse.Namespace, *, local_patch: bool = True, dense: b
     return pair.fresh(local_patch=local_patch, seed=options.seed)
 
 
-def note(options: argparse.Namespace) -> str | None:
-    """Return what the embedded pair does not know, where the options name no other; else None."""
+def note(pair: "APM") -> str | None:
+    """Return what the embedded teacher does not know; None for others."""
     from ..pair import EMBEDDED_NOTE
 
-    return EMBEDDED_NOTE if options.teacher is None and options.model is None else None
+    return EMBEDDED_NOTE if pair.has_embedded_teacher else None
+
+
+def teacher_name(pair: "APM") -> str | None:
+    """Return the name by which the teacher can be given again; None where there is none."""
+    from ..assets import EMBEDDED
+
+    if pair.teacher is None:
+        return None
+    return EMBEDDED if pair.has_embedded_teacher else pair.teacher.name
 
 
 def caption(pair: "APM", what: str) -> str:
@@ -90,5 +132,5 @@ def caption(pair: "APM", what: str) -> str:
     teacher = pair.teacher
     if teacher is None:
         return f"APM, {size}, {what}"
-    name = "the embedded one" if pair.is_embedded else teacher.name.rstrip("/").rpartition("/")[2]
+    name = "the embedded one" if pair.has_embedded_teacher else teacher.name.rstrip("/").rpartition("/")[2]
     return f"APM, {size}, {what}; teacher: {name}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import add
-from .pairs import ABOUT_NOTE, note
+from .pairs import ABOUT_NOTE, ABOUT_TEACHER, add_teacher_option, load, note, teacher_name
 
 logger = logging.getLogger("apm_hf")
 
@@ -15,7 +15,7 @@ DESCRIPTION = """
 Write the features of a photo at any resolution to a safetensors file, as `features` (rows, cols, width), computed row
 by row in flat memory. With --model, a student is queried at each location; with --teacher alone, the dense student of
 this teacher in the package, if there is one, else the teacher's grid is interpolated bilinearly. Without both, a small
-teacher of photos in this package is used, and its dense student.
+public teacher is fetched from the Hub once, and said, or the one in this package is used; with its dense student.
 """
 EXAMPLES = (
     "apm upsample a.jpg --model user/apm-dense --teacher facebook/dinov2-small --size 1024 --output map.safetensors",
@@ -28,6 +28,7 @@ RESULT = {
     "feature_size": "width of a feature",
     "bytes": "of the map",
     "picture": "the PNG file, or null",
+    "teacher": ABOUT_TEACHER,
     "note": ABOUT_NOTE,
 }
 INTERRUPTED = "no file was written"
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photo", metavar="PHOTO", help="image file")
     parser.add_argument("--output", metavar="FILE", required=True, help="safetensors file to write")
     add(parser, "--model", "a student, e.g. one distilled with --preset dense")
-    add(parser, "--teacher", "the one that the student was distilled from")
+    add_teacher_option(parser, "the one that the student was distilled from")
     add(parser, "--size", default=448)
     parser.add_argument(
         "--dtype", default="float16", choices=("bfloat16", "float16", "float32"), help="precision in the file"
@@ -50,11 +51,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ..data.images import read_rgb
-    from ..pair import APM
     from ..pair.upsampling import write_dense
 
     photo = read_rgb(options.photo)
-    apm = APM.load(options.model, teacher=options.teacher)
+    apm = load(options, "locations")
     if apm.model is None:
         dense = apm.with_dense_student()
         apm, how = dense or apm, "bilinear interpolation" if dense is None else "the dense student in the package"
@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.picture is not None:
         _draw(Path(options.output), Path(options.picture))
     print(f"{options.output}: {facts['rows']} x {facts['cols']} x {facts['feature_size']} {options.dtype}")
-    return {"file": options.output, **facts, "picture": options.picture, "note": note(options)}
+    about = {"picture": options.picture, "teacher": teacher_name(apm), "note": note(apm)}
+    return {"file": options.output, **facts, **about}
 
 
 def _draw(file: Path, picture: Path) -> None:

@@ -63,8 +63,8 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_HEIGHTS = (2, 6, 20)  # numbers of regions: wholes, parts, parts of parts
 EMBEDDED_NOTE = (
-    "no teacher and no model: the small pair in the package, which learnt photos of 100 kinds of things and some "
-    "everyday words; of anything else it knows little, see docs/photo_teacher.md"
+    "the small teacher in the package learnt photos of 100 kinds of things and some everyday words; of anything else "
+    "it knows little, see docs/photo_teacher.md"
 )
 MAX_TREE_SIZE = 96  # locations along the longer side: trees of finer maps take minutes
 
@@ -133,8 +133,10 @@ class APM:
         Args:
             model: the student's name or folder, whose image processor lies beside it, or the student itself, which
                 then uses the teacher's preprocessing. Without model and teacher the embedded ones are loaded: a small
-                teacher of photos and its dense student; what these do not know is logged.
+                teacher of photos and its dense student; what these do not know is logged. Unlike commands, this asks
+                nothing of the network: outputs have the same width and values everywhere.
             teacher: its name or folder, or the teacher itself; of the width that the student was distilled to.
+                `"embedded"` is the one in this package.
             device: of both; by default the teacher's, or else the first of CUDA, MPS and CPU that is there.
             dtype: of both; by default as saved, on the CPU float32 for teachers.
 
@@ -229,6 +231,11 @@ class APM:
     def is_embedded(self) -> bool:
         """Return whether this is the pair in this package that is loaded where nothing is named."""
         return self.model is not None and self.model.name_or_path == PHOTO_MODEL
+
+    @property
+    def has_embedded_teacher(self) -> bool:
+        """Return whether the teacher is the small one of photos in this package."""
+        return self.teacher is not None and self.teacher.name == PHOTO_TEACHER
 
     @property
     def is_dense(self) -> bool:

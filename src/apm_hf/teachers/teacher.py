@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import ModelOutput, logging
 
+from ..assets import EMBEDDED, PHOTO_TEACHER
 from ..runs.devices import default_device
 from ..runs.identity import processor_settings, weights_digest
 from ..runs.progress import no_loading_bars
@@ -341,7 +342,7 @@ def load_teacher(
 
     Args:
         name_or_path: A model of a family in `docs/teachers.md`: CLIP, SigLIP, DINOv3, MAE, ConvNeXt, timm's, ...,
-            bare or as an image classifier.
+            bare or as an image classifier; `"embedded"` is the small teacher of photos in this package.
         device: By default the first available one of CUDA, MPS and CPU.
         dtype: By default float32 on the CPU (where float16 is 40 times slower), elsewhere that of the checkpoint.
         image_processor: Replaces the model's, e.g. if that needs torchvision, as DINOv3's does.
@@ -351,6 +352,7 @@ def load_teacher(
         OSError: Not found or not reachable, with the Hub's message.
     """
     name = os.fspath(name_or_path)
+    name = PHOTO_TEACHER if name == EMBEDDED else name
     device = torch.device(default_device() if device is None else device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
