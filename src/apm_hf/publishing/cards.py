@@ -193,6 +193,7 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
     reads_tokens = config.get("trigger_source") == "tokens"
     # Of the four relations that the Hub knows, none of which is distillation; without one it guesses.
     relation = "adapter" if reads_tokens else "finetune"
+    origin: dict[str, Any] = {"base_model_relation": relation} if hub_names["base_model"] else {}
     data = ModelCardData(
         **_licence(teachers, hub_names["base_model"]),
         library_name="transformers",
@@ -212,7 +213,7 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
         ]
         or None,
         **hub_names,
-        **({"base_model_relation": relation} if hub_names["base_model"] else {}),
+        **origin,
     )
     rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in facts.metrics.items())
     size, patch = config.get("image_size", 448), config.get("patch_size", 14)
@@ -242,7 +243,7 @@ def _render(folder: Path, facts: CardFacts, hub_names: Mapping[str, Any]) -> str
     return str(card)
 
 
-def _licence(teachers: list[dict[str, Any]], page: str | None) -> dict[str, str]:
+def _licence(teachers: list[dict[str, Any]], page: str | None) -> dict[str, Any]:
     """Return the weights' licence as the Hub takes it: the teachers', where it is known and one, else a link to them.
 
     Args:
