@@ -25,6 +25,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--preset": {"metavar": None, "help": "ready-made settings"},
     "--size": {"type": int, "metavar": "N", "help": "locations along the longer side"},
     "--seed": {"type": int, "metavar": "N", "help": "random seed"},
+    "--card_images": {"metavar": "PHOTO", "help": "photos for the card that may be published"},
     "--config": {"metavar": "FILE", "help": "YAML file with options and their values; the command line overrides it"},
     "--port": {"type": int, "metavar": "N", "help": "port to listen on"},
 }

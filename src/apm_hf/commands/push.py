@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .options import add
+
 logger = logging.getLogger("apm_hf")
 
 HELP = "publish a model folder on the Hub, with its card"
@@ -33,9 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch to commit to (default: main)")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--force", action="store_true", help="publish a model too whose card warns of it")
-    parser.add_argument(
-        "--card_images", nargs="+", metavar="PHOTO", help="photos for the card that may be published, drawn anew"
-    )
+    add(parser, "--card_images", "as the student sees them; by default, the card's picture stays as it is", nargs="+")
     parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
 
 

@@ -90,7 +90,7 @@ class TrainingConfig:
     )
     card_images: list[str] = field(
         default_factory=list,
-        metadata={"help": "photos for the card that may be published; by default two of scikit-image's"},
+        metadata={"help": "photos for the card that may be published; by default, two of scikit-image's"},
     )
     push_to_hub: bool = field(default=False, metadata={"help": "publish the result, with its card"})
     hub_model_id: str | None = field(default=None, metadata={"help": "repository, user/name"})
