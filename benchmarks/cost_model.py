@@ -1,4 +1,4 @@
-"""What a distillation costs with and without a teacher-feature cache, by arithmetic; the tables of docs/scaling.md.
+"""What a distillation costs with and without a teacher-feature cache, by arithmetic, for docs/scaling_measured.md.
 
     python benchmarks/cost_model.py
     python benchmarks/cost_model.py --teacher_mfu 0.5 --num_epochs 3

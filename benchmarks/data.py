@@ -1,4 +1,4 @@
-"""What a teacher-feature cache saves and costs, on this machine; the figures of docs/scaling.md.
+"""What a teacher-feature cache saves and costs, on this machine; the figures of docs/scaling_measured.md.
 
     python benchmarks/data.py --num_images 64
     python benchmarks/data.py --teacher ../shared/teachers/deit-tiny --dataset ../shared/data/imagenet_sample1k

@@ -5,7 +5,8 @@
 
 For one GPU. The teacher has DINOv2-L/14's architecture with registers and random weights (what a product costs does
 not depend on its numbers), in bfloat16 on a GPU; the batch lies on the device already: reading and decoding images is
-not measured. Figures are those of `speed.json` (docs/distributed.md). `--write` puts the table into docs/scaling.md.
+not measured. Figures are those of `speed.json` (docs/distributed.md). `--write` puts the table into
+docs/scaling_measured.md.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from apm_hf.image_processing_apm import APMImageProcessor
 from apm_hf.runs.processes import process_state
 from apm_hf.runs.provenance import commit, computer, versions
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling_measured.md"
 BEGIN, END = "<!-- training:begin -->", "<!-- training:end -->"
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518, "patch_size": 14}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
@@ -150,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny teacher and student, few steps")
     parser.add_argument("--batch_size", type=int, help="images a step (default: 64; 4 with --quick)")
     parser.add_argument("--steps", type=int, help="of each row, a multiple of 4 (default: 40; 4 with --quick)")
-    parser.add_argument("--write", type=Path, nargs="?", const=DOCUMENT, help="a document (default: docs/scaling.md)")
+    parser.add_argument("--write", type=Path, nargs="?", const=DOCUMENT, help="a document (docs/scaling_measured.md)")
     options = parser.parse_args(arguments)
     options.batch_size = options.batch_size or (4 if options.quick else 64)
     options.steps = options.steps or (4 if options.quick else 40)
