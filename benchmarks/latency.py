@@ -11,6 +11,7 @@ beside the teacher in torch. int8 is onnxruntime's dynamic quantisation of the w
 """
 
 import argparse
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import torch
 from onnxruntime.quantization import quantize_dynamic
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from apm_hf import APM
 from apm_hf.assets import EMBEDDED
@@ -118,7 +119,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    for name in (None, "torch.onnx"):  # of exporter and quantisation, about themselves
+        logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     if options.data is None:
         photos = list(sample_photos().values())[: options.max_images]
@@ -136,9 +139,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             methods = ways(apm, Path(folder), options.threads)
             rows = measure(methods, apm.pixel_values(photos), options.repeats)
+            sizes = {file.name: file.stat().st_size / 1e6 for file in sorted(Path(folder).glob("*.onnx"))}
         size = f"{apm.bare_model.num_parameters(only_trainable=True) / 1e6:.1f} M"
         print(f"\nTeacher: {Path(name).name}; student of {size} parameters\n")
         print(markdown_table(["one photo", "ms", "ratio", "R²", "cosine"], rows))
+        print("Graphs: " + ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items()))
 
 
 if __name__ == "__main__":
