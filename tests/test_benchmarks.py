@@ -202,3 +202,24 @@ def test_a_figure_of_start_up_above_its_limit_is_missed_and_the_benchmark_fails(
         monkeypatch.setattr(startup, "figures", lambda found=found: found)
         assert startup.main() == status
     assert "MISSED" in capsys.readouterr().out
+
+
+def test_ways_to_features_are_compared_with_the_first_of_them(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import latency
+
+    wanted = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 50.0, 0.1])
+
+    def of(features):
+        return lambda pixels: features[int(pixels[0, 0, 0, 0])][None]
+
+    methods = {
+        "first": of(wanted),
+        "mean of each position": of(wanted.mean(dim=0).expand(6, -1, -1)),
+        "none": of(-wanted),
+    }
+    pixels = torch.arange(6.0)[:, None, None, None]
+    rows = latency.measure(methods, pixels, repeats=1)
+    assert [(row[0], row[3]) for row in rows[:2]] == [("first", "1.000"), ("mean of each position", "0.000")]
+    assert rows[0][2] == "1.00" and rows[0][4] == "1.000" and rows[2][4] == "-1.000" and float(rows[2][3]) < -2

@@ -367,5 +367,7 @@ def test_what_a_card_claims_of_its_origins_is_what_the_hub_knows(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"distilled_from": [{"name": FACTS.teacher, "license": None}]}))
     data = ModelCard.load(write_card(tmp_path, FACTS)).data
     assert (data.license, data.license_link) == ("other", f"https://huggingface.co/{FACTS.teacher}")
-    local = ModelCard.load(write_card(tmp_path, replace(FACTS, teacher="a teacher of ours"))).data.to_dict()
-    assert {"license_link", "base_model_relation"}.isdisjoint(local)
+    for teacher in ("a teacher of ours", "embedded"):
+        card = ModelCard.load(write_card(tmp_path, replace(FACTS, teacher=teacher)))
+        assert {"license_link", "base_model_relation", "base_model"}.isdisjoint(card.data.to_dict())
+    assert "a small student of apm_hf's photo teacher" in card.text

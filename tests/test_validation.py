@@ -149,7 +149,7 @@ def test_without_two_images_to_validate_on_there_is_no_r2():
 
 def test_a_student_is_said_to_be_above_or_not_above_its_controls():
     figures = {"feature_r2": 0.1, "mean_r2": -0.5, "position_r2": 0.0, "ridge_r2": 0.2}
-    assert verdict(figures) == "this student is above mean feature, position alone and not above ridge regression"
+    assert verdict(figures) == "this student is above mean feature, position alone; not above ridge regression"
     assert [title for title, _ in comparison(figures)][0] == "this student" and verdict({"feature_cosine": 0.4}) == ""
     assert worse_than_constant(figures) is None
     assert "R² -0.500, the mean" in worse_than_constant({**figures, "feature_r2": -0.5})

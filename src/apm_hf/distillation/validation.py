@@ -95,7 +95,7 @@ def verdict(metrics: Mapping[str, float]) -> str:
     above = [title for title, value in controls if student > value]
     below = [title for title, value in controls if student <= value]
     parts = [f"{word} {', '.join(titles)}" for word, titles in (("above", above), ("not above", below)) if titles]
-    return f"this student is {' and '.join(parts)}"
+    return f"this student is {'; '.join(parts)}"
 
 
 def worse_than_constant(metrics: Mapping[str, float]) -> str | None:

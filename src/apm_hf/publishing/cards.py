@@ -75,7 +75,7 @@ class CardFacts:
         return replace(
             self,
             repo_id=public_name(self.repo_id),
-            teacher=public_name(self.teacher),
+            teacher="apm_hf's photo teacher" if self.teacher == EMBEDDED else public_name(self.teacher),
             dataset=public_name(self.dataset),
             versions=versions,
             metrics={name: float(value) for name, value in self.metrics.items()},
@@ -91,8 +91,9 @@ def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
         FileNotFoundError: if the package was installed without its template.
     """
     folder = Path(folder)
-    teacher, dataset = (_hub_name(name) for name in (facts.teacher, facts.dataset))
-    facts = facts.public()
+    named, facts = facts, facts.public()
+    teacher = None if named.teacher == EMBEDDED else _hub_name(named.teacher)
+    dataset = _hub_name(named.dataset)
     hub_names = {"base_model": teacher, "datasets": None if dataset is None else [dataset]}
     content = {**asdict(facts), "hub_names": hub_names}
     card = _render(folder, facts, hub_names)
@@ -178,8 +179,6 @@ def write_card_picture(folder: str | os.PathLike[str], apm: "APM", photos: Seque
 def _hub_name(name: str) -> str | None:
     """`user/name`, without the configuration of a data set; None for what is no repository."""
     name = name.partition(":")[0]
-    if name == EMBEDDED:
-        return None
     return name if not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) else None
 
 
