@@ -291,12 +291,12 @@ def test_the_teacher_sees_the_whole_image_not_its_middle(teacher):
     models = Models(APM(student(), None, loaded), (), TTT, 1, seed=0)
     image = photo(0, size=(80, 40))
     squeezed = image.resize((32, 32), Image.Resampling.BICUBIC)
-    own = loaded.encode_images(
-        pixel_values=loaded.image_processor([squeezed], do_resize=False, do_center_crop=False, return_tensors="pt")[
-            "pixel_values"
-        ]
-    )
-    torch.testing.assert_close(models.encode([image]).features, own.features)
+    options = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+    whole = loaded.encode_images(**loaded.image_processor([squeezed], **options)).features
+    middle = loaded.encode_images([image]).features
+    found = models.encode([image]).features
+    # A backend with torchvision resizes otherwise in the last bits of a pixel.
+    assert (found - whole).abs().max() < 0.1 * (middle - whole).abs().max()
 
 
 # ---- from end to end ------------------------------------------------------------------------------------------------
