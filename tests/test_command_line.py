@@ -352,6 +352,7 @@ def test_the_environment_names_neither_user_nor_home_nor_token(monkeypatch, tmp_
     assert "rosalind" not in printed and "hf_secret" not in printed and str(home) not in printed
     assert told["hub"]["cache"] == os.path.join("~", "hub") and told["hub"]["logged_in"] is True
     assert told["embedded"]["model"] == str(tmp_path / "USER" / "apm")
+    assert told["teachers"]["vectors"] == {"name": "facebook/dinov2-small", "cached": False}
     assert told["versions"]["apm_hf"] == apm_hf.__version__ and told["versions"]["torch"] == version("torch")
     assert told["devices"][0]["type"] == "cpu" and told["devices"][0]["memory_bytes"] > 2**28
     assert told["defaults"]["device"] in [device["type"].partition(":")[0] for device in told["devices"]]

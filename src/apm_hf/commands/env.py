@@ -22,6 +22,7 @@ RESULT = {
     "devices": "a list: type, name, memory_bytes (null where unknown), bfloat16",
     "defaults": "device, teacher_dtype, mixed_precision of a distillation, image_backend",
     "hub": "offline, whether HF_HUB_OFFLINE is set; logged_in, whether there is a token; cache, its folder",
+    "teachers": "what is asked for where no teacher is named -> name, and cached, whether it needs no network",
     "embedded": "teacher and model, their folders",
 }
 INTERRUPTED = "nothing was printed"
@@ -50,6 +51,7 @@ def environment() -> dict[str, Any]:
 
     from .. import __version__
     from ..assets import PHOTO_MODEL, PHOTO_TEACHER
+    from ..teachers.defaults import HUB_TEACHERS, cached
 
     return {
         "versions": {"apm_hf": __version__, **{name: _version(name) for name in (*CORE, *BESIDE)}},
@@ -69,6 +71,7 @@ def environment() -> dict[str, Any]:
             "logged_in": get_token() is not None,
             "cache": _public(constants.HF_HUB_CACHE),
         },
+        "teachers": {task: {"name": name, "cached": bool(cached(name))} for task, name in HUB_TEACHERS.items()},
         "embedded": {"teacher": _public(PHOTO_TEACHER), "model": _public(PHOTO_MODEL)},
     }
 
@@ -193,6 +196,10 @@ def _text(facts: dict[str, Any]) -> str:
         ("image backend", defaults["image_backend"]),
         ("hub", f"{'offline' if hub['offline'] else 'online'}, {'a' if hub['logged_in'] else 'no'} token"),
         ("hub cache", hub["cache"]),
+        *(
+            (f"for {task}", f"{teacher['name']}, {'cached' if teacher['cached'] else 'not in the cache'}")
+            for task, teacher in facts["teachers"].items()
+        ),
         ("embedded teacher", facts["embedded"]["teacher"]),
         ("embedded model", facts["embedded"]["model"]),
     ]
