@@ -50,7 +50,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
 
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --clean
+	# Not --quiet: warnings that are not printed do not count for --strict.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
 # Of what is committed; some minutes and gigabytes, no part of CI.
 release-check: .venv/installed
