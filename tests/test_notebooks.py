@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = {
     "first_look": "",
     "distil_and_judge": "NUM_IMAGES, NUM_STEPS = 12, 6",
-    "adapt_and_compare": "NUM_SCENES = 8",
+    "adapt_and_compare": "NUM_SCENES = 4",
 }
 
 
