@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from apm_hf import APMConfig, APMModel, APMModelOutput
 
+# Fields of a model that folds into local columns.
+COLUMNS = {"trigger_source": "columns", "trigger_channels": 16, "num_column_blocks": 1}
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
@@ -118,6 +120,61 @@ def naive_fold(config: APMConfig, weights: dict[str, Tensor], pixel_values: Tens
     return torch.stack(columns)
 
 
+def naive_columns(config: APMConfig, weights: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
+    """`(B, rows, cols, D)`: every cell of every convolution alone."""
+    activation = ACTIVATIONS[config.hidden_act]
+
+    def norm(name: str, values: Tensor) -> Tensor:
+        centred = values - values.mean()
+        scaled = centred / (centred.square().mean() + 1e-5).sqrt()
+        return weights[f"{name}.weight"] * scaled + weights[f"{name}.bias"]
+
+    def linear(name: str, inputs: Tensor) -> Tensor:
+        return weights[f"{name}.weight"] @ inputs + weights[f"{name}.bias"]
+
+    def convolve(name: str, maps: Tensor, stride: int, y: int, x: int) -> Tensor:
+        """One output `(D)` for maps `(rows, cols, C)`, zero outside."""
+        weight, found = weights[f"{name}.weight"], weights[f"{name}.bias"].clone()
+        reach, depthwise = weight.shape[-1] // 2, weight.shape[1] == 1 < maps.shape[-1]
+        for i in range(weight.shape[-1]):
+            for j in range(weight.shape[-1]):
+                row, column = y * stride + i - reach, x * stride + j - reach
+                if 0 <= row < len(maps) and 0 <= column < maps.shape[1]:
+                    tap = weight[:, :, i, j]
+                    found = found + (tap[:, 0] * maps[row, column] if depthwise else tap @ maps[row, column])
+        return found
+
+    folded = []
+    for image in pixel_values:
+        maps, last = image.permute(1, 2, 0), config.patch_size.bit_length() - 2
+        for layer in range(last + 1):
+            name, size = f"trigger.convolutions.{layer}", len(maps) // 2
+            cells = [
+                norm(f"trigger.norms.{layer}", convolve(name, maps, 2, y, x)) for y in range(size) for x in range(size)
+            ]
+            maps = torch.stack(cells).unflatten(0, (size, size))
+            maps = maps if layer == last else activation(maps)
+        for block in range(config.num_column_blocks):
+            name, added = f"trigger.blocks.{block}", torch.zeros_like(maps)
+            for y in range(len(maps)):
+                for x in range(maps.shape[1]):
+                    mixed = norm(f"{name}.norm", convolve(f"{name}.neighbours", maps, 1, y, x))
+                    added[y, x] = linear(f"{name}.down", activation(linear(f"{name}.up", mixed)))
+            maps = maps + added
+        folded.append(maps)
+    return torch.stack(folded)
+
+
+def naive_interpolation(grid: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """`(D,)` at one location of a grid `(rows, cols, D)`: the outermost cells go on beyond their centres."""
+    rows, cols = grid.shape[:2]
+    row = (((y + 1) * rows - 1) / 2).clamp(0, rows - 1)
+    column = (((x + 1) * cols - 1) / 2).clamp(0, cols - 1)
+    across = (1 - (row - torch.arange(rows)).abs()).clamp(min=0)  # a tent around every centre
+    along = (1 - (column - torch.arange(cols)).abs()).clamp(min=0)
+    return torch.einsum("r,c,rcd->d", across.to(grid.dtype), along.to(grid.dtype), grid)
+
+
 def naive_pooling(config: APMConfig, weights: dict[str, Tensor], features: Tensor, coordinates: Tensor) -> Tensor:
     """`(F,)` for one image's features `(L, F)` at coordinates `(L, 2)`."""
     if config.pooling == "mean":
@@ -150,7 +207,8 @@ def naive_apm(
     """What an APM with these weights must answer; same arguments and answer as `APMModel.forward`."""
     grid = config.image_size // config.patch_size
     if trigger_column is None:
-        trigger_column = naive_fold(config, weights, pixel_values)
+        fold = naive_columns if config.trigger_source == "columns" else naive_fold
+        trigger_column = fold(config, weights, pixel_values)
     if coordinates is None:
         coordinates = naive_grid_coordinates(grid, grid)
     coordinates = coordinates.to(trigger_column.dtype).expand(len(trigger_column), -1, 2)
@@ -168,11 +226,12 @@ def naive_apm(
     features, colours, pooled, hidden_states = [], [], [], [[] for _ in config.hidden_sizes]
     for image, column in enumerate(trigger_column):
         for y, x in coordinates[image]:
-            parts = [column]
+            local = [naive_interpolation(column, y, x)] if column.ndim == 3 else []
+            parts = [column.mean(dim=(0, 1)) if local else column]
             if config.local_patch:
                 parts.append(naive_local_patch(pixel_values[image], y, x, config.patch_size))
             query = torch.cat([*parts, naive_position_code(y, x, grid, grid, config.position_size)])
-            hidden = activation(first_linear("decoder.query", query))
+            hidden = activation(first_linear("decoder.query", torch.cat([*local, query])))
             hidden_states[0].append(hidden)
             for i in range(1, len(config.hidden_sizes)):
                 hidden = activation(linear(f"decoder.layers.{i - 1}", hidden))

@@ -43,7 +43,7 @@ NONSENSE = [
     ({"patch_size": 13}, r"image_size: expected a multiple of patch_size=13, got .*448"),
     ({"position_size": 1022}, r"position_size: expected a multiple of 4.*got 1022"),
     ({"pooling": "max"}, r"pooling: expected one of \['mean', 'attention'\], got 'max'"),
-    ({"trigger_source": "teacher"}, r"trigger_source: expected one of \['conv', 'embedding', 'tokens'\], got"),
+    ({"trigger_source": "teacher"}, r"trigger_source: expected one of \['conv', 'embedding', 'columns', 'tokens'\], got"),
     ({"image_size": 0}, r"image_size: expected a positive integer, got 0"),
     ({"hidden_sizes": [10**10]}, r"sizes: expected at most 1,048,576 everywhere, got 10,000,000,000"),
     ({"feature_size": 10**10}, r"sizes: expected at most 1,048,576 everywhere"),
@@ -92,7 +92,7 @@ def test_overrides_replace_fields_of_a_preset():
 
 def test_unknown_preset_says_which_there_are():
     with pytest.raises(
-        ValueError, match=r"expected one of \['clip-ttt', 'dense', 'dinov2-large', 'tiny'\], got 'clip'"
+        ValueError, match=r"expected one of \['clip-ttt', 'dense', 'dinov2-large', 'student', 'tiny'\], got 'clip'"
     ):
         APMConfig.preset("clip")
 
@@ -101,6 +101,21 @@ def test_unknown_preset_says_which_there_are():
 def test_nonsense_says_what_was_expected(fields, message):
     with pytest.raises(ValueError, match=message):
         APMConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"patch_size": 14, "image_size": 224}, "patch_size: expected a power of 2 with trigger_source='columns'"),
+        ({"num_column_blocks": -1}, "num_column_blocks: expected 0, or more"),
+        ({"trigger_source": "conv"}, "num_column_blocks: expected 0, or more with trigger_source='columns', got 2"),
+        ({"trigger_size": 5}, "trigger_size: expected trigger_channels with trigger_source='columns', that is 192"),
+    ],
+    ids=str,
+)
+def test_local_columns_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        APMConfig.preset("student", **fields)
 
 
 def test_nonsense_in_overrides_is_an_error():

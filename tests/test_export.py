@@ -15,7 +15,7 @@ from apm_hf import APMForImageClassification, APMImageProcessor, APMModel
 from apm_hf.commands.main import main
 from apm_hf.publishing.export import export_model, read_description
 from fixtures_runs import forked, status_of
-from naive_apm import assert_close, random_coordinates, small_config, small_images, small_model
+from naive_apm import COLUMNS, assert_close, random_coordinates, small_config, small_images, small_model
 
 # Every module that a graph may hold, in three models; `rich` takes the same coordinates for all images.
 RICH = {
@@ -179,6 +179,14 @@ def test_a_graph_that_is_not_the_model_is_an_error_and_leaves_nothing(tmp_path, 
     with pytest.raises(RuntimeError, match="fold: trigger_column: expected the model's values, got an error of "):
         export_model(small_model(), tmp_path / "out", format="torch", graphs=["fold"])
     assert not list(tmp_path.iterdir())
+
+
+def test_local_columns_are_exported_in_one_graph_and_in_two(tmp_path):
+    model = small_model(**COLUMNS, local_patch=True)
+    graphs = ["fold", "query", "model"]
+    export_model(model, tmp_path / "out", format="torch", graphs=graphs)  # compares them with the model
+    inputs = read_description(tmp_path / "out")["graphs"]["query"]["inputs"]
+    assert inputs["trigger_column"] == ["batch", 3, 3, 16]
 
 
 def test_a_graph_that_differs_on_the_grid_alone_is_an_error(tmp_path, monkeypatch):

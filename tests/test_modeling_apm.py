@@ -15,6 +15,7 @@ from apm_hf import APMConfig, APMModel, APMModelOutput
 from apm_hf import modeling_apm as module_under_test
 from apm_hf.position_encoding import grid_coordinates
 from naive_apm import (
+    COLUMNS,
     assert_close,
     assert_same_answers,
     naive_apm,
@@ -45,8 +46,11 @@ VARIANTS = {
     }
     for source, local_patch, pooling in itertools.product(("conv", "embedding"), (False, True), ("mean", "attention"))
 }
+VARIANTS["columns-patch-attention"] = {**COLUMNS, "local_patch": True, "pooling": "attention"}
 # The pooling comes after the query: two pairs cover every path through both.
-QUERY_VARIANTS = {name: VARIANTS[name] for name in ("conv-plain-mean", "conv-patch-attention")}
+QUERY_VARIANTS = {
+    name: VARIANTS[name] for name in ("conv-plain-mean", "conv-patch-attention", "columns-patch-attention")
+}
 
 each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 each_query_variant = pytest.mark.parametrize("fields", QUERY_VARIANTS.values(), ids=QUERY_VARIANTS)
@@ -56,7 +60,7 @@ each_place = pytest.mark.parametrize("coordinates", COORDINATES.values(), ids=CO
 def inputs_for(model: APMModel, batch_size: int = 2) -> dict[str, Tensor]:
     """What `forward` needs: pixels or a trigger column, or both."""
     inputs = {}
-    if model.config.trigger_source == "conv" or model.config.local_patch:
+    if model.config.folds_pixels or model.config.local_patch:
         inputs["pixel_values"] = small_images(batch_size)
     if model.config.trigger_source == "embedding":
         generator = torch.Generator().manual_seed(3)
@@ -165,12 +169,12 @@ def test_output_names_and_shapes(fields):
     inputs = inputs_for(model)
     outputs = model(**inputs, coordinates=random_coordinates(5), output_hidden_states=True)
     assert isinstance(outputs, APMModelOutput)
-    width = 18 if fields["trigger_source"] == "conv" else 16
+    width = {"conv": (18,), "embedding": (16,), "columns": (3, 3, 16)}[fields["trigger_source"]]
     assert {name: tuple(v.shape) for name, v in outputs.items() if name != "hidden_states"} == {
         "last_hidden_state": (2, 5, 16),
         "pooler_output": (2, 16),
         "rgb": (2, 5, 3),
-        "trigger_column": (2, width),
+        "trigger_column": (2, *width),
     }
     assert [tuple(state.shape) for state in outputs.hidden_states] == [(2, 5, 32), (2, 5, 24)]
 
@@ -510,6 +514,31 @@ def test_presets_have_the_published_number_of_parameters(name, millions):
     with torch.device("meta"):
         model = APMModel(APMConfig.preset(name))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+def test_local_columns_of_an_image_of_any_size_are_queried_anywhere_at_little_cost():
+    model, generator = small_model(**COLUMNS, local_patch=True), torch.Generator().manual_seed(5)
+    pixel_values = torch.randn(2, 3, 16, 24, generator=generator)
+    columns = model.fold(pixel_values)
+    assert columns.shape == (2, 4, 6, 16)
+    places = grid_coordinates(4, 6)
+    outputs = model(pixel_values)  # by default at the centres of the image's cells
+    for expected in (model(pixel_values, places), model.query(columns, places, pixel_values=pixel_values)):
+        assert_same_answers(expected, outputs)
+    last = model.query(columns, places[-1:], pixel_values=pixel_values)
+    assert_close(last.last_hidden_state[:, 0], outputs.last_hidden_state[:, -1])
+
+
+def test_the_student_costs_a_quarter_of_the_smallest_usual_teacher():
+    model, places = APMModel(APMConfig.preset("student", feature_size=192)).eval(), grid_coordinates(14, 14)
+    pixel_values = torch.zeros(1, 3, 224, 224)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        columns = model(pixel_values, places).trigger_column
+    grid = counter.get_total_flops()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.query(columns, places[:1])
+    assert grid <= 0.25 * 2.51e9  # a DeiT-Tiny
+    assert counter.get_total_flops() <= grid / 20
 
 
 def test_tiny_preset_has_a_few_hundred_thousand_parameters():

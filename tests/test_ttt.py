@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from apm_hf import APMForImageClassification, APMModel
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.ttt import TTTConfig, adapt
-from naive_apm import assert_close, small_images, small_model
+from naive_apm import COLUMNS, assert_close, small_images, small_model
 
 GRID, FEATURE_SIZE = 3, 16
 VARIANTS = {
@@ -128,6 +128,19 @@ def test_twenty_steps_are_those_of_adam_on_a_plain_copy(variant):
     loop = PlainLoop(model, learning_rate=1e-4)
     starts = [model.state_dict()] * 3
     assert_equal_to_loop(adapted, loop, starts, inputs_of(model, images, targets), targets, steps=20)
+
+
+def test_behind_local_columns_residual_blocks_learn_and_norms_stay():
+    blocks = {"hidden_sizes": [32], "num_residual_blocks": 1, "pooling": "attention"}
+    model, (images, targets) = small_model(**COLUMNS, **blocks), problem()
+    adapted = run(model, images, targets, paper())
+    loop = PlainLoop(model, learning_rate=1e-4)
+    loop.model.trigger.requires_grad_(False)
+    for module in loop.model.modules():
+        module.requires_grad_(False) if isinstance(module, torch.nn.LayerNorm) else None
+    inputs = inputs_of(model, images, targets)
+    assert_equal_to_loop(adapted, loop, [model.state_dict()] * 3, inputs, targets, steps=20)
+    assert_close(adapted.query().pooler_output, adapted.image_embeds)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from apm_hf import APMConfig, APMModel
 from apm_hf.ttt import TTTConfig, TTTTargets, adapt, redraw
-from naive_apm import small_images, small_model
+from naive_apm import COLUMNS, small_images, small_model
 
 CONFIG = TTTConfig(steps=4, learning_rate=1e-2, num_locations=4)
 
@@ -87,10 +87,18 @@ def test_other_values_are_refused_by_name(values):
         adapt(model, values, targets, config=CONFIG)
 
 
-def test_a_model_of_residual_blocks_is_refused():
-    model, (images, targets) = small_model(hidden_sizes=[32], num_residual_blocks=2), problem()
-    with pytest.raises(ValueError, match="model: expected one with num_residual_blocks=0, got 2"):
-        adapt(model, images, targets, config=CONFIG)
+@pytest.mark.parametrize("fields", [{"hidden_sizes": [32], "num_residual_blocks": 2}, COLUMNS], ids=str)
+def test_random_weights_are_drawn_for_plain_models_alone(fields):
+    model, (images, targets) = small_model(**fields), problem()
+    with pytest.raises(ValueError, match="start: expected 'model' with local columns or residual blocks"):
+        adapt(model, images, targets, config=dataclasses.replace(CONFIG, start="random"))
+
+
+def test_local_columns_are_folded_from_the_pixels():
+    model, (images, targets) = small_model(**COLUMNS), problem()
+    config = dataclasses.replace(CONFIG, start="model")
+    with pytest.raises(ValueError, match="adapt: expected pixel_values alone with trigger_source='columns'"):
+        adapt(model, images, targets, config=config, trigger_column=model.fold(images))
 
 
 def test_given_arrays_are_not_changed_and_not_kept():

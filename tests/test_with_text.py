@@ -94,7 +94,7 @@ def test_teachers_and_students_without_words_of_their_own_are_refused(clip, tmp_
     classifier = load_teacher(save_classifier(tmp_path / "classifier"), device="cpu")
     with pytest.raises(ValueError, match="expected a teacher with a text tower, such as CLIP, got .*classifier"):
         check_text(classifier, student().config)
-    with pytest.raises(ValueError, match="expected trigger_source 'conv', got 'embedding'"):
+    with pytest.raises(ValueError, match="expected a student that folds pixels, got trigger_source 'embedding'"):
         check_text(clip, student(trigger_source="embedding").config)
     check_text(clip, APMConfig.preset("tiny"))
 

@@ -42,7 +42,7 @@ class EndpointHandler:
     def __init__(self, path: str = "") -> None:
         trust = {"trust_remote_code": True}  # the code that lies beside this file
         config = AutoConfig.from_pretrained(path, **trust)
-        if config.trigger_source != "conv":
+        if not config.folds_pixels:
             raise ValueError(f"expected a model that reads images, got trigger_source {config.trigger_source!r}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.image_processor = AutoImageProcessor.from_pretrained(path, **trust)

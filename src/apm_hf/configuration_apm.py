@@ -63,6 +63,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pooling": "mean",
         "initializer_range": 0.06,
     },
+    # Reads pixels through local columns: a small student for new photos, 1.3 M parameters at F = 192.
+    "student": {
+        "image_size": 224,
+        "patch_size": 16,
+        "trigger_source": "columns",
+        "trigger_channels": 192,
+        "num_column_blocks": 2,
+        "position_size": 64,
+        "hidden_sizes": [256],
+        "hidden_act": "gelu",
+        "num_residual_blocks": 2,
+        "use_rgb_head": False,
+        "pooling": "attention",
+        "initializer_range": 0.06,
+    },
     # For tests and the embedded demo. In its narrow layers the usual 0.02 would make every feature vanish;
     # 0.1 is He's sqrt(2 / fan_in) for a fan-in of 200.
     "tiny": {
@@ -118,11 +133,14 @@ class APMConfig(PreTrainedConfig):
         patch_size (`int`, defaults to 14): side of a grid cell, in pixels.
         num_channels (`int`, defaults to 3): channels of the input image.
         trigger_channels (`int`, defaults to 1): channels of the folding convolution; D is
-            trigger_channels * rows * cols.
+            trigger_channels * rows * cols. Of local columns, their width D.
         trigger_source (`str`, defaults to `"conv"`): `"conv"` folds the pixels (the paper's T_c); `"embedding"` takes
-            the trigger column from the caller, usually the teacher's embedding (the paper's T_vit); `"tokens"` takes
-            the teacher's grid of features, from the caller or from `teacher_config`, and the network refines what is
-            interpolated from it.
+            the trigger column from the caller, usually the teacher's embedding (the paper's T_vit); `"columns"` folds
+            the pixels into a grid of local columns, one a cell, of which every location reads what is interpolated at
+            its coordinate and the mean; `"tokens"` takes the teacher's grid of features, from the caller or from
+            `teacher_config`, and the network refines what is interpolated from it.
+        num_column_blocks (`int`, defaults to 0): blocks of a depthwise convolution and an MLP, after the strided
+            convolutions that make local columns.
         trigger_size (`int`, *optional*): D, for `trigger_source="embedding"`, where it defaults to `feature_size`.
         local_patch (`bool`, defaults to `False`): put the image patch around each location into its query (I_xy).
         local_patch_scales (`list[int]`, defaults to `[1]`): the windows of the local patch, in patches: scale s is a
@@ -181,6 +199,7 @@ class APMConfig(PreTrainedConfig):
     num_channels: int = 3
     trigger_channels: int = 1
     trigger_source: str = "conv"
+    num_column_blocks: int = 0
     trigger_size: int | None = None
     local_patch: bool = False
     local_patch_scales: list[int] | tuple[int, ...] = (1,)
@@ -245,15 +264,23 @@ class APMConfig(PreTrainedConfig):
                 "position_size: expected a multiple of 4 (sine and cosine of rows and of columns), "
                 f"got {self.position_size}"
             )
-        self._expect_one_of("trigger_source", ("conv", "embedding", "tokens"))
+        self._expect_one_of("trigger_source", ("conv", "embedding", "columns", "tokens"))
+        if self.trigger_source == "columns" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(f"patch_size: expected a power of 2 with trigger_source='columns', got {self.patch_size}")
+        if self.num_column_blocks < 0 or (self.num_column_blocks and self.trigger_source != "columns"):
+            raise ValueError(
+                "num_column_blocks: expected 0, or more with trigger_source='columns', got "
+                f"{self.num_column_blocks} with trigger_source={self.trigger_source!r}"
+            )
         check_pooling("", self.pooling, self.feature_size, self.pooling_num_heads)
         check_statistics("", self.feature_size, self.feature_mean, self.feature_std)
         check_teacher_heads(self.teacher_heads or {}, self.pooling, self.pooling_num_heads)
         check_origins(self.distilled_from or [])
-        if self.trigger_size is not None and self.trigger_source == "conv" and self.trigger_size != self.trigger_width:
+        if self.trigger_size is not None and self.folds_pixels and self.trigger_size != self.trigger_width:
+            product = "trigger_channels * rows * cols" if self.trigger_source == "conv" else "trigger_channels"
             raise ValueError(
-                "trigger_size: expected trigger_channels * rows * cols with trigger_source='conv', "
-                f"that is {self.trigger_width}, got {self.trigger_size}"
+                f"trigger_size: expected {product} with trigger_source={self.trigger_source!r}, that is "
+                f"{self.trigger_width}, got {self.trigger_size}"
             )
         if self.trigger_size is not None and self.trigger_size < 1:
             raise ValueError(f"trigger_size: expected a positive integer, got {self.trigger_size}")
@@ -320,7 +347,7 @@ class APMConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "APMConfig":
-        """Return an architecture: `"dinov2-large"` or `"clip-ttt"`, as published, `"dense"`, or `"tiny"` for tests.
+        """Return an architecture: `"dinov2-large"` or `"clip-ttt"`, as published, `"student"`, `"dense"`, or `"tiny"`.
 
         Args:
             name: one of `PRESETS`.
@@ -411,7 +438,19 @@ class APMConfig(PreTrainedConfig):
         """Return D, the width of the trigger column."""
         if self.trigger_source == "conv":
             return self.trigger_channels * self.num_locations
+        if self.trigger_source == "columns":
+            return self.trigger_channels
         return self.trigger_size if self.trigger_size is not None else self.feature_size
+
+    @property
+    def folds_pixels(self) -> bool:
+        """Return whether the trigger is made from the image alone, without a teacher."""
+        return self.trigger_source in ("conv", "columns")
+
+    @property
+    def trigger_is_grid(self) -> bool:
+        """Return whether the trigger is a grid `(B, rows, cols, D)`, interpolated at each location, of any size."""
+        return self.trigger_source in ("columns", "tokens")
 
     @property
     def local_patch_width(self) -> int:

@@ -307,7 +307,7 @@ class APMDecoder(GradientCheckpointingLayer):
         super().__init__()
         widths, self.position_size, self.num_levels = config.hidden_sizes, config.position_size, config.num_levels
         self.refines_tokens = config.trigger_source == "tokens"
-        self.query = APMQuery(config, widths[0], feature_size=config.feature_size if self.refines_tokens else 0)
+        self.query = APMQuery(config, widths[0], feature_size=config.trigger_width if config.trigger_is_grid else 0)
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
         self.activation = ACT2FN[config.hidden_act]
         self.blocks = nn.ModuleList(APMResidualBlock(config, widths[0]) for _ in range(config.num_residual_blocks))
@@ -338,7 +338,7 @@ class APMDecoder(GradientCheckpointingLayer):
             trigger_column: `(B, D)`.
             rows, columns: real-valued cell indices, `(1 or B, R, 1)` and `(1 or B, 1 or R, C)`.
             patches: `(B, L, Q)`, with `config.local_patch`.
-            tokens: `(B, L, F)`, the teacher's, interpolated, with `trigger_source="tokens"`; features are added to it.
+            tokens: `(B, L, D)`, interpolated in a trigger that is a grid; features are added to the teacher's.
             outputs: names of outputs to compute: `"features"`, `"rgb"`, `"levels"`, `"hidden_states.i"` for layer i of
                 the MLP, or `"teacher_features."` followed by the name of an additional teacher.
 
@@ -360,7 +360,7 @@ class APMDecoder(GradientCheckpointingLayer):
             hidden = self.activation(layer(hidden))
             hidden_states += [hidden] if keep else []
         features = self.feature_head(hidden)
-        if tokens is not None:
+        if tokens is not None and self.refines_tokens:
             features = features + tokens
         decoded: list[Tensor] = []
         for output in outputs:
@@ -376,6 +376,49 @@ class APMDecoder(GradientCheckpointingLayer):
             else:
                 decoded.append(self.teacher_head(name).projection(hidden))
         return tuple(decoded)
+
+
+class APMColumnBlock(nn.Module):
+    """Add to each local column what its neighbours and an MLP make of it (the block of arXiv:2201.03545)."""
+
+    def __init__(self, width: int, act: str):
+        super().__init__()
+        self.neighbours = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.activation = ACT2FN[act]
+
+    def forward(self, columns: Tensor) -> Tensor:
+        """Return `(B, D, rows, cols)` for `(B, D, rows, cols)`."""
+        mixed = self.norm(self.neighbours(columns).movedim(1, -1)).flatten(1, 2)  # (B, rows * cols, D)
+        update = self.down(self.activation(self.up(mixed)))
+        return columns + update.movedim(1, -1).unflatten(-1, columns.shape[2:])
+
+
+class APMColumns(nn.Module):
+    """Fold an image into local columns, one per cell: 3 x 3 convolutions of stride 2, then blocks."""
+
+    def __init__(self, config: APMConfig):
+        super().__init__()
+        halvings, width = config.patch_size.bit_length() - 1, config.trigger_channels
+        widths = [config.num_channels, *(max(8, width >> (halvings - 1 - i)) for i in range(halvings))]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(*pair, 3, stride=2, padding=1) for pair in zip(widths, widths[1:], strict=False)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(one) for one in widths[1:])
+        self.activation = ACT2FN[config.hidden_act]
+        self.blocks = nn.ModuleList(APMColumnBlock(width, config.hidden_act) for _ in range(config.num_column_blocks))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return `(B, rows, cols, D)` for images `(B, C, H, W)`."""
+        columns = pixel_values.contiguous(memory_format=torch.channels_last)
+        last = len(self.convolutions) - 1
+        for index, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
+            columns = norm(convolution(columns).movedim(1, -1)).movedim(-1, 1)
+            columns = columns if index == last else self.activation(columns)
+        for block in self.blocks:
+            columns = block(columns)
+        return columns.movedim(1, -1)
 
 
 class APMTeacher(nn.Module):
@@ -585,6 +628,8 @@ class APMModel(APMPreTrainedModel):
             self.trigger = nn.Conv2d(
                 config.num_channels, config.trigger_channels, config.patch_size, stride=config.patch_size
             )
+        elif config.trigger_source == "columns":
+            self.trigger = APMColumns(config)
         elif config.teacher_config is not None:
             self.trigger = APMTeacher(AutoModel.from_config(config.teacher_config))
         self.decoder = APMDecoder(config)
@@ -599,8 +644,8 @@ class APMModel(APMPreTrainedModel):
             pixel_values: `(B, C, S, S)`, S = `config.image_size`.
 
         Returns:
-            `(B, D)`: the convolution's channels, each flattened row-major; or the tokens of the teacher inside,
-            `(B, rows, cols, F)`.
+            `(B, D)`: the convolution's channels, each flattened row-major; or local columns, or the tokens of the
+            teacher inside, `(B, rows, cols, D)`.
 
         Raises:
             ValueError: for another shape, or if the trigger column comes from the caller.
@@ -609,7 +654,7 @@ class APMModel(APMPreTrainedModel):
             source = self.config.trigger_source
             raise ValueError(f"fold: trigger_source={source!r} has nothing to fold; pass trigger_column instead")
         folded = self.trigger(self._check_pixels(pixel_values))
-        return folded if self.config.trigger_source == "tokens" else folded.flatten(1)  # (B, 1, rows, cols) -> (B, D)
+        return folded if self.config.trigger_is_grid else folded.flatten(1)  # (B, 1, rows, cols) -> (B, D)
 
     @property
     def folds(self) -> bool:
@@ -805,21 +850,24 @@ class APMModel(APMPreTrainedModel):
         width = self.config.trigger_width
         if not isinstance(trigger_column, Tensor):
             raise ValueError(f"trigger_column: expected a tensor, got {type(trigger_column).__name__}")
-        shape = "B, rows, cols" if (is_grid := self.config.trigger_source == "tokens") else "B"
+        shape = "B, rows, cols" if (is_grid := self.config.trigger_is_grid) else "B"
         if trigger_column.ndim != (4 if is_grid else 2) or trigger_column.shape[-1] != width:
             raise ValueError(f"trigger_column: expected shape ({shape}, {width}), got {tuple(trigger_column.shape)}")
         trigger_column = trigger_column.to(self.dtype)  # inputs may be float32 with bfloat16 weights
         return self.trigger(trigger_column) if self.config.trigger_source == "embedding" else trigger_column
 
     def _column(self, trigger_column: Tensor) -> Tensor:
-        """Return what all locations of an image share, `(B, D)`: the column, or the mean token, standardised."""
-        if self.config.trigger_source != "tokens":
+        """Return what all locations of an image share, `(B, D)`: the column, or the mean of a grid of them."""
+        if not self.config.trigger_is_grid:
             return trigger_column
         return self._standardised(trigger_column).mean(dim=(1, 2))
 
-    def _standardised(self, tokens: Tensor) -> Tensor:
+    def _standardised(self, trigger_column: Tensor) -> Tensor:
+        """Standardise the teacher's tokens; local columns stay as they are."""
         space = self.feature_space
-        return space.standardise(tokens) if isinstance(space, APMFeatureSpace) else tokens
+        if not self.decoder.refines_tokens or not isinstance(space, APMFeatureSpace):
+            return trigger_column
+        return space.standardise(trigger_column)
 
     def _locations(
         self,
@@ -837,8 +885,10 @@ class APMModel(APMPreTrainedModel):
             num_columns, num_images = trigger_column.shape[0], images.shape[0]
             if num_images != num_columns:
                 raise ValueError(f"pixel_values: expected {num_columns} images, one per column, got {num_images}")
-        patches = None
+        patches = tokens = None
         if coordinates is None:  # rows and columns of the grid
+            if config.trigger_is_grid:
+                tokens = trigger_column.flatten(1, 2)  # (B, L, D)
             index = torch.arange(self.grid_size, dtype=torch.float32, device=device)
             rows, columns = index[None, :, None], index[None, None]
             if config.local_patch:
@@ -847,7 +897,7 @@ class APMModel(APMPreTrainedModel):
             rows, columns = axis_indices(coordinates, self.grid_size).split(1, dim=-1)  # (1 or B, L, 1) twice
             if config.local_patch:
                 pyramid = averaged(images, config.local_patch_scales)
-            if config.trigger_source == "tokens":
+            if config.trigger_is_grid:
                 standardised = self._standardised(trigger_column)
         step = self._chunk_rows(trigger_column, columns, chunk_size)
         for start in range(0, rows.shape[1], step) if step else (0,):  # a range would fix a traced number of rows
@@ -855,12 +905,12 @@ class APMModel(APMPreTrainedModel):
             if coordinates is None:
                 width = columns.shape[2]
                 cells = slice(start * width, chunk.stop * width if step else None)
-                yield rows[:, chunk], columns, None if patches is None else patches[:, cells], None
+                windows, columns_of_cells = (None if one is None else one[:, cells] for one in (patches, tokens))
+                yield rows[:, chunk], columns, windows, columns_of_cells
             else:
                 if config.local_patch:
                     patches = sample_local_patches(pyramid, coordinates[:, chunk], config.patch_size)
-                tokens = None
-                if config.trigger_source == "tokens":
+                if config.trigger_is_grid:
                     tokens = sample_grid(standardised, coordinates[:, chunk])
                 yield rows[:, chunk], columns[:, chunk], patches, tokens
 
@@ -886,7 +936,7 @@ class APMModel(APMPreTrainedModel):
         expected: tuple[int | str, ...] = (config.num_channels, config.image_size, config.image_size)
         if not isinstance(pixel_values, Tensor):
             raise ValueError(f"pixel_values: expected a tensor, got {type(pixel_values).__name__}")
-        if config.trigger_source == "tokens":  # any size, since nothing but windows is taken from the image
+        if config.trigger_is_grid:  # any size
             sides = f"a multiple of {config.patch_size}"
             expected = (config.num_channels, sides, sides)
             fits = pixel_values.shape[1] == config.num_channels and all(
@@ -905,12 +955,13 @@ class APMModel(APMPreTrainedModel):
     ) -> Tensor | None:
         """Return coordinates `(1 or B, L, 2)`, float32 or wider, on the trigger column's device; None stays None.
 
-        With `trigger_source="tokens"`, None becomes the centres of the image's cells.
+        Where the trigger is another grid than the model's, None becomes the centres of the image's cells.
         """
         if coordinates is None and self.output_size is not None:
             return grid_coordinates(*self.output_size, device=trigger_column.device)[None]
         if coordinates is None:
-            if self.config.trigger_source != "tokens":
+            own_grid = trigger_column.shape[1:3] == (self.grid_size, self.grid_size)
+            if not self.config.trigger_is_grid or (self.config.trigger_source == "columns" and own_grid):
                 return None
             size = (self.config.image_size,) * 2 if pixel_values is None else pixel_values.shape[-2:]
             rows, cols = (side // self.config.patch_size for side in size)

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators that no APM has
     model = AutoModel.from_pretrained(options.model)
-    sees_pixels = getattr(model.config, "trigger_source", "conv") == "conv" or model.config.local_patch
+    sees_pixels = getattr(model.config, "folds_pixels", True) or model.config.local_patch
     folder = export_model(
         model,
         options.output_dir,

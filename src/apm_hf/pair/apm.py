@@ -298,11 +298,11 @@ class APM:
         Raises:
             ValueError: where they are needed and there is no teacher.
         """
-        source = self.bare_model.config.trigger_source
-        if source == "tokens":
-            return self._tokens(self.pixel_values(images) if pixel_values is None else pixel_values)
-        if source == "conv":
+        config = self.bare_model.config
+        if config.folds_pixels:
             return None
+        if config.trigger_source == "tokens":
+            return self._tokens(self.pixel_values(images) if pixel_values is None else pixel_values)
         teacher = self._needed_teacher("that this student takes its trigger columns from")
         return teacher.encode_images(pictures(images)).image_embeds
 

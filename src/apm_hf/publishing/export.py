@@ -109,7 +109,7 @@ class _Graph(nn.Module):
         pixels: Axes = {"pixel_values": ["batch", config.num_channels, config.image_size, config.image_size]}
         places: Axes = {"coordinates": ["batch", "locations", 2] if per_image else ["locations", 2]}
         column: list[Any] = ["batch", config.trigger_width]
-        if config.trigger_source == "tokens":
+        if config.trigger_is_grid:
             column = ["batch", "rows", "cols", config.feature_size]
             if self.model.folds:
                 pixel_values = torch.zeros(1, config.num_channels, config.image_size, config.image_size)

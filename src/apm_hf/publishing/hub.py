@@ -110,7 +110,7 @@ def check_folder(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{path}: expected a whole safetensors file, got: {error}") from error
-    sees_pixels = config.trigger_source == "conv" or config.local_patch
+    sees_pixels = config.folds_pixels or config.local_patch
     if sees_pixels and not (folder / "preprocessor_config.json").exists():
         raise ValueError(
             f"folder: expected an image processor beside the model, found no preprocessor_config.json in "

@@ -37,8 +37,10 @@ def check_text(teacher: Teacher, config: APMConfig) -> None:
             f"with_text: expected a text tower that ignores padding, such as CLIP's, got {teacher.name}: it reads "
             "padding that transformers' pipeline leaves out for an APM"
         )
-    if config.trigger_source != "conv":
-        raise ValueError(f"with_text: expected trigger_source 'conv', got {config.trigger_source!r}")
+    if not config.folds_pixels:
+        raise ValueError(
+            f"with_text: expected a student that folds pixels, got trigger_source {config.trigger_source!r}"
+        )
 
 
 def save_with_text(

@@ -284,7 +284,9 @@ def bytes_per_image(model: APMModel, config: TTTConfig, targets: TTTTargets, *, 
     num_queried = min(config.num_locations or num_cells, num_cells)
     ahead = min(PREPARED_STEPS, config.steps) if config.num_locations else 1
     widths = [*architecture.hidden_sizes, architecture.feature_size]
+    widths += architecture.hidden_sizes * 2 * architecture.num_residual_blocks
     images = architecture.num_channels * architecture.image_size**2 * 2
+    images += num_cells * architecture.trigger_width * (architecture.trigger_source == "columns")
     images += num_cells * (2 * architecture.local_patch_width + architecture.feature_size * (targets.grid is not None))
     # Weights, gradients and Adam's two moments; activations, their gradients and what Linear and ReLU save of them.
     elements = 4 * learnt + 2 * every * (distinct and config.start == "random")
@@ -340,8 +342,10 @@ def check_inputs(
         raise ValueError(f"text_embeds: expected shape (K, {width}), got {tuple(text_embeds.shape)}")
     if architecture.trigger_source == "tokens":
         raise ValueError("model: expected one that is fitted to its teacher's features, got one that reads them")
-    if architecture.num_residual_blocks:
-        raise ValueError(f"model: expected one with num_residual_blocks=0, got {architecture.num_residual_blocks}")
+    if config.start == "random" and (architecture.num_residual_blocks or architecture.trigger_source == "columns"):
+        raise ValueError("start: expected 'model' with local columns or residual blocks, got 'random'")
+    if architecture.trigger_source == "columns" and (pixel_values is None or trigger_column is not None):
+        raise ValueError("adapt: expected pixel_values alone with trigger_source='columns', which are folded")
     if trigger_column is None and architecture.trigger_source == "embedding":
         raise ValueError("trigger_column: expected (B, D) for trigger_source='embedding', got none")
     if pixel_values is None and trigger_column is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modeling_apm import APMAttentionPooling, APMModel
-from ..position_encoding import axis_codes, grid_coordinates, grid_patches, local_patches
+from ..position_encoding import axis_codes, grid_coordinates, grid_patches, local_patches, sample_grid
 from .settings import DTYPES, TTTConfig
 
 Weights = dict[str, Tensor]  # by name, as in a state dict
@@ -31,14 +31,16 @@ def learning_layers(model: APMModel, config: TTTConfig, targets: Sequence[str] =
     Raises:
         ValueError: if the model has no such layers.
     """
-    num_layers = len(model.decoder.layers)
+    num_layers, num_blocks = len(model.decoder.layers), len(model.decoder.blocks)
     last = f"decoder.layers.{num_layers - 1}" if num_layers else "decoder.query"
+    last = f"decoder.blocks.{num_blocks - 1}" if num_blocks else last
     head, values = "decoder.feature_head", ["pooler.v_proj", "pooler.out_proj"]
     if config.fit == "trigger" and model.config.trigger_source != "conv":
         raise ValueError("fit='trigger': expected trigger_source='conv', got a model without a convolution")
+    fold = ["trigger"] if model.config.trigger_source == "conv" else []  # that into local columns stays as it is
     attends = isinstance(model.pooler, APMAttentionPooling)
     chosen = {
-        "all": dict.fromkeys(["trigger", "decoder.query", "decoder.layers", head, "pooler"], "all"),
+        "all": dict.fromkeys([*fold, "decoder.query", "decoder.layers", "decoder.blocks", head, "pooler"], "all"),
         "last_layers": dict.fromkeys([last, head, *values], "all"),
         "low_rank": dict.fromkeys([last, head, *values], "low_rank"),
         "heads": dict.fromkeys([head, *values], "all"),
@@ -242,7 +244,7 @@ class StackedModels(nn.Module):
         learning: see `learning_layers`.
         config: settings of the fit.
         pixel_values: `(B, C, S, S)`, if the model reads them.
-        trigger_column: `(B, D)`, instead of folding.
+        trigger_column: `(B, D)`, instead of folding; None where the model folds into local columns.
         grid: (rows, cols) of the locations, of the model's grid or any other.
         outputs: outputs of the decoder: `"features"` and, if they have targets, `"rgb"` and `"levels"`.
         target_size: `(B, 1, 1)`, size of the target features, for low-rank layers.
@@ -273,14 +275,22 @@ class StackedModels(nn.Module):
         decoder.level_head = decoder.level_head if "levels" in outputs else None
         self.learning: dict[str, Any] = {}  # layers that learn, by their names in the model
         for name, layer in list(self.model.named_modules()):
-            if isinstance(layer, nn.Linear | nn.Conv2d | APMAttentionPooling):
+            if name.startswith("trigger."):
+                continue  # local columns are folded once
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.LayerNorm | APMAttentionPooling):
                 self._replace(name, layer, learning.get(name), config)
-        self._freeze_first_layers(learning)
+        if not decoder.blocks:
+            self._freeze_first_layers(learning)
 
         self.size, self.num_cols = model.config.grid_size, grid[1]
         self.axes = [_cell_indices(count, self.size, model.device) for count in grid]  # (rows,), (cols,)
-        self.cells = self.patches = None
-        if trigger_column is None and pixel_values is not None:
+        self.cells = self.patches = self.tokens = None
+        if model.config.trigger_source == "columns":
+            with torch.no_grad():
+                columns = model.fold(pixel_values).float()
+            trigger_column = columns.mean(dim=(1, 2))
+            self.tokens = sample_grid(columns, grid_coordinates(*grid, device=model.device)[None]).to(self.dtype)
+        elif trigger_column is None and pixel_values is not None:
             self.cells = grid_patches(pixel_values, model.config.patch_size).mT.contiguous()  # (B, Q, L)
         if model.config.local_patch and pixel_values is not None:
             is_model_grid = grid == (model.config.grid_size, model.config.grid_size)
@@ -295,6 +305,10 @@ class StackedModels(nn.Module):
 
     def _replace(self, name: str, layer: nn.Module, how: str | None, config: TTTConfig) -> None:
         """Replace a layer by its stacked or frozen counterpart."""
+        if isinstance(layer, nn.LayerNorm):
+            for part in ("weight", "bias"):
+                setattr(layer, part, nn.Parameter(self.start[f"{name}.{part}"][0].to(self.dtype), requires_grad=False))
+            return
         # The fold and the pooling are small, and pooling is sensitive to rounding.
         dtype = torch.float32 if name.startswith(("trigger", "pooler")) else self.dtype
         if isinstance(layer, APMAttentionPooling):
@@ -347,7 +361,7 @@ class StackedModels(nn.Module):
         self.places, decoder = places, self.model.decoder
         if isinstance(decoder.query, FrozenLayers):
             where = None if places[0] is None else torch.cat([place for place in places if place is not None], dim=-1)
-            rows, columns, patches = self._locations(where)
+            rows, columns, patches, _ = self._locations(where)
             half = decoder.position_size // 2
             codes = [code.to(self.dtype) for code in axis_codes(half, rows, columns)]
             decoder.query.prepare(self._trigger(), *codes, patches)
@@ -361,8 +375,8 @@ class StackedModels(nn.Module):
         where, decoder = self.places[step], self.model.decoder
         if where is not None and isinstance(decoder.query, FrozenLayers):
             decoder.query.now = slice(step * where.shape[-1], (step + 1) * where.shape[-1])
-        rows, columns, patches = self._locations(where)
-        outputs = decoder(self._trigger(), rows, columns, patches, self.outputs)
+        rows, columns, patches, tokens = self._locations(where)
+        outputs = decoder(self._trigger(), rows, columns, patches, self.outputs, tokens)
         decoded = {name: output.float() for name, output in zip(self.outputs, outputs, strict=True)}
         features, pooler, space = decoded["features"], self.model.pooler, self.model.feature_space
         pooled, _ = pooler(features, rows, columns)
@@ -372,13 +386,14 @@ class StackedModels(nn.Module):
         column = self.model.trigger(self.cells) if self.trigger_column is None else self.trigger_column
         return column.to(self.dtype)
 
-    def _locations(self, where: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the decoder's inputs: cell indices of rows and columns, and patches."""
+    def _locations(self, where: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return the decoder's inputs: cell indices of rows and columns, patches, and local columns."""
         if where is None:
-            return self.axes[0][None, :, None], self.axes[1][None, None], self.patches
+            return self.axes[0][None, :, None], self.axes[1][None, None], self.patches, self.tokens
         cells = where if where.ndim == 2 else where[None]
         rows, columns = self.axes[0][cells // self.num_cols], self.axes[1][cells % self.num_cols]
-        return rows[..., None], columns[..., None], None if self.patches is None else at(self.patches, where)
+        patches, tokens = (None if values is None else at(values, where) for values in (self.patches, self.tokens))
+        return rows[..., None], columns[..., None], patches, tokens
 
     def learnt(self) -> list[nn.Parameter]:
         """Return the parameters that learn, each `(B, ...)`."""
@@ -386,7 +401,13 @@ class StackedModels(nn.Module):
 
     def take(self, images: Tensor) -> "StackedModels":
         """Return the models of some of the images, `(B',)` indices."""
-        tensors: list[Tensor | None] = [*self.start.values(), self.cells, self.patches, self.trigger_column]
+        tensors: list[Tensor | None] = [
+            *self.start.values(),
+            self.cells,
+            self.patches,
+            self.tokens,
+            self.trigger_column,
+        ]
         tensors += [self.target_size]
         tensors += [place for place in self.places if place is not None and place.ndim == 2]
         for module in self.modules():
@@ -408,7 +429,7 @@ class StackedModels(nn.Module):
     def release(self) -> None:
         """Free tensors that only learning needs."""
         self.zero_grad()
-        self.cells = self.patches = self.trigger_column = None
+        self.cells = self.patches = self.tokens = self.trigger_column = None
         self.places = []
         self.model.decoder.query = None
 
