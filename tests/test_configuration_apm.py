@@ -43,7 +43,10 @@ NONSENSE = [
     ({"patch_size": 13}, r"image_size: expected a multiple of patch_size=13, got .*448"),
     ({"position_size": 1022}, r"position_size: expected a multiple of 4.*got 1022"),
     ({"pooling": "max"}, r"pooling: expected one of \['mean', 'attention'\], got 'max'"),
-    ({"trigger_source": "teacher"}, r"trigger_source: expected one of \['conv', 'embedding', 'columns', 'tokens'\], got"),
+    (
+        {"trigger_source": "teacher"},
+        r"trigger_source: expected one of \['conv', 'embedding', 'columns', 'tokens'\], got",
+    ),
     ({"image_size": 0}, r"image_size: expected a positive integer, got 0"),
     ({"hidden_sizes": [10**10]}, r"sizes: expected at most 1,048,576 everywhere, got 10,000,000,000"),
     ({"feature_size": 10**10}, r"sizes: expected at most 1,048,576 everywhere"),

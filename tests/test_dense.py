@@ -466,6 +466,35 @@ def test_options_that_are_given_count_though_they_equal_the_defaults_of_other_pr
     assert [(one.max_steps, one.learning_rate) for one in taken] == [(1000, 1e-4), (1500, 2e-3)]
 
 
+def test_a_student_of_local_columns_is_made_queried_and_adapted(place, teacher, monkeypatch):
+    small = {"image_size": 32, "patch_size": 8, "trigger_channels": 16, "num_column_blocks": 1, "pooling": "mean"}
+    words = ["distill", "--preset", "student", "--teacher", teacher.name, "--dataset", str(place / "photos")]
+    words += ["--config_overrides", json.dumps({**SMALL, **small}), "--max_steps", "3", "--batch_size", "4"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    forget_accelerate()
+    assert main([*words, "--output_dir", str(place / "student")]) == 0
+    apm = APM.load(place / "student", teacher=teacher)
+    assert apm.model.config.feature_std is not None  # measured, as this preset does
+    assert apm.encode(place / "photos/0.png").shape == (1, teacher.feature_size)
+    assert apm.encode_dense(place / "photos/0.png", size=16).shape == (1, 13, 16, teacher.feature_size)
+    adapted = apm.fit(place / "photos/0.png")
+    assert adapted is not None
+
+
+def test_settings_of_a_preset_yield_to_those_that_are_given(place, teacher, monkeypatch):
+    taken = []
+
+    def stop(student, rows, *, config, **options):
+        taken.append((config.learning_rate, config.rgb_weight, config.batch_size))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("apm_hf.distillation.recipe.distill", stop)
+    words = ["distill", "--preset", "student", "--teacher", teacher.name, "--dataset", str(place / "photos")]
+    main([*words, "--output_dir", str(place / "third")])
+    main([*words, "--output_dir", str(place / "third"), "--learning_rate", "1e-4", "--batch_size=8"])
+    assert taken == [(2e-3, 0.0, 32), (1e-4, 0.0, 8)]
+
+
 def test_a_map_is_written_row_by_row_as_it_is_queried(place, teacher, monkeypatch, capsys):
     monkeypatch.setattr("apm_hf.pair.upsampling.BAND_LOCATIONS", 100)
     path, output = str(place / "photos/1.png"), place / "map.safetensors"

@@ -116,7 +116,13 @@ def _summary(
 
 
 def _values(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in fields(kind)}
+    from ..distillation.recipe import PRESET_SETTINGS
+
+    values = {field.name: getattr(options, field.name) for field in fields(kind)}
+    own = {name: value for name, value in PRESET_SETTINGS.get(options.preset, {}).items() if name in values}
+    if options.streaming or options.feature_cache:  # crops need images by number, and their own features
+        own.pop("random_crops", None)
+    return values | {name: value for name, value in own.items() if name not in options.given}
 
 
 def _dense_settings(options: argparse.Namespace) -> "DenseConfig":

@@ -37,6 +37,18 @@ from .validation import card_figures
 
 logger = logging.get_logger(__name__)
 
+# Settings of a preset beside its architecture, where they are not the defaults below: the paper's recipe.
+PRESET_SETTINGS: dict[str, dict[str, Any]] = {
+    "student": {
+        "random_crops": True,
+        "statistics_images": 512,
+        "batch_size": 32,
+        "learning_rate": 2e-3,
+        "warmup_steps": 50,
+        "rgb_weight": 0.0,
+    }
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -61,8 +73,8 @@ class TrainingConfig:
     preset: str = field(
         default="tiny",
         metadata={
-            "help": "ready-made settings; dense refines the teacher's tokens and has defaults of its own "
-            "(docs/dense.md), others read pixels"
+            "help": "ready-made settings; dense refines the teacher's tokens, student reads local columns of pixels, "
+            "both with defaults of their own; others read pixels with the paper's recipe"
         },
     )
     config_overrides: str = field(
