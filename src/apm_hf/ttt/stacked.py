@@ -287,6 +287,7 @@ class StackedModels(nn.Module):
         self.cells = self.patches = self.tokens = None
         if model.config.trigger_source == "columns":
             with torch.no_grad():
+                assert pixel_values is not None
                 columns = model.fold(pixel_values).float()
             trigger_column = columns.mean(dim=(1, 2))
             self.tokens = sample_grid(columns, grid_coordinates(*grid, device=model.device)[None]).to(self.dtype)
