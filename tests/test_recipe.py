@@ -182,7 +182,7 @@ def test_input_and_architecture_can_be_chosen_and_the_result_is_published_with_i
         "push_to_hub": True,
         "hub_model_id": "someone/apm-tiny",
     }
-    assert distilled(flags(place, tmp_path / "none", max_steps=1, **settings)) == 0
+    assert distilled(flags(place, tmp_path / "none", max_steps=1, **settings)) == 1
     assert not published and "not published, since the card warns of this model; `apm push" in caplog.text
     assert "**Do not use this model: this student is no better" in (tmp_path / "none/README.md").read_text()
     here.setattr(validation, "worse_than_constant", lambda metrics: None)

@@ -85,6 +85,9 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     metrics = result.distillation.metrics[-1] if result.distillation.metrics else {}
     said, warning = verdict(metrics), worse_than_constant(metrics)
     print("\n".join(_summary(training, settings.max_steps, result.distillation, metrics)))
+    if training.push_to_hub and result.address is None:
+        again = f"apm push {result.distillation.output_dir} {training.hub_model_id} --force"
+        raise ValueError(f"not published, since the card warns of this model; `{again}` publishes it all the same")
     return {
         "output_dir": result.distillation.output_dir,
         "steps": settings.max_steps,

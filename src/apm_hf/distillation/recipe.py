@@ -116,7 +116,7 @@ class TrainingResult:
         distillation: the student, its figures, and where it was saved.
         num_processes: that it took.
         is_main_process: whether this is the one that wrote card and model.
-        address: of the commit, where the result was published.
+        address: of the commit; None where the result was not published, also since its card warns of it.
     """
 
     distillation: DistillationResult
@@ -275,8 +275,6 @@ def _publish(
         return None
     assert training.hub_model_id is not None
     if facts.warning:
-        again = f"apm push {result.output_dir} {training.hub_model_id} --force"
-        logger.error(f"not published, since the card warns of this model; `{again}` publishes it all the same")
         return None
     address = publish(result.output_dir, training.hub_model_id)
     logger.info(address)
