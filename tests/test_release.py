@@ -61,15 +61,20 @@ def test_torch_hub_asks_for_what_the_package_needs():
     assert set(runpy.run_path(str(ROOT / "hubconf.py"))["dependencies"]) == modules
 
 
-def test_the_script_for_jobs_installs_from_the_repository_and_distils(tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for row in range(4):
+        SceneDataset(4)[row]["image"].save(folder / f"{row}.png")
+    return folder
+
+
+def test_the_script_for_jobs_installs_from_the_repository_and_distils(photos, tmp_path, monkeypatch, capfd):
     script = ROOT / "examples/jobs/distill.py"
     header = re.search(r"^# /// script\n(.*?)^# ///$", script.read_text(), re.S | re.M)[1]
     wanted = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.M))
     assert wanted["dependencies"] == [f"apm_hf[train,viz] @ git+{REPOSITORY}"]
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for row in range(4):
-        SceneDataset(4)[row]["image"].save(photos / f"{row}.png")
     arguments = f"--teacher {DEMO_TEACHER} --dataset {photos} --output_dir {tmp_path / 'student'} --max_steps 1"
     arguments += " --batch_size 2 --num_pictures 0 --report_to none --push_to_hub --hub_model_id user/apm"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -86,13 +91,9 @@ def test_a_job_whose_model_would_be_lost_does_not_begin(monkeypatch):
         runpy.run_path(str(ROOT / "examples/jobs/distill.py"), run_name="__main__")
 
 
-def test_trackio_gets_the_figures_of_a_run(tmp_path, environment):
+def test_trackio_gets_the_figures_of_a_run(photos, tmp_path, environment):
     """Where it is installed: `pip install trackio`. In its own process, since it reads its folder when imported."""
     pytest.importorskip("trackio")
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for row in range(4):
-        SceneDataset(4)[row]["image"].save(photos / f"{row}.png")
     arguments = f"--teacher {DEMO_TEACHER} --dataset {photos} --output_dir {tmp_path / 'student'} --max_steps 2"
     arguments += " --batch_size 2 --num_pictures 0 --logging_steps 1 --report_to trackio --json"
     command = [sys.executable, "-m", "apm_hf.commands.main", "distill", *arguments.split()]

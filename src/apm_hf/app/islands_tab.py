@@ -97,7 +97,7 @@ def island_pictures(seen: PhotoFeatures, heights: Sequence[int] = HEIGHTS) -> li
 
 
 def made_of_pictures(models: AppModels, seen: PhotoFeatures) -> list[Picture]:
-    """What islands are made of: features, the teacher's beside them, colours, and a control."""
+    """Draw what islands are made of: features, the teacher's beside them, colours, and a control."""
     features = seen.features.float()
     colours = PCAColours.fit(features)
     shown = {"Features": (colours(features), "of the APM, three principal components")}
