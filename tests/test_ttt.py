@@ -143,6 +143,14 @@ def test_behind_local_columns_residual_blocks_learn_and_norms_stay():
     assert_close(adapted.query().pooler_output, adapted.image_embeds)
 
 
+@pytest.mark.parametrize("fit", ["last_layers", "low_rank", "output_bias"])
+def test_frozen_layers_read_local_columns_too(fit):
+    model, (images, targets) = small_model(**COLUMNS, pooling="attention"), problem()
+    adapted = run(model, images, targets, paper(fit=fit, learning_rate=1e-2))
+    assert (adapted.losses[:, -1] < adapted.losses[:, 0]).all()
+    assert (adapted.query(grid_coordinates(GRID, GRID)).pooler_output - adapted.query().pooler_output).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_random_weights_are_fitted_as_given_ones_are(variant):
     model, (images, targets) = small_model(**VARIANTS[variant]), problem()

@@ -63,7 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pooling": "mean",
         "initializer_range": 0.06,
     },
-    # Reads pixels through local columns: a small student for new photos, 1.3 M parameters at F = 192.
+    # Reads pixels through local columns: a small student for new photos, 1.4 M parameters at F = 192.
     "student": {
         "image_size": 224,
         "patch_size": 16,

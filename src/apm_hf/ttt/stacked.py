@@ -362,10 +362,10 @@ class StackedModels(nn.Module):
         self.places, decoder = places, self.model.decoder
         if isinstance(decoder.query, FrozenLayers):
             where = None if places[0] is None else torch.cat([place for place in places if place is not None], dim=-1)
-            rows, columns, patches, _ = self._locations(where)
+            rows, columns, patches, tokens = self._locations(where)
             half = decoder.position_size // 2
             codes = [code.to(self.dtype) for code in axis_codes(half, rows, columns)]
-            decoder.query.prepare(self._trigger(), *codes, patches)
+            decoder.query.prepare(self._trigger(), *codes, patches, tokens)
 
     def forward(self, step: int) -> dict[str, Tensor]:
         """Return `"pooled"`, `(B, F)`, and the decoder's outputs, `(B, n, ...)`, at the prepared locations.
