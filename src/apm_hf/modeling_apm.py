@@ -886,9 +886,11 @@ class APMModel(APMPreTrainedModel):
             if num_images != num_columns:
                 raise ValueError(f"pixel_values: expected {num_columns} images, one per column, got {num_images}")
         patches = tokens = None
+        if config.trigger_is_grid:
+            standardised = self._standardised(trigger_column)
         if coordinates is None:  # rows and columns of the grid
             if config.trigger_is_grid:
-                tokens = trigger_column.flatten(1, 2)  # (B, L, D)
+                tokens = standardised.flatten(1, 2)  # (B, L, D)
             index = torch.arange(self.grid_size, dtype=torch.float32, device=device)
             rows, columns = index[None, :, None], index[None, None]
             if config.local_patch:
@@ -897,16 +899,14 @@ class APMModel(APMPreTrainedModel):
             rows, columns = axis_indices(coordinates, self.grid_size).split(1, dim=-1)  # (1 or B, L, 1) twice
             if config.local_patch:
                 pyramid = averaged(images, config.local_patch_scales)
-            if config.trigger_is_grid:
-                standardised = self._standardised(trigger_column)
         step = self._chunk_rows(trigger_column, columns, chunk_size)
         for start in range(0, rows.shape[1], step) if step else (0,):  # a range would fix a traced number of rows
             chunk = slice(start, start + step if step else None)
             if coordinates is None:
                 width = columns.shape[2]
                 cells = slice(start * width, chunk.stop * width if step else None)
-                windows, columns_of_cells = (None if one is None else one[:, cells] for one in (patches, tokens))
-                yield rows[:, chunk], columns, windows, columns_of_cells
+                parts = [None if values is None else values[:, cells] for values in (patches, tokens)]
+                yield rows[:, chunk], columns, parts[0], parts[1]
             else:
                 if config.local_patch:
                     patches = sample_local_patches(pyramid, coordinates[:, chunk], config.patch_size)

@@ -37,6 +37,8 @@ from .validation import card_figures
 
 logger = logging.get_logger(__name__)
 
+CardPhotos = tuple[list[Image.Image], str]  # photos for the card, and what they are: none, and ""
+
 # Settings of a preset beside its architecture, where they are not the defaults below: the paper's recipe.
 PRESET_SETTINGS: dict[str, dict[str, Any]] = {
     "student": {
@@ -153,11 +155,10 @@ def train(training: TrainingConfig, config: DistillationConfig | DenseConfig, *,
     resumes = isinstance(config, DistillationConfig) and config.resume
     if not resumes and not config.overwrite:
         make_room(Run(config.output_dir, process_state()), overwrite=False)  # refuses a folder with a run
-    photos, about_photos = _card_photos(training)
+    photos = _card_photos(training)
     overrides, processor_options = (_json_object(training, name) for name in ("config_overrides", "image_processor"))
     if isinstance(config, DenseConfig):
-        options = {"photos": photos, "about_photos": about_photos, "command": command}
-        return _train_dense(training, config, overrides, **options)  # type: ignore[arg-type]
+        return _train_dense(training, config, overrides, photos, command=command)
     set_seed(config.seed)
     # Each process's own device: of several GPUs "cuda" alone is the first one until Accelerate has shared them out.
     placed = {"device": process_state().device, "dtype": training.teacher_dtype}
@@ -222,7 +223,7 @@ def train(training: TrainingConfig, config: DistillationConfig | DenseConfig, *,
         shown = _draw_card_picture(result, APM(result.student, image_processor, teacher), photos)
         if training.with_text:
             save_with_text(result.student, teacher, image_processor, result.output_dir)
-        address = _publish(training, config, result, command, about_photos if shown else "")
+        address = _publish(training, config, result, command, shown)
     return TrainingResult(result, state.num_processes, state.is_main_process, address)
 
 
@@ -230,9 +231,8 @@ def _train_dense(
     training: TrainingConfig,
     config: DenseConfig,
     overrides: dict[str, Any],
+    photos: CardPhotos,
     *,
-    photos: list[Image.Image],
-    about_photos: str,
     command: str,
 ) -> TrainingResult:
     """Distil a decoder of the teacher's tokens, see [`apm_hf.distillation.dense`]."""
@@ -257,7 +257,7 @@ def _train_dense(
     address = None
     if state.is_main_process:
         shown = _draw_card_picture(found, APM(found.student, train_pairs.image_processor, teacher), photos)
-        address = _publish(training, config, found, command, about_photos if shown else "")
+        address = _publish(training, config, found, command, shown)
     return TrainingResult(found, state.num_processes, state.is_main_process, address)
 
 
@@ -300,23 +300,25 @@ def _check_cacheable(training: TrainingConfig, config: DistillationConfig) -> No
         raise ValueError("--feature_cache: expected a data set that is not streamed: features are found by row")
 
 
-def _draw_card_picture(result: DistillationResult, apm: APM, photos: list[Image.Image]) -> bool:
-    """Draw the photos for the card, and return whether it has a picture."""
+def _draw_card_picture(result: DistillationResult, apm: APM, photos: CardPhotos) -> str:
+    """Draw the photos for the card, and return what its picture shows; empty where it has none."""
+    pictures, what = photos
+    if not pictures:
+        return ""
     device = apm.bare_model.device
     try:
-        if photos:
-            if apm.teacher is not None:
-                apm.bare_model.to(apm.teacher.device)
-            write_card_picture(result.output_dir, apm, photos)
+        if apm.teacher is not None:
+            apm.bare_model.to(apm.teacher.device)
+        write_card_picture(result.output_dir, apm, pictures)
     except ImportError as error:
         logger.warning(f"the card goes without a picture: {error}")
-        return False
+        return ""
     finally:
         apm.bare_model.to(device)
-    return bool(photos)
+    return what
 
 
-def _card_photos(training: TrainingConfig) -> tuple[list[Image.Image], str]:
+def _card_photos(training: TrainingConfig) -> CardPhotos:
     try:
         return card_photos(training.card_images)
     except ImportError as error:

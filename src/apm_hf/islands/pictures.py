@@ -135,26 +135,24 @@ def photos_picture(
     photos: Sequence[Image.Image],
     path: Path,
     model: APMModel,
+    control: APMModel,
     pixel_values: Tensor,
     *,
     trigger_column: Tensor | None = None,
     heights: Sequence[int] = (2, 6),
     size: int = 64,
-    seed: int = 0,
 ) -> Path:
     """Write a figure with a row for each photo: features, regions, and features of a model with random weights.
 
     Args:
         photos: B square photos.
         path: of the PNG file.
+        control: the model with random weights, see [`apm_hf.APM.control`].
         pixel_values, trigger_column: `(B, C, S, S)` and `(B, ...)`, the model's inputs of these photos.
         heights: numbers of regions, ascending.
         size: locations along a side of the maps.
-        seed: random seed of the control.
     """
-    control, rows = random_model(model.config, seed=seed).to(model.device), []
-    if model.config.trigger_source == "tokens":
-        control.trigger = model.trigger  # the teacher is no part of what is drawn
+    rows = []
     for index, photo in enumerate(photos):
         pixels, column = (None if x is None else x[index : index + 1] for x in (pixel_values, trigger_column))
         assert pixels is not None

@@ -172,8 +172,9 @@ def write_card_picture(folder: str | os.PathLike[str], apm: "APM", photos: Seque
 
     pixel_values = apm.pixel_values(list(photos))
     column = apm.trigger_column(list(photos), pixel_values)
+    models = apm.bare_model, apm.control().bare_model
     with torch.no_grad():
-        return photos_picture(photos, Path(folder) / PICTURE, apm.bare_model, pixel_values, trigger_column=column)
+        return photos_picture(photos, Path(folder) / PICTURE, *models, pixel_values, trigger_column=column)
 
 
 def _hub_name(name: str) -> str | None:

@@ -110,7 +110,7 @@ class _Graph(nn.Module):
         places: Axes = {"coordinates": ["batch", "locations", 2] if per_image else ["locations", 2]}
         column: list[Any] = ["batch", config.trigger_width]
         if config.trigger_is_grid:
-            column = ["batch", "rows", "cols", config.feature_size]
+            column = ["batch", "rows", "cols", config.trigger_width]
             if self.model.folds:
                 pixel_values = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
                 column = ["batch", *self.model.fold(pixel_values).shape[1:]]
