@@ -133,9 +133,9 @@ def naive_columns(config: APMConfig, weights: dict[str, Tensor], pixel_values: T
         return weights[f"{name}.weight"] @ inputs + weights[f"{name}.bias"]
 
     def convolve(name: str, maps: Tensor, stride: int, y: int, x: int) -> Tensor:
-        """One output `(D)` for maps `(rows, cols, C)`, zero outside."""
+        """One output `(D)` for maps `(rows, cols, C)`, zero outside: a patch, or a place and its neighbours."""
         weight, found = weights[f"{name}.weight"], weights[f"{name}.bias"].clone()
-        reach, depthwise = weight.shape[-1] // 2, weight.shape[1] == 1 < maps.shape[-1]
+        reach, depthwise = weight.shape[-1] % 2, weight.shape[1] == 1 < maps.shape[-1]
         for i in range(weight.shape[-1]):
             for j in range(weight.shape[-1]):
                 row, column = y * stride + i - reach, x * stride + j - reach
@@ -144,16 +144,20 @@ def naive_columns(config: APMConfig, weights: dict[str, Tensor], pixel_values: T
                     found = found + (tap[:, 0] * maps[row, column] if depthwise else tap @ maps[row, column])
         return found
 
+    patch = min(4, config.patch_size)
+    strides = [patch] + [2] * int(math.log2(config.patch_size / patch))
     folded = []
     for image in pixel_values:
-        maps, last = image.permute(1, 2, 0), config.patch_size.bit_length() - 2
-        for layer in range(last + 1):
-            name, size = f"trigger.convolutions.{layer}", len(maps) // 2
+        maps = image.permute(1, 2, 0)
+        for layer, stride in enumerate(strides):
+            name, size = f"trigger.convolutions.{layer}", len(maps) // stride
             cells = [
-                norm(f"trigger.norms.{layer}", convolve(name, maps, 2, y, x)) for y in range(size) for x in range(size)
+                norm(f"trigger.norms.{layer}", convolve(name, maps, stride, y, x))
+                for y in range(size)
+                for x in range(size)
             ]
             maps = torch.stack(cells).unflatten(0, (size, size))
-            maps = maps if layer == last else activation(maps)
+            maps = maps if layer == len(strides) - 1 else activation(maps)
         for block in range(config.num_column_blocks):
             name, added = f"trigger.blocks.{block}", torch.zeros_like(maps)
             for y in range(len(maps)):

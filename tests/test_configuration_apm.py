@@ -111,7 +111,7 @@ def test_nonsense_says_what_was_expected(fields, message):
     [
         ({"patch_size": 14, "image_size": 224}, "patch_size: expected a power of 2 with trigger_source='columns'"),
         ({"num_column_blocks": -1}, "num_column_blocks: expected 0, or more"),
-        ({"trigger_source": "conv"}, "num_column_blocks: expected 0, or more with trigger_source='columns', got 2"),
+        ({"trigger_source": "conv"}, "num_column_blocks: expected 0, or more with trigger_source='columns', got 3"),
         ({"trigger_size": 5}, "trigger_size: expected trigger_channels with trigger_source='columns', that is 192"),
     ],
     ids=str,

@@ -46,6 +46,25 @@ def test_losses_are_mean_squared_errors_and_their_weighted_sum():
     assert losses["loss"].item() == pytest.approx(2 * grid + 0.5 * cls + 3 * rgb, rel=1e-5)
 
 
+def test_the_other_distance_of_features_is_smooth_l1_and_cosine_in_the_standardised_space():
+    outputs, targets = answers(), wanted()
+    mean, std = noise(5, seed=6), noise(5, seed=7).abs() + 0.5
+    losses = distillation_losses(
+        outputs, targets, LossWeights(), distance="smooth_l1_cosine", feature_mean=mean, feature_std=std
+    )
+    standardised = [((x - mean) / std).double() for x in (outputs.last_hidden_state, targets.features)]
+    errors = (standardised[0] - standardised[1]).abs()
+    smooth = [e * e / 2 if e < 1 else e - 0.5 for e in errors.flatten().tolist()]
+    assert min(errors.max(), 1) == 1 > errors.min()  # both parts of the curve
+    cosines = [
+        sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+        for a, b in zip(*(x.flatten(0, 1).tolist() for x in standardised), strict=True)
+    ]
+    expected = sum(smooth) / len(smooth) + 1 - sum(cosines) / len(cosines)
+    assert losses["loss_grid"].item() == pytest.approx(expected, rel=1e-5)
+    assert losses["loss_rgb"].item() == pytest.approx(naive_mse(outputs.rgb, targets.rgb), rel=1e-5)
+
+
 @pytest.mark.parametrize("left", ["grid", "cls", "rgb"])
 def test_a_loss_of_weight_zero_is_not_computed(left):
     weights = LossWeights(**{name: float(name == left) for name in ("grid", "cls", "rgb")})

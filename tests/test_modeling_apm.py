@@ -19,6 +19,7 @@ from naive_apm import (
     assert_close,
     assert_same_answers,
     naive_apm,
+    naive_columns,
     naive_fold,
     naive_grid_coordinates,
     random_coordinates,
@@ -527,6 +528,16 @@ def test_local_columns_of_an_image_of_any_size_are_queried_anywhere_at_little_co
         assert_same_answers(expected, outputs)
     last = model.query(columns, places[-1:], pixel_values=pixel_values)
     assert_close(last.last_hidden_state[:, 0], outputs.last_hidden_state[:, -1])
+
+
+@pytest.mark.parametrize(("patch_size", "rows"), [(2, 4), (16, 2)])
+def test_local_columns_of_other_patches_equal_the_naive_form(patch_size, rows):
+    side = patch_size * rows
+    model = small_model(**COLUMNS, patch_size=patch_size, image_size=side).double()
+    pixel_values = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    columns = naive_columns(model.config, model.state_dict(), pixel_values)
+    assert columns.shape == (2, rows, rows, 16)
+    assert_close(model.fold(pixel_values), columns)
 
 
 def test_the_student_costs_a_quarter_of_the_smallest_usual_teacher():

@@ -379,11 +379,11 @@ class APMDecoder(GradientCheckpointingLayer):
 
 
 class APMColumnBlock(nn.Module):
-    """Add to each local column what its neighbours and an MLP make of it (the block of arXiv:2201.03545)."""
+    """Add to each local column what its neighbours and an MLP make of it (the block of arXiv:2201.03545, 3 x 3)."""
 
     def __init__(self, width: int, act: str):
         super().__init__()
-        self.neighbours = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.neighbours = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm = nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.activation = ACT2FN[act]
@@ -396,16 +396,17 @@ class APMColumnBlock(nn.Module):
 
 
 class APMColumns(nn.Module):
-    """Fold an image into local columns, one per cell: 3 x 3 convolutions of stride 2, then blocks."""
+    """Fold an image into local columns, one per cell: 4 x 4 patches, 3 x 3 convolutions of stride 2, then blocks."""
 
     def __init__(self, config: APMConfig):
         super().__init__()
-        halvings, width = config.patch_size.bit_length() - 1, config.trigger_channels
-        widths = [config.num_channels, *(max(8, width >> (halvings - 1 - i)) for i in range(halvings))]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(*pair, 3, stride=2, padding=1) for pair in zip(widths, widths[1:], strict=False)
-        )
-        self.norms = nn.ModuleList(nn.LayerNorm(one) for one in widths[1:])
+        patch, width = min(4, config.patch_size), config.trigger_channels
+        halvings = (config.patch_size // patch).bit_length() - 1
+        widths = [max(8, width >> halvings - i) for i in range(halvings + 1)]
+        self.convolutions = nn.ModuleList([nn.Conv2d(config.num_channels, widths[0], patch, stride=patch)])
+        for pair in zip(widths, widths[1:], strict=False):
+            self.convolutions.append(nn.Conv2d(*pair, 3, stride=2, padding=1))
+        self.norms = nn.ModuleList(nn.LayerNorm(one) for one in widths)
         self.activation = ACT2FN[config.hidden_act]
         self.blocks = nn.ModuleList(APMColumnBlock(width, config.hidden_act) for _ in range(config.num_column_blocks))
 

@@ -128,7 +128,12 @@ class _Distillation:
             teacher_batch_size=config.teacher_batch_size,
         )
         self.objective = Objective(
-            student.config, targets, config.loss_weights, num_locations=config.num_locations, jitter=config.jitter
+            student.config,
+            targets,
+            config.loss_weights,
+            distance=config.feature_loss,
+            num_locations=config.num_locations,
+            jitter=config.jitter,
         )
         self.train_data, streaming = train_data, isinstance(train_data, IterableDataset)
         if not streaming and len(train_data) == 0:

@@ -1,7 +1,8 @@
 """Compute the losses of distillation, in float32.
 
 Source: arXiv:2410.20535, section 3: L_grid on the teacher's patch features, L_cls on its image embedding, L_rgb on the
-image itself; all are mean squared errors. L_level is ours: the teacher's layers, for a column of levels per location.
+image itself; all are mean squared errors. L_level is ours: the teacher's layers, for a column of levels per location;
+so is a second distance of features, which large errors and the length of features decide less.
 
 Legend: B images, L locations, N levels, C width of a level, F feature width, (rows, cols) the grid of the targets.
 """
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling_apm import APMModelOutput
+
+# How features are compared with the teacher's: the paper's mean squared error, or the sum of smooth L1 and 1 - cosine.
+DISTANCES = ("mse", "smooth_l1_cosine")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def distillation_losses(
     targets: DistillationTargets,
     weights: LossWeights,
     *,
+    distance: str = "mse",
+    feature_mean: Tensor | None = None,
     feature_std: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return those of L_grid, L_cls, L_rgb and L_level that are weighted, and their weighted sum as `loss`.
@@ -76,8 +82,9 @@ def distillation_losses(
     Levels count where there are targets for them.
 
     Args:
-        feature_std: `(F,)` or `()`, the standard deviation of the teacher's features: L_grid and L_cls then compare in
-            the standardised space, where the means cancel.
+        distance: one of `DISTANCES`, of L_grid and L_cls.
+        feature_mean, feature_std: `(F,)`, and `(F,)` or `()`, of the teacher's features: L_grid and L_cls then compare
+            in the standardised space.
 
     Raises:
         ValueError: where colours are weighted and the student has no RGB head, or levels of another shape than its.
@@ -99,8 +106,11 @@ def distillation_losses(
         if output is None or target is None or not getattr(weights, name):
             continue
         output, target = output.float(), target.float()
-        if feature_std is not None and name in ("grid", "cls"):
-            losses[f"loss_{name}"] = ((output - target) / feature_std).square().mean()
+        if name in ("grid", "cls") and feature_mean is not None and feature_std is not None:
+            output, target = (output - feature_mean) / feature_std, (target - feature_mean) / feature_std
+        if name in ("grid", "cls") and distance == "smooth_l1_cosine":
+            cosine = F.cosine_similarity(output, target, dim=-1).mean()
+            losses[f"loss_{name}"] = F.smooth_l1_loss(output, target) + 1 - cosine
         else:
             losses[f"loss_{name}"] = F.mse_loss(output, target)
     total = sum(getattr(weights, name.removeprefix("loss_")) * loss for name, loss in losses.items())

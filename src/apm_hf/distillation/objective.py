@@ -30,6 +30,7 @@ class Objective:
         targets: runs the teachers.
         weights: of the losses; those of colours and levels apply to the main teacher only.
         num_locations: random patches of each teacher that are queried in training; None queries all.
+        distance: of features, see [`distillation_losses`].
         jitter: whether teachers' grids are moved by a random part of a patch in training.
     """
 
@@ -39,10 +40,11 @@ class Objective:
         targets: TargetMaker,
         weights: LossWeights,
         *,
+        distance: str = "mse",
         num_locations: int | None = None,
         jitter: bool = False,
     ):
-        self.architecture, self.targets, self.weights = architecture, targets, weights
+        self.architecture, self.targets, self.weights, self.distance = architecture, targets, weights, distance
         self.num_locations, self.jitter = num_locations, jitter
         self.around_teachers: Callable[[], AbstractContextManager] = nullcontext  # entered while teachers run
 
@@ -147,7 +149,9 @@ class Objective:
         weights: LossWeights,
     ) -> dict[str, Tensor]:
         targets = head.at(locations.get(head.grid))
-        std = self.architecture.teacher_head(name)["feature_std"]
-        if std is not None:
-            std = torch.tensor(std, dtype=torch.float32, device=targets.features.device)
-        return distillation_losses(outputs, targets, weights, feature_std=std)
+        statistics = {
+            kind: torch.tensor(value, dtype=torch.float32, device=targets.features.device)
+            for kind, value in self.architecture.teacher_head(name).items()
+            if kind in ("feature_mean", "feature_std") and value is not None
+        }
+        return distillation_losses(outputs, targets, weights, distance=self.distance, **statistics)

@@ -47,6 +47,7 @@ PRESET_SETTINGS: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "learning_rate": 2e-3,
         "warmup_steps": 50,
+        "feature_loss": "smooth_l1_cosine",
         "rgb_weight": 0.0,
     }
 }

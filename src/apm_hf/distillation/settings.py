@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..modeling_apm import APMModel
 from .feature_statistics import KINDS
-from .losses import LossWeights
+from .losses import DISTANCES, LossWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,9 @@ class DistillationConfig:
     )
     num_locations: int | None = field(
         default=None, metadata={"help": "random locations trained on per step; all of them by default"}
+    )
+    feature_loss: str = field(
+        default="mse", metadata={"help": "loss of features: mse, as in the paper, or smooth_l1_cosine"}
     )
     grid_weight: float = field(default=1.0, metadata={"help": "weight of the loss on the teacher's patch features"})
     cls_weight: float = field(default=1.0, metadata={"help": "weight of the loss on the teacher's image embedding"})
@@ -105,6 +108,8 @@ class DistillationConfig:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.statistics not in KINDS:
             raise ValueError(f"statistics: expected one of {list(KINDS)}, got {self.statistics!r}")
+        if self.feature_loss not in DISTANCES:
+            raise ValueError(f"feature_loss: expected one of {list(DISTANCES)}, got {self.feature_loss!r}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         for name in ("num_locations", "teacher_batch_size", "peak_tflops"):
