@@ -48,3 +48,15 @@ def test_the_smallest_share_is_a_share():
         with pytest.raises(ValueError, match="min_area: expected a share above 0 and at most 1"):
             RandomCrops(pictures(), "image", min_area=wrong)
     assert np.asarray(RandomCrops(pictures(), "image", min_area=1)[0]["image"]).shape[0] >= HEIGHT * 0.8
+
+
+def test_a_fixed_number_of_crops_is_the_same_in_every_epoch():
+    crops = RandomCrops(pictures(4), "image", seed=3, views=3)
+    assert len(crops) == 12
+    before = [np.asarray(crops[row]["image"]).tobytes() for row in range(12)]
+    assert len(set(before)) == 12
+    crops.set_epoch(1)
+    assert [np.asarray(crops[row]["image"]).tobytes() for row in range(12)] == before
+    assert [crops[row]["label"] for row in range(12)] == [row // 3 for row in range(12)]
+    with pytest.raises(ValueError, match="views: expected a number of crops or 0, got -1"):
+        RandomCrops(pictures(), "image", views=-1)

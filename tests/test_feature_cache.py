@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from apm_hf import load_teacher
 from apm_hf.commands.main import main
+from apm_hf.data.augmentation import RandomCrops
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DistillationConfig, matching_image_processor
@@ -122,6 +123,26 @@ def test_rows_are_what_the_teacher_says(whole, teacher, images):
         torch.testing.assert_close(row["image_embeds"], answer.image_embeds[0], atol=1e-5, rtol=1e-5)
     apart = torch.stack([row["image_embeds"] for row in cache.__getitems__(range(NUM_IMAGES))]).diff(dim=0)
     assert apart.abs().amax(dim=1).min() > 0.1, "nothing to tell the images apart by"
+
+
+def test_crops_are_rows_of_their_own_with_the_features_of_each(teacher, images, tmp_path):
+    crops = RandomCrops(images, "image", seed=5, views=3)
+    cache = write(tmp_path / "crops", teacher, crops)
+    cache.check(teacher, images)
+    rows = CachedImages(images, cache)
+    assert len(rows) == 3 * NUM_IMAGES and rows.cache.views == 3
+    for position in (0, 1, 4, 32):
+        row, answer = rows[position], teacher.encode_images(crops[position]["image"])
+        assert row["image"].tobytes() == crops[position]["image"].tobytes() and row["index"] == position
+        torch.testing.assert_close(row["features"], answer.features[0], atol=1e-5, rtol=1e-5)
+    first = torch.stack([rows[position]["image_embeds"] for position in range(3)])
+    assert first.diff(dim=0).abs().amax(dim=1).min() > 0.01, "the crops of an image are the same"
+    with pytest.raises(ValueError, match=r"number of images \(expected 10, got 11\)"):
+        cache.check(teacher, images[:10])
+    with pytest.raises(ValueError, match="images: expected a fixed number of views of each"):
+        write(tmp_path / "endless", teacher, RandomCrops(images, "image"))
+    with pytest.raises(ValueError, match="crops"):
+        write(tmp_path / "crops", teacher, RandomCrops(images, "image", seed=6, views=3))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -572,8 +593,11 @@ def test_a_distillation_from_a_cache_is_the_one_without_and_asks_no_teacher(plac
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"random_crops": True}, "--random_crops: expected a teacher to show other views to, got --feature_cache"),
-        ({"jitter": True}, "--jitter: expected a teacher to show other views to"),
+        (
+            {"random_crops": True},
+            "--random_crops: expected none with --feature_cache, which holds features of fixed views",
+        ),
+        ({"jitter": True}, "--jitter: expected none with --feature_cache"),
         ({"streaming": True}, "--feature_cache: expected a data set that is not streamed"),
         ({"max_images": 7}, r"number of images \(expected 7, got 11\)"),
         ({"extra_teachers": ["more=CLIP"]}, "expected complete grids beside additional teachers, got some locations"),

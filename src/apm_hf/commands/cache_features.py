@@ -8,7 +8,7 @@ from .options import add
 HELP = "store a teacher's features on the disk, for faster distillation"
 DESCRIPTION = """
 Run a teacher once on every training image and store its outputs in a folder that `apm distill --feature_cache` reads
-instead of running it again. Give the data set, its splits, --max_images and --seed as to `apm distill`. The same
+instead of running it again. With --views, they are of random crops, which the student is then trained on. Give the data set, its splits, --max_images and --seed as to `apm distill`. The same
 command runs under `torchrun --nproc_per_node N -m apm_hf.commands.main cache-features ...` and `accelerate
 launch`, on any number of computers that share the folder. Started again, it verifies what is there and writes what is
 missing or damaged. docs/scaling.md says when a cache pays.
@@ -38,8 +38,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation_split", metavar="NAME", help="by default found, or held out; not cached")
     add(parser, "--image_column")
     add(parser, "--max_images")
-    add(parser, "--seed", "the subset of --max_images, what is held out, locations", default=0)
+    add(parser, "--seed", "the subset of --max_images, what is held out, locations, crops", default=0)
     parser.add_argument("--num_locations", type=int, help="random patches kept of each image; all of them by default")
+    parser.add_argument(
+        "--views", type=int, default=0, help="random crops of each image, mirrored half the time; 0 takes whole images"
+    )
     parser.add_argument("--level_layers", type=int, nargs="+", help="teacher layers to keep, for students with levels")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(default: %(default)s)"
@@ -55,6 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     from transformers.utils import logging
 
+    from ..data.augmentation import RandomCrops
     from ..data.loading import train_and_validation
     from ..runs.processes import process_state
     from ..runs.run import own_folder
@@ -83,7 +87,10 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         max_images=options.max_images,
         seed=options.seed,
     )
-    plan, state = estimate(teacher, len(data.dataset), settings), process_state()
+    images = data.dataset
+    if options.views:
+        images = RandomCrops(images, data.image_column, seed=options.seed, views=options.views)
+    plan, state = estimate(teacher, len(images), settings), process_state()
     if state.is_main_process:
         print(
             f"{plan.num_images} images of {plan.bytes_per_image / 1e3:.4g} kB: {plan.num_bytes / 1e9:.4g} GB in "
@@ -96,7 +103,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         cache = write_feature_cache(
             options.output_dir,
             teacher,
-            data.dataset,
+            images,
             image_column=data.image_column,
             settings=settings,
             dataset_name=options.dataset,

@@ -16,38 +16,49 @@ _ASPECT = 4 / 3  # crops are at most so much wider or taller than the picture is
 
 
 class RandomCrops(Dataset):
-    """Rows of a data set, every image cropped and perhaps mirrored; which way depends on (seed, epoch, row) alone.
+    """Crop every image of a data set, and mirror half of them; which way depends on seed, epoch and row alone.
 
     Args:
         dataset: rows with images, by index.
         image_column: its column of images, decoded or not.
         min_area: the smallest share of a picture's area that a crop keeps; 1 only mirrors.
-        seed: of the views.
+        seed: of the crops.
+        views: K, to make K crops of every image that are the same in every epoch, rows K * i to K * i + K - 1 of image
+            i, so that a teacher's features of them can be cached. 0 makes one crop of every image, another each epoch.
 
     Raises:
-        ValueError: for a share outside (0, 1].
+        ValueError: for a share outside (0, 1], or a negative number of views.
     """
 
-    def __init__(self, dataset: Any, image_column: str, *, min_area: float = 0.3, seed: int = 0) -> None:
+    def __init__(
+        self, dataset: Any, image_column: str, *, min_area: float = 0.3, seed: int = 0, views: int = 0
+    ) -> None:
         if not 0 < min_area <= 1:
             raise ValueError(f"min_area: expected a share above 0 and at most 1, got {min_area}")
+        if views < 0:
+            raise ValueError(f"views: expected a number of crops or 0, got {views}")
         self.dataset, self.image_column = dataset, image_column
-        self.min_area, self.seed, self.epoch = min_area, seed, 0
+        self.min_area, self.seed, self.views, self.epoch = min_area, seed, views, 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that decide on the crops."""
+        return {"min_area": self.min_area, "seed": self.seed, "views": self.views}
 
     def set_epoch(self, epoch: int) -> None:
-        """Other views from now on."""
+        """Make other crops from now on, unless their number is fixed."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset) * max(1, self.views)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row: Mapping[str, Any] = self.dataset[index]
+        row: Mapping[str, Any] = self.dataset[index // max(1, self.views)]
         try:
             image = decode_image(row[self.image_column])
         except ValueError:
             return dict(row)  # unchanged: who makes batches counts it, or reports what is wrong
-        rng = np.random.default_rng([self.seed, self.epoch, index])
+        rng = np.random.default_rng([self.seed, 0 if self.views else self.epoch, index])
         return {**row, self.image_column: self._view(image, rng)}
 
     def _view(self, image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:

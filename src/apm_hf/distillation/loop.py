@@ -150,7 +150,7 @@ class _Distillation:
             validation_data=_digest(validation_data),
             num_processes=processes,
             sharded=sharded(self.accelerator),
-            feature_cache=train_data.cache.index["settings"] if isinstance(train_data, CachedImages) else None,
+            feature_cache=train_data.cache.facts if isinstance(train_data, CachedImages) else None,
         )
         self.checkpoints = Checkpoints(self.output_dir, keep=config.keep_checkpoints)
         self.resumed: Path | None = None

@@ -202,7 +202,7 @@ def train(training: TrainingConfig, config: DistillationConfig | DenseConfig, *,
         with process_state().main_process_first():  # the others find what it remembered
             cache = FeatureCache(training.feature_cache).verify()
         cache.check(teacher, images, image_column=data.image_column, level_layers=config.level_layers)
-        rows = CachedImages(images, cache)
+        rows = CachedImages(images, cache, image_column=data.image_column)
     result = distill(
         student,
         rows,
@@ -293,10 +293,13 @@ def _refuse_others(training: TrainingConfig) -> None:
 
 
 def _check_cacheable(training: TrainingConfig, config: DistillationConfig) -> None:
-    """Refuse settings that need other outputs of the teacher than a cache holds: those for complete images, by row."""
+    """Refuse settings that need other outputs of the teacher than a cache holds."""
     for name, given in (("random_crops", training.random_crops), ("jitter", config.jitter)):
         if given:
-            raise ValueError(f"--{name}: expected a teacher to show other views to, got --feature_cache")
+            raise ValueError(
+                f"--{name}: expected none with --feature_cache, which holds features of fixed views: apm cache-features "
+                "--views makes them of crops"
+            )
     if training.streaming:
         raise ValueError("--feature_cache: expected a data set that is not streamed: features are found by row")
 

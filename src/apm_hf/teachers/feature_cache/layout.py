@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.augmentation import RandomCrops
 from ...runs.identity import images_digest
 from ..licenses import public_name
 
@@ -108,10 +109,14 @@ def contents(
 ) -> dict[str, Any]:
     """Describe what a cache is made from, as `index.json` holds it: equal descriptions mean equal features."""
     plan = estimate(teacher, len(images), settings)
+    photos, crops = (images.dataset, images.settings) if isinstance(images, RandomCrops) else (images, None)
+    if crops is not None and not crops["views"]:
+        raise ValueError("images: expected a fixed number of views of each, got crops that every epoch makes anew")
     return {
         "format": FORMAT,
         "teacher": teacher.identity(),
-        "dataset": {"name": public_name(dataset_name), "fingerprint": images_digest(images, image_column)},
+        "dataset": {"name": public_name(dataset_name), "fingerprint": images_digest(photos, image_column)},
+        "crops": crops,
         "num_rows": len(images),
         "grid": list(grid_of(teacher)),
         "images_per_shard": plan.images_per_shard,

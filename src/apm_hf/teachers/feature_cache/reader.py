@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...data.augmentation import RandomCrops
 from ...runs.checksums import fault_of, read_checksummed, write_checksummed
 from ...runs.identity import images_digest
 from ...runs.run import differences
@@ -114,6 +115,16 @@ class FeatureCache(Dataset):
         """Return the SHA-256 of the images that the cache was made from."""
         return self.index["dataset"]["fingerprint"]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what decides on the features, beside teacher and images."""
+        return {**self.index["settings"], "crops": self.index["crops"]}
+
+    @property
+    def views(self) -> int:
+        """Return how many rows each image has: its crops, or itself."""
+        return self.index["crops"]["views"] if self.index["crops"] else 1
+
     def check(
         self,
         teacher: Any,
@@ -122,7 +133,7 @@ class FeatureCache(Dataset):
         image_column: str = "image",
         level_layers: Sequence[int] | None = None,
     ) -> None:
-        """Check that the cache holds this teacher's outputs for these images.
+        """Check that the cache holds this teacher's outputs for these images, or for crops of them.
 
         Raises:
             ValueError: names all that differs; `expected` is what is asked for, `got` the cache's.
@@ -131,8 +142,8 @@ class FeatureCache(Dataset):
         if self.index["teacher"]["dtype"] != str(teacher.dtype).removeprefix("torch."):
             # Another precision changes last bits, which is allowed; the weights are compared as bfloat16.
             found = [line for line in found if line not in ("teacher.weights",) and "teacher.dtype" not in line]
-        if len(images) != self.index["num_rows"]:
-            found.append(f"number of images (expected {len(images)}, got {self.index['num_rows']})")
+        if len(images) * self.views != self.index["num_rows"]:
+            found.append(f"number of images (expected {len(images)}, got {self.index['num_rows'] // self.views})")
         elif images_digest(images, image_column) != self.index["dataset"]["fingerprint"]:
             found.append(f"images (the cache is of {self.index['dataset']['name']!r})")
         kept, asked = self.index["settings"]["level_layers"] or [], list(level_layers or [])
@@ -180,13 +191,18 @@ _AGAIN = "; the command that made the cache verifies it and writes again what is
 class CachedImages(Dataset):
     """Join rows of a data set with their `index` and cached outputs; images without outputs are left out.
 
+    Where the cache is of crops, these are what the rows hold.
+
     Args:
         images: rows with images, by index.
         cache: of these images.
+        image_column: their column of images.
     """
 
-    def __init__(self, images: Any, cache: FeatureCache) -> None:
-        self.images, self.cache = images, cache
+    def __init__(self, images: Any, cache: FeatureCache, *, image_column: str = "image") -> None:
+        crops = cache.index["crops"]
+        self.images = RandomCrops(images, image_column, **crops) if crops else images
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.cache)

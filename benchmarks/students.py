@@ -1,0 +1,359 @@
+"""Measure how students of pixels grow with the number of photos that they are distilled from.
+
+    python benchmarks/students.py --teacher facebook/deit-tiny-patch16-224 --datasets CALTECH101 IMAGENET_SAMPLE \
+        --output_dir students --write
+
+Crops of every photo and the teacher's outputs for them are computed once. A student is then distilled for every
+number of photos, with the library's own loop, and its result stored: a command that was interrupted goes on. Photos
+are drawn from all data sets together. Held out are photos of every data set, and of the first one also all photos of
+every tenth class, which no student sees.
+
+R² is that of `apm distill`: in units of each feature's standard deviation, after the mean of every position is removed,
+with its interval from the bootstrap over images. k-NN names held-out photos by pooled outputs alone (10 neighbours,
+cosine, among at most 20 training photos of each class). `--write` puts tables and plot into docs/students.md.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import set_seed
+
+from apm_hf import APMConfig, APMModel, Teacher, load_teacher
+from apm_hf.data.augmentation import RandomCrops
+from apm_hf.data.images import ImageCollator
+from apm_hf.data.loading import ImageData, train_and_validation
+from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
+from apm_hf.evaluation.statistics import Interval, mean_interval
+from apm_hf.evaluation.tables import markdown_table
+from apm_hf.position_encoding import grid_coordinates
+from apm_hf.runs.provenance import commit, computer, versions
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "students.md"
+BEGIN, END = "<!-- law:begin -->", "<!-- law:end -->"
+HELD_OUT = 256  # photos of each data set
+APART = 10  # every tenth class of the first data set
+PIXELS = {
+    "image_size": 224,
+    "patch_size": 16,
+    "use_rgb_head": False,
+    "pooling": "attention",
+    "initializer_range": 0.06,
+}
+PAPER = {**PIXELS, "hidden_sizes": [1024, 512, 256], "hidden_act": "gelu"}
+# Name -> preset, other fields of it, learning rate.
+STUDENTS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "local columns": ("student", {}, 2e-3),
+    "local patches": ("tiny", {**PAPER, "local_patch": True, "local_patch_scales": [1, 2, 4]}, 1e-3),
+    "one column": ("tiny", PAPER, 1e-3),
+}
+
+
+class Crops(Dataset):
+    """Crops as 8-bit pixels `(3, S, S)` and the teacher's outputs for them, in files that are mapped into memory."""
+
+    def __init__(self, folder: Path, rows: list[int] | None = None):
+        self.folder, self.facts = folder, json.loads((folder / "facts.json").read_text())
+        count, (side, rows_cols, width) = self.facts["count"], self.facts["sizes"]
+        self.pixels = np.memmap(folder / "pixels.u8", np.uint8, "r", shape=(count, 3, side, side))
+        self.features = np.memmap(folder / "features.f16", np.float16, "r", shape=(count, rows_cols, rows_cols, width))
+        self.embeds = np.load(folder / "embeds.npy")
+        self.labels = np.array(self.facts["labels"])
+        self.mean, self.std = (torch.tensor(self.facts[name])[:, None, None] for name in ("mean", "std"))
+        self.rows = list(range(count)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        row = self.rows[position]
+        pixels = torch.from_numpy(self.pixels[row].astype(np.float32)) / 255
+        features = torch.from_numpy(self.features[row].astype(np.float32))
+        embeds = torch.from_numpy(self.embeds[row])
+        return {"pixel_values": (pixels - self.mean) / self.std, "features": features, "image_embeds": embeds}
+
+    @classmethod
+    def of(cls, photos: Any, labels: list[int], column: str, teacher: Teacher, folder: Path, *, views: int) -> "Crops":
+        """Compute what is not there yet: crop K * i + k is the k-th of photo i; one view is the whole photo."""
+        if (folder / "facts.json").exists():
+            return cls(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        processor = teacher.image_processor
+        images = RandomCrops(photos, column, views=views) if views > 1 else photos
+        collate = ImageCollator(None, column, teacher_image_processor=processor)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        embeds: list[np.ndarray] = []
+        with open(folder / "pixels.u8", "wb") as pixels, open(folder / "features.f16", "wb") as features:
+            for start in tqdm(range(0, len(images), 32), desc=folder.name):
+                rows = range(start, min(start + 32, len(images)))
+                values = collate([{"index": row, **images[row]} for row in rows])["teacher_pixel_values"]
+                outputs = teacher.encode_images(pixel_values=values)
+                pixels.write(((values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).numpy().tobytes())
+                features.write(outputs.features.half().numpy().tobytes())
+                embeds.append(outputs.image_embeds.float().numpy())
+        np.save(folder / "embeds.npy", np.concatenate(embeds))
+        sizes = [values.shape[-1], *outputs.features.shape[2:]]
+        facts = {"count": len(images), "sizes": sizes, "mean": list(processor.image_mean)}
+        facts |= {"std": list(processor.image_std), "labels": [label for label in labels for _ in range(views)]}
+        (folder / "facts.json").write_text(json.dumps(facts))
+        return cls(folder)
+
+
+class Joined(Dataset):
+    """Photos of several data sets, one after another; K crops of each."""
+
+    def __init__(self, parts: list[Crops], views: int, photos: np.ndarray | None = None):
+        places = [(part, row) for part in parts for row in range(len(part))]
+        self.places = places if photos is None else [places[views * i + k] for i in photos for k in range(views)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        part, row = self.places[position]
+        return part[row]
+
+
+def split(data: ImageData, apart: bool) -> tuple[list[int], list[int], list[int]]:
+    """Return the labels of all rows, the rows that are trained on, and those of classes that are held apart."""
+    rows = range(len(data.dataset))
+    column = data.label_column
+    labels = [int(label) for label in data.dataset[column]] if column else [0] * len(rows)
+    other = [row for row in rows if apart and labels[row] % APART == 0]
+    return labels, [row for row in rows if not (apart and labels[row] % APART == 0)], other
+
+
+def prepare(options: argparse.Namespace, teacher: Teacher) -> tuple[list[Crops], dict[str, Crops]]:
+    """Return the crops to train on of every data set, and the held-out ones by name."""
+    training, held_out = [], {}
+    for number, name in enumerate(options.datasets):
+        data, validation = train_and_validation(name, max_validation_images=HELD_OUT, validation_fraction=0.1, seed=0)
+        folder = options.output_dir / "crops" / f"{number}"
+
+        def crops(part: ImageData, rows: list[int], labels: list[int], kind: str, views: int, to: Path) -> Crops:
+            photos = part.dataset.select(rows)
+            return Crops.of(photos, [labels[row] for row in rows], part.image_column, teacher, to / kind, views=views)
+
+        labels, known, other = split(data, number == 0)
+        training.append(crops(data, known, labels, "training", options.views, folder))
+        labels, rows, _ = split(validation, number == 0)
+        held_out[f"photos of {Path(name).name}"] = crops(validation, rows, labels, "held_out", 1, folder)
+        if other:
+            labels, _, _ = split(data, False)
+            drawn = np.random.default_rng(0).permutation(other)[:HELD_OUT].tolist()
+            held_out["classes held apart"] = crops(data, drawn, labels, "apart", 1, folder)
+            shown = [row for label in set(labels) for row in [i for i in known if labels[i] == label][:20]]
+            held_out["neighbours"] = crops(data, sorted(shown), labels, "neighbours", 1, folder)
+    return training, held_out
+
+
+@torch.no_grad()
+def outputs_of(model: APMModel, crops: Crops) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield features, the teacher's, and pooled outputs, batch by batch."""
+    places = grid_coordinates(*crops.features.shape[1:3])
+    for start in range(0, len(crops), 32):
+        rows = [crops[row] for row in range(start, min(start + 32, len(crops)))]
+        batch = {name: torch.stack([row[name] for row in rows]) for name in ("pixel_values", "features")}
+        outputs = model(batch["pixel_values"], places)
+        yield outputs.last_hidden_state, batch["features"].flatten(1, 2), outputs.pooler_output
+
+
+def judge(model: APMModel, held_out: Mapping[str, Crops], std: Tensor) -> dict[str, Any]:
+    """Return R² on all held-out photos, each with its interval, and k-NN accuracy beside the teacher's."""
+    figures: dict[str, Any] = {}
+    pooled: dict[str, np.ndarray] = {}
+    for name, crops in held_out.items():
+        found = [torch.cat(parts) for parts in zip(*outputs_of(model, crops), strict=True)]
+        pooled[name] = found[2].numpy()
+        if name == "neighbours":
+            continue
+        error = ((found[0] - found[1]) / std).square().sum(dim=(1, 2))
+        whole = ((found[1] - found[1].mean(dim=0)) / std).square().sum(dim=(1, 2))
+        figures[name] = vars(mean_interval((1 - error / whole.mean()).numpy(), seed=0))
+    name = next(iter(held_out))
+    bank, asked = held_out["neighbours"], held_out[name]
+    for row, known, queries in (
+        ("k-NN", pooled["neighbours"], pooled[name]), ("k-NN, teacher", bank.embeds, asked.embeds)
+    ):  # fmt: skip
+        nearest = KNeighborsClassifier(10, metric="cosine", weights="distance").fit(known, bank.labels)
+        figures[row] = vars(mean_interval((nearest.predict(queries) == asked.labels).astype(float), seed=0))
+    return figures
+
+
+def point(name: str, photos: int, seed: int, options: argparse.Namespace, data: Any, teacher: Teacher) -> None:
+    """Distil one student and store what it reaches."""
+    training, held_out = data
+    number = sum(len(part) for part in training) // options.views
+    photos = min(photos, number)
+    folder = options.output_dir / f"{name.replace(' ', '_')}-{photos}-{options.steps}-{seed}"
+    if (folder / "result.json").exists():
+        return
+    preset, fields, rate = STUDENTS[name]
+    set_seed(seed)
+    student = APMModel(APMConfig.preset(preset, feature_size=teacher.feature_size, **fields))
+    drawn = np.random.default_rng(seed).permutation(number)[:photos]
+    resume = (folder / "checkpoints").is_dir()
+    config = DistillationConfig(
+        output_dir=str(folder), max_steps=options.steps, batch_size=32, learning_rate=rate, warmup_steps=50,
+        statistics_images=512, feature_loss="smooth_l1_cosine", rgb_weight=0.0, mixed_precision="bf16",
+        validation_steps=options.steps, checkpoint_steps=500, keep_checkpoints=1, num_pictures=0, report_to="none",
+        seed=seed, resume=resume, overwrite=not resume,
+    )  # fmt: skip
+    start = time.process_time()
+    result = distill(
+        student,
+        Joined(training, options.views, drawn),
+        config=config,
+        image_processor=matching_image_processor(teacher, student.config.image_size),
+        validation_data=next(iter(held_out.values())),
+    )
+    seconds = time.process_time() - start
+    std = torch.tensor(result.student.config.feature_std)
+    figures = judge(result.student, held_out, std)
+    controls = {key: value for key, value in result.metrics[-1].items() if key.endswith("_r2")}
+    stored = {"student": name, "photos": photos, "steps": options.steps, "seed": seed, "core_seconds": seconds}
+    stored |= {"parameters": student.num_parameters(), "figures": figures, "controls": controls}
+    (folder / "result.json").write_text(json.dumps(stored, indent=2) + "\n")
+
+
+def law(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, float, np.ndarray] | None:
+    """Fit log(1 - R²) = a + b log(photos) by least squares; returns (a, b), the residuals' deviation, and x."""
+    if len({row["photos"] for row in rows}) < 3:
+        return None
+    x = np.log([row["photos"] for row in rows])
+    y = np.log([1 - row["figures"][name]["mean"] for row in rows])
+    design = np.stack([np.ones_like(x), x], axis=1)
+    fit = np.linalg.lstsq(design, y, rcond=None)[0]
+    return fit, float(np.sqrt(((y - design @ fit) ** 2).sum() / max(1, len(x) - 2))), x
+
+
+def foretold(rows: list[dict[str, Any]], name: str, photos: int) -> Interval | None:
+    """Return R² that the law gives for a number of photos, with its 95 % prediction interval."""
+    from scipy.stats import t
+
+    if (found := law(rows, name)) is None:
+        return None
+    (a, b), deviation, x = found
+    here = np.log(photos)
+    spread = deviation * np.sqrt(1 + 1 / len(x) + (here - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
+    reach = t.ppf(0.975, max(1, len(x) - 2)) * spread
+    middle = a + b * here
+    return Interval(*(1 - np.exp([middle, middle + reach, middle - reach])))
+
+
+def cell(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def report(options: argparse.Namespace, held_out: list[str]) -> str:
+    """Return the tables in Markdown, and draw the plot beside the document."""
+    results = [json.loads(path.read_text()) for path in sorted(options.output_dir.glob("*/result.json"))]
+    results.sort(key=lambda one: (list(STUDENTS).index(one["student"]), one["steps"], one["photos"], one["seed"]))
+    sets = [name for name in held_out if name != "neighbours"]
+    header = [
+        "student",
+        "photos",
+        "steps",
+        "seed",
+        *(f"R², {name}" for name in sets),
+        "k-NN, % of teacher's",
+        "core-h",
+    ]
+    table = [
+        [
+            one["student"], f"{one['photos']:,}", f"{one['steps']:,}", str(one["seed"]),
+            *(cell(one["figures"][name]) for name in sets),
+            f"{100 * one['figures']['k-NN']['mean'] / one['figures']['k-NN, teacher']['mean']:.0f}",
+            f"{one['core_seconds'] / 3600:.2f}",
+        ]
+        for one in results
+    ]  # fmt: skip
+    lines = [markdown_table(header, table), ""]
+    last = max(results, key=lambda one: (one["photos"], one["steps"]))
+    named = {"mean_r2": "mean feature", "position_r2": "position alone", "ridge_r2": "ridge regression"}
+    others = ", ".join(
+        f"{title} {last['controls'][key]:.3f}" for key, title in named.items() if key in last["controls"]
+    )
+    lines += [f"Controls fitted to the same {last['photos']:,} photos, R² on {sets[0]}: {others}.", ""]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for one in results:
+        groups.setdefault((one["student"], one["steps"]), []).append(one)
+    for (name, steps), rows in groups.items():
+        for where in sets:
+            if (found := law(rows, where)) is None:
+                continue
+            told = ", ".join(
+                f"{label} ({count:,} photos) {cell(vars(interval))}"
+                for label, count in (("COCO", 118_287), ("ImageNet-1k", 1_281_167))
+                if (interval := foretold(rows, where, count)) is not None
+            )
+            lines.append(
+                f"* {name}, {steps:,} steps, {where}: 1 - R² falls as photos to the power {found[0][1]:.4f}; this "
+                f"foretells {told} with 95 % prediction intervals, if the law holds so far beyond the data."
+            )
+    lines += ["", f"![R² and number of photos]({DOCUMENT.stem}/law.png)", ""]
+    named_versions = ", ".join(f"{key} {value}" for key, value in versions().items())
+    lines.append(f"Computer: {computer()}; commit {commit()}; {named_versions}.")
+    draw(groups, sets, options.output_dir / "law.png")
+    return "\n".join(lines)
+
+
+def draw(groups: Mapping[tuple[str, int], list[dict[str, Any]]], sets: list[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(sets), 3.2), layout="constrained", dpi=110)
+    panels = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+    for panel, where in zip(panels, sets, strict=True):
+        for (name, steps), rows in groups.items():
+            x = [row["photos"] for row in rows]
+            found = [row["figures"][where] for row in rows]
+            y = [one["mean"] for one in found]
+            bars = [[one["mean"] - one["low"] for one in found], [one["high"] - one["mean"] for one in found]]
+            panel.errorbar(x, y, yerr=bars, marker="o", markersize=4, label=f"{name}, {steps:,} steps")
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set(xscale="log", title=where, xlabel="photos", ylabel="R²" if panel is panels[0] else "")
+    panels[0].legend(fontsize=7)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument(
+        "--datasets", nargs="+", required=True, help="with labels; classes of the first are held apart"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
+    parser.add_argument("--photos", nargs="*", type=int, default=[250, 500, 1000, 2000, 4000, 10**9])
+    parser.add_argument("--steps", type=int, default=1500, help="of 32 crops")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--views", type=int, default=3, help="crops of each photo")
+    parser.add_argument("--write", action="store_true", help="put tables and plot into docs/students.md")
+    options = parser.parse_args()
+    teacher = load_teacher(options.teacher, dtype="bfloat16")
+    data = prepare(options, teacher)
+    for name in options.students:
+        for photos in options.photos:
+            for seed in options.seeds:
+                point(name, photos, seed, options, data, teacher)
+    text = report(options, list(data[1]))
+    print(text)
+    if options.write:
+        before = DOCUMENT.read_text()
+        DOCUMENT.write_text(f"{before.split(BEGIN)[0]}{BEGIN}\n{text}\n{END}{before.split(END)[1]}")
+        picture = DOCUMENT.with_suffix("") / "law.png"
+        picture.parent.mkdir(exist_ok=True)
+        picture.write_bytes((options.output_dir / "law.png").read_bytes())
+
+
+if __name__ == "__main__":
+    main()
