@@ -8,9 +8,9 @@ number of photos, with the library's own loop, and its result stored: a command 
 are drawn from all data sets together. Held out are photos of every data set, and of the first one also all photos of
 every tenth class, which no student sees.
 
-R² is that of `apm distill`: in units of each feature's standard deviation, after the mean of every position is removed,
-with its interval from the bootstrap over images. k-NN names held-out photos by pooled outputs alone (10 neighbours,
-cosine, among at most 20 training photos of each class). `--write` puts tables and plot into docs/students.md.
+R² is that of `apm distill`: in units of each feature's standard deviation, after the mean of every position is
+removed, with its interval from the bootstrap over images. k-NN names held-out photos by pooled outputs alone (10
+neighbours, cosine, among at most 20 training photos of each class). `--write` puts tables and plot into docs/students.md.
 """
 
 import argparse
@@ -42,14 +42,15 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "students.md"
 BEGIN, END = "<!-- law:begin -->", "<!-- law:end -->"
 HELD_OUT = 256  # photos of each data set
 APART = 10  # every tenth class of the first data set
-PIXELS = {
+PAPER = {
     "image_size": 224,
     "patch_size": 16,
+    "hidden_sizes": [1024, 512, 256],
+    "hidden_act": "gelu",
     "use_rgb_head": False,
     "pooling": "attention",
     "initializer_range": 0.06,
 }
-PAPER = {**PIXELS, "hidden_sizes": [1024, 512, 256], "hidden_act": "gelu"}
 # Name -> preset, other fields of it, learning rate.
 STUDENTS: dict[str, tuple[str, dict[str, Any], float]] = {
     "local columns": ("student", {}, 2e-3),

@@ -595,7 +595,7 @@ def test_a_distillation_from_a_cache_is_the_one_without_and_asks_no_teacher(plac
     [
         (
             {"random_crops": True},
-            "--random_crops: expected none with --feature_cache, which holds features of fixed views",
+            "--random_crops: expected none with --feature_cache, which holds fixed views",
         ),
         ({"jitter": True}, "--jitter: expected none with --feature_cache"),
         ({"streaming": True}, "--feature_cache: expected a data set that is not streamed"),

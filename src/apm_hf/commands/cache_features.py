@@ -8,10 +8,11 @@ from .options import add
 HELP = "store a teacher's features on the disk, for faster distillation"
 DESCRIPTION = """
 Run a teacher once on every training image and store its outputs in a folder that `apm distill --feature_cache` reads
-instead of running it again. With --views, they are of random crops, which the student is then trained on. Give the data set, its splits, --max_images and --seed as to `apm distill`. The same
-command runs under `torchrun --nproc_per_node N -m apm_hf.commands.main cache-features ...` and `accelerate
-launch`, on any number of computers that share the folder. Started again, it verifies what is there and writes what is
-missing or damaged. docs/scaling.md says when a cache pays.
+instead of running it again. With --views, they are of random crops, which the student is then trained on. Give the
+data set, its splits, --max_images and --seed as to `apm distill`. The same command runs under `torchrun
+--nproc_per_node N -m apm_hf.commands.main cache-features ...` and `accelerate launch`, on any number of computers
+that share the folder. Started again, it verifies what is there and writes what is missing or damaged. docs/scaling.md
+says when a cache pays.
 """
 EXAMPLES = (
     "apm cache-features --teacher facebook/dinov2-small --dataset photos/ --output_dir features --dry_run",

@@ -297,8 +297,8 @@ def _check_cacheable(training: TrainingConfig, config: DistillationConfig) -> No
     for name, given in (("random_crops", training.random_crops), ("jitter", config.jitter)):
         if given:
             raise ValueError(
-                f"--{name}: expected none with --feature_cache, which holds features of fixed views: apm cache-features "
-                "--views makes them of crops"
+                f"--{name}: expected none with --feature_cache, which holds fixed views; apm cache-features --views "
+                "makes them of crops"
             )
     if training.streaming:
         raise ValueError("--feature_cache: expected a data set that is not streamed: features are found by row")
