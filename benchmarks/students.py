@@ -10,7 +10,8 @@ every tenth class, which no student sees.
 
 R² is that of `apm distill`: in units of each feature's standard deviation, after the mean of every position is
 removed, with its interval from the bootstrap over images. k-NN names held-out photos by pooled outputs alone (10
-neighbours, cosine, among at most 20 training photos of each class). `--write` puts tables and plot into docs/students.md.
+neighbours, cosine, among at most 20 training photos of each class). `--write` puts tables and plot into
+docs/students.md.
 """
 
 import argparse
@@ -42,20 +43,12 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "students.md"
 BEGIN, END = "<!-- law:begin -->", "<!-- law:end -->"
 HELD_OUT = 256  # photos of each data set
 APART = 10  # every tenth class of the first data set
-PAPER = {
-    "image_size": 224,
-    "patch_size": 16,
-    "hidden_sizes": [1024, 512, 256],
-    "hidden_act": "gelu",
-    "use_rgb_head": False,
-    "pooling": "attention",
-    "initializer_range": 0.06,
-}
+PAPER = {"use_rgb_head": False, "hidden_act": "gelu"}
 # Name -> preset, other fields of it, learning rate.
 STUDENTS: dict[str, tuple[str, dict[str, Any], float]] = {
     "local columns": ("student", {}, 2e-3),
-    "local patches": ("tiny", {**PAPER, "local_patch": True, "local_patch_scales": [1, 2, 4]}, 1e-3),
-    "one column": ("tiny", PAPER, 1e-3),
+    "local patches": ("paper", {**PAPER, "local_patch": True, "local_patch_scales": [1, 2, 4]}, 1e-3),
+    "one column": ("paper", PAPER, 1e-3),
 }
 
 

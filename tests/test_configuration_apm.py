@@ -95,7 +95,8 @@ def test_overrides_replace_fields_of_a_preset():
 
 def test_unknown_preset_says_which_there_are():
     with pytest.raises(
-        ValueError, match=r"expected one of \['clip-ttt', 'dense', 'dinov2-large', 'student', 'tiny'\], got 'clip'"
+        ValueError,
+        match=r"expected one of \['clip-ttt', 'dense', 'dinov2-large', 'paper', 'student', 'tiny'\], got 'clip'",
     ):
         APMConfig.preset("clip")
 

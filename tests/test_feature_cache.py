@@ -552,6 +552,7 @@ def distil(place, folder, *, cache=None, **settings):
     chosen = {
         "dataset": str(place / "photos"),
         "teacher": str(place / "clip"),
+        "preset": "tiny",
         "config_overrides": json.dumps(STUDENT),
     }
     config = {"max_steps": 4, "batch_size": 4, "report_to": "none", "learning_rate": 1e-2, "mixed_precision": "no"}

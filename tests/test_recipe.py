@@ -62,6 +62,7 @@ def flags(place, output_dir, **settings):
         "teacher": place / "clip",
         "dataset": place / "photos",
         "output_dir": output_dir,
+        "preset": "tiny",
         "config_overrides": json.dumps(STUDENT),
         "max_steps": 6,
         "batch_size": 8,

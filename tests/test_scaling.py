@@ -85,6 +85,7 @@ def launched(tmp_path_factory, environment):
     named = {
         "teacher": str(folder / "clip"),
         "dataset": str(folder / "photos"),
+        "preset": "tiny",
         "config_overrides": json.dumps(STUDENT),
     }
 

@@ -658,7 +658,12 @@ def test_additional_teachers_are_named_with_their_heads(tmp_path, clip, classifi
     data = [SimpleNamespace(dataset=part, image_column="image") for part in (rows[:6], rows[6:])]
     monkeypatch.setattr(training, "train_and_validation", lambda *_, **options: data)
     sizes = {"image_size": 24, "patch_size": 8, "position_size": 16, "hidden_sizes": [32], "rgb_hidden_sizes": [8]}
-    wishes = {"teacher": clip.name, "dataset": str(tmp_path / "photos"), "config_overrides": json.dumps(sizes)}
+    wishes = {
+        "teacher": clip.name,
+        "preset": "tiny",
+        "dataset": str(tmp_path / "photos"),
+        "config_overrides": json.dumps(sizes),
+    }
     result = training.train(
         training.TrainingConfig(extra_teachers=[f"vit={classifier.name}"], **wishes),
         settings(tmp_path / "out", max_steps=2, batch_size=4, statistics_images=5),

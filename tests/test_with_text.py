@@ -54,6 +54,7 @@ def test_distil_with_text_makes_a_folder_for_the_pipeline_without_package_and_te
     overrides = {"image_size": 24, "patch_size": 8, "position_size": 16, "hidden_sizes": [32, 24]}
     status = main(
         ["distill", "--teacher", clip.name, "--dataset", "photos", "--output_dir", "run", "--with_text"]
+        + ["--preset", "tiny"]
         + ["--config_overrides", json.dumps({**overrides, "initializer_range": 0.3, "pooling_num_heads": 4})]
         + ["--max_steps", "2", "--batch_size", "2", "--num_locations", "3", "--report_to", "none"]
         + ["--num_pictures", "0", "--quiet"]

@@ -42,9 +42,10 @@ SMALLER = "a smaller --batch_size (with --gradient_accumulation_steps as much la
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     from ..configuration_apm import PRESETS
-    from ..distillation import DistillationConfig
+    from ..distillation import DistillationConfig, settings
     from ..distillation.recipe import TrainingConfig
 
     add(parser, "--config")
@@ -54,7 +55,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if action.nargs == "?" and action.default is False:
             parser.add_argument(name, action="store_true", help=action.help)
             continue
+        if action.type is string_to_bool:
+            options = {"type": string_to_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+            parser.add_argument(name, help=action.help, **options)
+            continue
         metavar = "JSON" if (action.help or "").startswith("JSON") else "NAME" if action.type is str else None
+        help = action.help
+        if name[2:] in settings.PRESETS["student"]:
+            own = settings.PRESETS["student"][name[2:]]
+            help = f"{help} (default: {own} with the preset student, {action.default} with others)"
         parser.add_argument(
             name,
             type=action.type,
@@ -63,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             required=action.required,
             choices=sorted(PRESETS) if name == "--preset" else action.choices,
             metavar=SHARED[name]["metavar"] if name in SHARED else metavar,
-            help=action.help,
+            help=help,
         )
 
 
@@ -74,11 +83,12 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     from ..runs.processes import command_line
 
     settings: DistillationConfig | DenseConfig
-    training = TrainingConfig(**_values(options, TrainingConfig))
+    training = TrainingConfig(**{field.name: getattr(options, field.name) for field in fields(TrainingConfig)})
     if training.preset == "dense":
         settings = _dense_settings(options)
     else:
-        settings = DistillationConfig(**_values(options, DistillationConfig))
+        own = {field.name for field in fields(DistillationConfig)} & options.given
+        settings = DistillationConfig.preset(options.preset, **{name: getattr(options, name) for name in own})
     result = train(training, settings, command=command_line("apm", options.arguments))
     if not result.is_main_process:
         return None
@@ -116,16 +126,6 @@ def _summary(
         yield f"Do not use it: {warning}."
     yield f"next: apm islands PHOTO --model {folder} --teacher {training.teacher} --output_dir islands"
     yield f"      apm push {folder} USER/NAME" + (" --force" if warning else "")
-
-
-def _values(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
-    from ..distillation.recipe import PRESET_SETTINGS
-
-    values = {field.name: getattr(options, field.name) for field in fields(kind)}
-    own = {name: value for name, value in PRESET_SETTINGS.get(options.preset, {}).items() if name in values}
-    if options.streaming or options.feature_cache:  # crops need images by number, and their own features
-        own.pop("random_crops", None)
-    return values | {name: value for name, value in own.items() if name not in options.given}
 
 
 def _dense_settings(options: argparse.Namespace) -> "DenseConfig":

@@ -39,19 +39,6 @@ logger = logging.get_logger(__name__)
 
 CardPhotos = tuple[list[Image.Image], str]  # photos for the card, and what they are: none, and ""
 
-# Settings of a preset beside its architecture, where they are not the defaults below: the paper's recipe.
-PRESET_SETTINGS: dict[str, dict[str, Any]] = {
-    "student": {
-        "random_crops": True,
-        "statistics_images": 512,
-        "batch_size": 32,
-        "learning_rate": 2e-3,
-        "warmup_steps": 50,
-        "feature_loss": "smooth_l1_cosine",
-        "rgb_weight": 0.0,
-    }
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -74,10 +61,10 @@ class TrainingConfig:
         },
     )
     preset: str = field(
-        default="tiny",
+        default="student",
         metadata={
-            "help": "ready-made settings; dense refines the teacher's tokens, student reads local columns of pixels, "
-            "both with defaults of their own; others read pixels with the paper's recipe"
+            "help": "ready-made settings; student reads local columns of pixels, dense refines the teacher's tokens, "
+            "both with defaults of their own; others, such as paper, have the paper's recipe"
         },
     )
     config_overrides: str = field(
@@ -95,7 +82,10 @@ class TrainingConfig:
     label_column: str | None = field(
         default=None, metadata={"help": "column that holds the labels, found by default; training does not use them"}
     )
-    random_crops: bool = field(default=False, metadata={"help": "train on random crops, mirrored half the time"})
+    random_crops: bool | None = field(
+        default=None,
+        metadata={"help": "train on random crops, mirrored half the time; by default with the preset student alone"},
+    )
     streaming: bool = field(default=False, metadata={"help": "read the dataset while training"})
     max_images: int | None = field(default=None, metadata={"help": "use at most this many images; for training"})
     max_validation_images: int = field(default=256, metadata={"help": "use at most this many images for validation"})
@@ -195,7 +185,8 @@ def train(training: TrainingConfig, config: DistillationConfig | DenseConfig, *,
     if training.streaming:
         whole = training.max_images is None and data.split == data.split.removesuffix("[rest]")
         images = SplitStream(images, name=training.dataset, seed=config.seed, whole=whole)
-    if training.random_crops:
+    by_number = not training.streaming and training.feature_cache is None
+    if training.random_crops or (training.random_crops is None and training.preset == "student" and by_number):
         images = RandomCrops(images, data.image_column, seed=config.seed)
     rows = numbered(images, digest=digest)
     if training.feature_cache is not None:

@@ -2,10 +2,24 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from ..configuration_apm import PRESETS as ARCHITECTURES
 from ..modeling_apm import APMModel
 from .feature_statistics import KINDS
 from .losses import DISTANCES, LossWeights
+
+# What students of a preset learn best with, where that is not the paper's recipe, which are the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "student": {
+        "batch_size": 32,
+        "learning_rate": 2e-3,
+        "warmup_steps": 50,
+        "feature_loss": "smooth_l1_cosine",
+        "rgb_weight": 0.0,
+        "statistics_images": 512,
+    }
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +133,20 @@ class DistillationConfig:
         if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision: expected no, bf16 or fp16, got {self.mixed_precision!r}")
         self.loss_weights  # noqa: B018 - validates them
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> "DistillationConfig":
+        """Return the settings for students of a preset of [`APMConfig`].
+
+        Args:
+            settings: that replace those of the preset, and those that have no default.
+
+        Raises:
+            ValueError: for a name that is no preset, or a value outside its range.
+        """
+        if name not in ARCHITECTURES:
+            raise ValueError(f"preset: expected one of {sorted(ARCHITECTURES)}, got {name!r}")
+        return cls(**{**PRESETS.get(name, {}), **settings})
 
     @property
     def loss_weights(self) -> LossWeights:
