@@ -41,7 +41,7 @@ from apm_hf.runs.provenance import commit, computer, versions
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "students.md"
 BEGIN, END = "<!-- law:begin -->", "<!-- law:end -->"
-HELD_OUT = 256  # photos of each data set
+HELD_OUT = 256  # photos of each data set at most; the same that `apm distill` holds out
 APART = 10  # every tenth class of the first data set
 PAPER = {"use_rgb_head": False, "hidden_act": "gelu"}
 # Name -> preset, other fields of it, learning rate.
@@ -130,7 +130,7 @@ def prepare(options: argparse.Namespace, teacher: Teacher) -> tuple[list[Crops],
     """Return the crops to train on of every data set, and the held-out ones by name."""
     training, held_out = [], {}
     for number, name in enumerate(options.datasets):
-        data, validation = train_and_validation(name, max_validation_images=HELD_OUT, validation_fraction=0.1, seed=0)
+        data, validation = train_and_validation(name, max_validation_images=HELD_OUT, seed=0)
         folder = options.output_dir / "crops" / f"{number}"
 
         def crops(part: ImageData, rows: list[int], labels: list[int], kind: str, views: int, to: Path) -> Crops:
@@ -148,6 +148,11 @@ def prepare(options: argparse.Namespace, teacher: Teacher) -> tuple[list[Crops],
             shown = [row for label in set(labels) for row in [i for i in known if labels[i] == label][:20]]
             held_out["neighbours"] = crops(data, sorted(shown), labels, "neighbours", 1, folder)
     return training, held_out
+
+
+def feature_std(training: list[Crops]) -> Tensor:
+    """Return each feature's standard deviation over crops of the first data set, the units of R² in all results."""
+    return torch.from_numpy(training[0].features[:512].astype(np.float32)).flatten(0, 2).std(dim=0)
 
 
 @torch.no_grad()
@@ -211,8 +216,7 @@ def point(name: str, photos: int, seed: int, options: argparse.Namespace, data: 
         validation_data=next(iter(held_out.values())),
     )
     seconds = time.process_time() - start
-    std = torch.tensor(result.student.config.feature_std)
-    figures = judge(result.student, held_out, std)
+    figures = judge(result.student, held_out, feature_std(training))
     controls = {key: value for key, value in result.metrics[-1].items() if key.endswith("_r2")}
     stored = {"student": name, "photos": photos, "steps": options.steps, "seed": seed, "core_seconds": seconds}
     stored |= {"parameters": student.num_parameters(), "figures": figures, "controls": controls}
@@ -331,10 +335,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of 32 crops")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--views", type=int, default=3, help="crops of each photo")
+    parser.add_argument("--model", help="judge this student of the same teacher, and distil none")
     parser.add_argument("--write", action="store_true", help="put tables and plot into docs/students.md")
     options = parser.parse_args()
     teacher = load_teacher(options.teacher, dtype="bfloat16")
     data = prepare(options, teacher)
+    if options.model:
+        # What it has learnt from is not known here: classes may be held apart from others alone.
+        held_out = {name: crops for name, crops in data[1].items() if name != "classes held apart"}
+        found = judge(APMModel.from_pretrained(options.model), held_out, feature_std(data[0]))
+        print("\n".join(f"{name}: {cell(figure)}" for name, figure in found.items()))
+        return
     for name in options.students:
         for photos in options.photos:
             for seed in options.seeds:
