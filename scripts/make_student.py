@@ -16,10 +16,11 @@ from apm_hf import APMModel
 from apm_hf.assets import STUDENT_MODEL
 from apm_hf.commands.main import main as apm
 from apm_hf.distillation.validation import card_figures
-from apm_hf.publishing.cards import CardFacts, write_card
+from apm_hf.publishing.cards import FACTS_FILE, CardFacts, write_card
 from make_dense import DATASET, LICENSE, save_config
 
 TEACHER = "facebook/deit-tiny-patch16-224"
+CREDIT = "by Fei-Fei Li, Marco Andreetto, Marc'Aurelio Ranzato and Pietro Perona, CC BY 4.0"
 
 
 def main() -> None:
@@ -48,6 +49,7 @@ def main() -> None:
     assert student.config.distilled_from is not None
     student.config.distilled_from[0] |= {"name": TEACHER, "license": LICENSE, "revision": None, "dataset": DATASET}
     save_config(student, str(folder))
+    metrics = json.loads((folder / "metrics.json").read_text())[-1]
     facts = CardFacts(
         repo_id=folder.name,
         teacher=TEACHER,
@@ -55,9 +57,11 @@ def main() -> None:
         command=f"python scripts/make_student.py --steps {options.steps} --views {options.views}",
         steps=options.steps,
         num_parameters=student.num_parameters(),
-        **card_figures(json.loads((folder / "metrics.json").read_text())[-1]),
+        **card_figures({name: value for name, value in metrics.items() if name != "step"}),
     )
-    write_card(folder, facts)
+    card = write_card(folder, facts)
+    card.write_text(card.read_text().replace(f"| data | {DATASET} |", f"| data | {DATASET}, {CREDIT} |"))
+    (folder / FACTS_FILE).unlink()  # of a run that goes on
     for path in folder.iterdir():
         path.chmod(0o644)
 
