@@ -150,9 +150,9 @@ def prepare(options: argparse.Namespace, teacher: Teacher) -> tuple[list[Crops],
     return training, held_out
 
 
-def feature_std(training: list[Crops]) -> Tensor:
-    """Return each feature's standard deviation over crops of the first data set, the units of R² in all results."""
-    return torch.from_numpy(training[0].features[:512].astype(np.float32)).flatten(0, 2).std(dim=0)
+def known_features(training: list[Crops]) -> Tensor:
+    """Return the teacher's features `(B, L, F)` of crops of the first data set: units of R², and controls."""
+    return torch.from_numpy(training[0].features[:512].astype(np.float32)).flatten(1, 2)
 
 
 @torch.no_grad()
@@ -166,8 +166,10 @@ def outputs_of(model: APMModel, crops: Crops) -> Iterator[tuple[Tensor, Tensor, 
         yield outputs.last_hidden_state, batch["features"].flatten(1, 2), outputs.pooler_output
 
 
-def judge(model: APMModel, held_out: Mapping[str, Crops], std: Tensor) -> dict[str, Any]:
-    """Return R² on all held-out photos, each with its interval, and k-NN accuracy beside the teacher's."""
+def judge(model: APMModel, held_out: Mapping[str, Crops], known: Tensor) -> dict[str, Any]:
+    """Return R² on all held-out photos, each with its interval and controls, and k-NN accuracy beside the teacher's."""
+    std = known.flatten(0, 1).std(dim=0)
+    controls = {"mean feature": known.mean(dim=(0, 1)), "position alone": known.mean(dim=0)}
     figures: dict[str, Any] = {}
     pooled: dict[str, np.ndarray] = {}
     for name, crops in held_out.items():
@@ -175,15 +177,19 @@ def judge(model: APMModel, held_out: Mapping[str, Crops], std: Tensor) -> dict[s
         pooled[name] = found[2].numpy()
         if name == "neighbours":
             continue
-        error = ((found[0] - found[1]) / std).square().sum(dim=(1, 2))
         whole = ((found[1] - found[1].mean(dim=0)) / std).square().sum(dim=(1, 2))
-        figures[name] = vars(mean_interval((1 - error / whole.mean()).numpy(), seed=0))
+        for row, features in {
+            name: found[0],
+            **{f"{name}, {one}": control for one, control in controls.items()},
+        }.items():
+            error = ((features - found[1]) / std).square().sum(dim=(1, 2))
+            figures[row] = vars(mean_interval((1 - error / whole.mean()).numpy(), seed=0))
     name = next(iter(held_out))
     bank, asked = held_out["neighbours"], held_out[name]
-    for row, known, queries in (
+    for row, near, queries in (
         ("k-NN", pooled["neighbours"], pooled[name]), ("k-NN, teacher", bank.embeds, asked.embeds)
     ):  # fmt: skip
-        nearest = KNeighborsClassifier(10, metric="cosine", weights="distance").fit(known, bank.labels)
+        nearest = KNeighborsClassifier(10, metric="cosine", weights="distance").fit(near, bank.labels)
         figures[row] = vars(mean_interval((nearest.predict(queries) == asked.labels).astype(float), seed=0))
     return figures
 
@@ -216,7 +222,7 @@ def point(name: str, photos: int, seed: int, options: argparse.Namespace, data: 
         validation_data=next(iter(held_out.values())),
     )
     seconds = time.process_time() - start
-    figures = judge(result.student, held_out, feature_std(training))
+    figures = judge(result.student, held_out, known_features(training))
     controls = {key: value for key, value in result.metrics[-1].items() if key.endswith("_r2")}
     stored = {"student": name, "photos": photos, "steps": options.steps, "seed": seed, "core_seconds": seconds}
     stored |= {"parameters": student.num_parameters(), "figures": figures, "controls": controls}
@@ -343,7 +349,7 @@ def main() -> None:
     if options.model:
         # What it has learnt from is not known here: classes may be held apart from others alone.
         held_out = {name: crops for name, crops in data[1].items() if name != "classes held apart"}
-        found = judge(APMModel.from_pretrained(options.model), held_out, feature_std(data[0]))
+        found = judge(APMModel.from_pretrained(options.model), held_out, known_features(data[0]))
         print("\n".join(f"{name}: {cell(figure)}" for name, figure in found.items()))
         return
     for name in options.students:
