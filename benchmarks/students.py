@@ -167,7 +167,7 @@ def outputs_of(model: APMModel, crops: Crops) -> Iterator[tuple[Tensor, Tensor, 
 
 
 def judge(model: APMModel, held_out: Mapping[str, Crops], known: Tensor) -> dict[str, Any]:
-    """Return R² on all held-out photos, each with its interval and controls, and k-NN accuracy beside the teacher's."""
+    """Return R² on all held-out photos, with interval and controls, and k-NN accuracy beside the teacher's."""
     std = known.flatten(0, 1).std(dim=0)
     controls = {"mean feature": known.mean(dim=(0, 1)), "position alone": known.mean(dim=0)}
     figures: dict[str, Any] = {}
