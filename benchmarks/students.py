@@ -324,7 +324,11 @@ def draw(groups: Mapping[tuple[str, int], list[dict[str, Any]]], sets: list[str]
             bars = [[one["mean"] - one["low"] for one in found], [one["high"] - one["mean"] for one in found]]
             panel.errorbar(x, y, yerr=bars, marker="o", markersize=4, label=f"{name}, {steps:,} steps")
         panel.axhline(0, color="grey", linewidth=0.8)
-        panel.set(xscale="log", title=where, xlabel="photos", ylabel="R²" if panel is panels[0] else "")
+        counts = sorted({row["photos"] for rows in groups.values() for row in rows})
+        panel.set_xscale("log")
+        panel.set_xticks(counts, [f"{count:,}" for count in counts], fontsize=7)
+        panel.minorticks_off()
+        panel.set(title=where, xlabel="photos", ylabel="R²" if panel is panels[0] else "")
     panels[0].legend(fontsize=7)
     figure.savefig(path)
 
