@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -34,8 +34,9 @@ from apm_hf.data.augmentation import RandomCrops
 from apm_hf.data.images import ImageCollator
 from apm_hf.data.loading import ImageData, train_and_validation
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
+from apm_hf.distillation.validation import comparison
 from apm_hf.evaluation.statistics import Interval, mean_interval
-from apm_hf.evaluation.tables import markdown_table
+from apm_hf.evaluation.tables import interval_cell, markdown_table
 from apm_hf.position_encoding import grid_coordinates
 from apm_hf.runs.provenance import commit, computer, versions
 
@@ -55,21 +56,19 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], float]] = {
 class Crops(Dataset):
     """Crops as 8-bit pixels `(3, S, S)` and the teacher's outputs for them, in files that are mapped into memory."""
 
-    def __init__(self, folder: Path, rows: list[int] | None = None):
-        self.folder, self.facts = folder, json.loads((folder / "facts.json").read_text())
-        count, (side, rows_cols, width) = self.facts["count"], self.facts["sizes"]
+    def __init__(self, folder: Path):
+        facts = json.loads((folder / "facts.json").read_text())
+        count, (side, rows_cols, width) = facts["count"], facts["sizes"]
         self.pixels = np.memmap(folder / "pixels.u8", np.uint8, "r", shape=(count, 3, side, side))
         self.features = np.memmap(folder / "features.f16", np.float16, "r", shape=(count, rows_cols, rows_cols, width))
         self.embeds = np.load(folder / "embeds.npy")
-        self.labels = np.array(self.facts["labels"])
-        self.mean, self.std = (torch.tensor(self.facts[name])[:, None, None] for name in ("mean", "std"))
-        self.rows = list(range(count)) if rows is None else rows
+        self.labels = np.array(facts["labels"])
+        self.mean, self.std = (torch.tensor(facts[name])[:, None, None] for name in ("mean", "std"))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.embeds)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        row = self.rows[position]
+    def __getitem__(self, row: int) -> dict[str, Any]:
         pixels = torch.from_numpy(self.pixels[row].astype(np.float32)) / 255
         features = torch.from_numpy(self.features[row].astype(np.float32))
         embeds = torch.from_numpy(self.embeds[row])
@@ -100,21 +99,6 @@ class Crops(Dataset):
         facts |= {"std": list(processor.image_std), "labels": [label for label in labels for _ in range(views)]}
         (folder / "facts.json").write_text(json.dumps(facts))
         return cls(folder)
-
-
-class Joined(Dataset):
-    """Photos of several data sets, one after another; K crops of each."""
-
-    def __init__(self, parts: list[Crops], views: int, photos: np.ndarray | None = None):
-        places = [(part, row) for part in parts for row in range(len(part))]
-        self.places = places if photos is None else [places[views * i + k] for i in photos for k in range(views)]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        part, row = self.places[position]
-        return part[row]
 
 
 def split(data: ImageData, apart: bool) -> tuple[list[int], list[int], list[int]]:
@@ -178,10 +162,8 @@ def judge(model: APMModel, held_out: Mapping[str, Crops], known: Tensor) -> dict
         if name == "neighbours":
             continue
         whole = ((found[1] - found[1].mean(dim=0)) / std).square().sum(dim=(1, 2))
-        for row, features in {
-            name: found[0],
-            **{f"{name}, {one}": control for one, control in controls.items()},
-        }.items():
+        rows = {name: found[0]} | {f"{name}, {one}": control for one, control in controls.items()}
+        for row, features in rows.items():
             error = ((features - found[1]) / std).square().sum(dim=(1, 2))
             figures[row] = vars(mean_interval((1 - error / whole.mean()).numpy(), seed=0))
     name = next(iter(held_out))
@@ -205,18 +187,18 @@ def point(name: str, photos: int, seed: int, options: argparse.Namespace, data: 
     preset, fields, rate = STUDENTS[name]
     set_seed(seed)
     student = APMModel(APMConfig.preset(preset, feature_size=teacher.feature_size, **fields))
-    drawn = np.random.default_rng(seed).permutation(number)[:photos]
+    drawn = np.random.default_rng(seed).permutation(number)[:photos].tolist()
+    crops = [options.views * photo + view for photo in drawn for view in range(options.views)]
     resume = (folder / "checkpoints").is_dir()
-    config = DistillationConfig(
-        output_dir=str(folder), max_steps=options.steps, batch_size=32, learning_rate=rate, warmup_steps=50,
-        statistics_images=512, feature_loss="smooth_l1_cosine", rgb_weight=0.0, mixed_precision="bf16",
-        validation_steps=options.steps, checkpoint_steps=500, keep_checkpoints=1, num_pictures=0, report_to="none",
+    config = DistillationConfig.preset(
+        "student", output_dir=str(folder), max_steps=options.steps, learning_rate=rate, mixed_precision="bf16",
+        validation_steps=options.steps, keep_checkpoints=1, num_pictures=0, report_to="none",
         seed=seed, resume=resume, overwrite=not resume,
     )  # fmt: skip
     start = time.process_time()
     result = distill(
         student,
-        Joined(training, options.views, drawn),
+        Subset(ConcatDataset(training), crops),
         config=config,
         image_processor=matching_image_processor(teacher, student.config.image_size),
         validation_data=next(iter(held_out.values())),
@@ -254,10 +236,6 @@ def foretold(rows: list[dict[str, Any]], name: str, photos: int) -> Interval | N
     return Interval(*(1 - np.exp([middle, middle + reach, middle - reach])))
 
 
-def cell(found: Mapping[str, float]) -> str:
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-
-
 def report(options: argparse.Namespace, held_out: list[str]) -> str:
     """Return the tables in Markdown, and draw the plot beside the document."""
     results = [json.loads(path.read_text()) for path in sorted(options.output_dir.glob("*/result.json"))]
@@ -275,7 +253,7 @@ def report(options: argparse.Namespace, held_out: list[str]) -> str:
     table = [
         [
             one["student"], f"{one['photos']:,}", f"{one['steps']:,}", str(one["seed"]),
-            *(cell(one["figures"][name]) for name in sets),
+            *(interval_cell(one["figures"][name]) for name in sets),
             f"{100 * one['figures']['k-NN']['mean'] / one['figures']['k-NN, teacher']['mean']:.0f}",
             f"{one['core_seconds'] / 3600:.2f}",
         ]
@@ -283,10 +261,7 @@ def report(options: argparse.Namespace, held_out: list[str]) -> str:
     ]  # fmt: skip
     lines = [markdown_table(header, table), ""]
     last = max(results, key=lambda one: (one["photos"], one["steps"]))
-    named = {"mean_r2": "mean feature", "position_r2": "position alone", "ridge_r2": "ridge regression"}
-    others = ", ".join(
-        f"{title} {last['controls'][key]:.3f}" for key, title in named.items() if key in last["controls"]
-    )
+    others = ", ".join(f"{title} {value:.3f}" for title, value in comparison(last["controls"])[1:])
     lines += [f"Controls fitted to the same {last['photos']:,} photos, R² on {sets[0]}: {others}.", ""]
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for one in results:
@@ -296,7 +271,7 @@ def report(options: argparse.Namespace, held_out: list[str]) -> str:
             if (found := law(rows, where)) is None:
                 continue
             told = ", ".join(
-                f"{label} ({count:,} photos) {cell(vars(interval))}"
+                f"{label} ({count:,} photos) {interval_cell(vars(interval))}"
                 for label, count in (("COCO", 118_287), ("ImageNet-1k", 1_281_167))
                 if (interval := foretold(rows, where, count)) is not None
             )
@@ -354,7 +329,7 @@ def main() -> None:
         # What it has learnt from is not known here: classes may be held apart from others alone.
         held_out = {name: crops for name, crops in data[1].items() if name != "classes held apart"}
         found = judge(APMModel.from_pretrained(options.model), held_out, known_features(data[0]))
-        print("\n".join(f"{name}: {cell(figure)}" for name, figure in found.items()))
+        print("\n".join(f"{name}: {interval_cell(figure)}" for name, figure in found.items()))
         return
     for name in options.students:
         for photos in options.photos:
