@@ -94,7 +94,7 @@ def distill(
         if additional.feature_size != width:
             raise ValueError(f"teacher_heads: expected {name!r} to be {additional.feature_size} wide, got {width}")
     if student.config.trigger_source == "tokens":
-        raise ValueError("trigger_source: expected 'conv' or 'embedding', got 'tokens': use distill_dense")
+        raise ValueError("trigger_source: expected 'columns', 'conv' or 'embedding', got 'tokens': use distill_dense")
     num_layers, num_levels = len(config.level_layers or ()), student.config.num_levels
     if teacher is not None and config.level_weight and num_layers != num_levels:
         raise ValueError(
