@@ -43,6 +43,7 @@ from apm_hf.runs.provenance import commit, computer, versions
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "students.md"
 BEGIN, END = "<!-- law:begin -->", "<!-- law:end -->"
 HELD_OUT = 256  # photos of each data set at most; the same that `apm distill` holds out
+BATCH = 32  # crops a step
 APART = 10  # every tenth class of the first data set
 PAPER = {"use_rgb_head": False, "hidden_act": "gelu"}
 # Name -> preset, other fields of it, learning rate.
@@ -181,7 +182,9 @@ def point(name: str, photos: int, seed: int, options: argparse.Namespace, data: 
     training, held_out = data
     number = sum(len(part) for part in training) // options.views
     photos = min(photos, number)
-    folder = options.output_dir / f"{name.replace(' ', '_')}-{photos}-{options.steps}-{seed}"
+    schedule = f"{options.steps:,} steps" if options.passes is None else f"{options.passes:g} passes"
+    steps = options.steps if options.passes is None else round(options.passes * photos / BATCH)
+    folder = options.output_dir / f"{name.replace(' ', '_')}-{photos}-{schedule.replace(' ', '_')}-{seed}"
     if (folder / "result.json").exists():
         return
     preset, fields, rate = STUDENTS[name]
@@ -191,8 +194,8 @@ def point(name: str, photos: int, seed: int, options: argparse.Namespace, data: 
     crops = [options.views * photo + view for photo in drawn for view in range(options.views)]
     resume = (folder / "checkpoints").is_dir()
     config = DistillationConfig.preset(
-        "student", output_dir=str(folder), max_steps=options.steps, learning_rate=rate, mixed_precision="bf16",
-        validation_steps=options.steps, keep_checkpoints=1, num_pictures=0, report_to="none",
+        "student", output_dir=str(folder), max_steps=steps, learning_rate=rate, mixed_precision="bf16",
+        batch_size=BATCH, validation_steps=steps, keep_checkpoints=1, num_pictures=0, report_to="none",
         seed=seed, resume=resume, overwrite=not resume,
     )  # fmt: skip
     start = time.process_time()
@@ -206,8 +209,9 @@ def point(name: str, photos: int, seed: int, options: argparse.Namespace, data: 
     seconds = time.process_time() - start
     figures = judge(result.student, held_out, known_features(training))
     controls = {key: value for key, value in result.metrics[-1].items() if key.endswith("_r2")}
-    stored = {"student": name, "photos": photos, "steps": options.steps, "seed": seed, "core_seconds": seconds}
-    stored |= {"parameters": student.num_parameters(), "figures": figures, "controls": controls}
+    stored = {"student": name, "photos": photos, "schedule": schedule, "steps": steps, "seed": seed}
+    stored |= {"core_seconds": seconds, "parameters": student.num_parameters()}
+    stored |= {"figures": figures, "controls": controls}
     (folder / "result.json").write_text(json.dumps(stored, indent=2) + "\n")
 
 
@@ -239,7 +243,7 @@ def foretold(rows: list[dict[str, Any]], name: str, photos: int) -> Interval | N
 def report(options: argparse.Namespace, held_out: list[str]) -> str:
     """Return the tables in Markdown, and draw the plot beside the document."""
     results = [json.loads(path.read_text()) for path in sorted(options.output_dir.glob("*/result.json"))]
-    results.sort(key=lambda one: (list(STUDENTS).index(one["student"]), one["steps"], one["photos"], one["seed"]))
+    results.sort(key=lambda one: (list(STUDENTS).index(one["student"]), one["schedule"], one["photos"], one["seed"]))
     sets = [name for name in held_out if name != "neighbours"]
     header = [
         "student",
@@ -263,10 +267,10 @@ def report(options: argparse.Namespace, held_out: list[str]) -> str:
     last = max(results, key=lambda one: (one["photos"], one["steps"]))
     others = ", ".join(f"{title} {value:.3f}" for title, value in comparison(last["controls"])[1:])
     lines += [f"Controls fitted to the same {last['photos']:,} photos, R² on {sets[0]}: {others}.", ""]
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in results:
-        groups.setdefault((one["student"], one["steps"]), []).append(one)
-    for (name, steps), rows in groups.items():
+        groups.setdefault((one["student"], one["schedule"]), []).append(one)
+    for (name, schedule), rows in groups.items():
         for where in sets:
             if (found := law(rows, where)) is None:
                 continue
@@ -276,7 +280,7 @@ def report(options: argparse.Namespace, held_out: list[str]) -> str:
                 if (interval := foretold(rows, where, count)) is not None
             )
             lines.append(
-                f"* {name}, {steps:,} steps, {where}: 1 - R² falls as photos to the power {found[0][1]:.4f}; this "
+                f"* {name}, {schedule}, {where}: 1 - R² falls as photos to the power {found[0][1]:.4f}; this "
                 f"foretells {told} with 95 % prediction intervals, if the law holds so far beyond the data."
             )
     lines += ["", f"![R² and number of photos]({DOCUMENT.stem}/law.png)", ""]
@@ -286,18 +290,18 @@ def report(options: argparse.Namespace, held_out: list[str]) -> str:
     return "\n".join(lines)
 
 
-def draw(groups: Mapping[tuple[str, int], list[dict[str, Any]]], sets: list[str], path: Path) -> None:
+def draw(groups: Mapping[tuple[str, str], list[dict[str, Any]]], sets: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 * len(sets), 3.2), layout="constrained", dpi=110)
     panels = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
     for panel, where in zip(panels, sets, strict=True):
-        for (name, steps), rows in groups.items():
+        for (name, schedule), rows in groups.items():
             x = [row["photos"] for row in rows]
             found = [row["figures"][where] for row in rows]
             y = [one["mean"] for one in found]
             bars = [[one["mean"] - one["low"] for one in found], [one["high"] - one["mean"] for one in found]]
-            panel.errorbar(x, y, yerr=bars, marker="o", markersize=4, label=f"{name}, {steps:,} steps")
+            panel.errorbar(x, y, yerr=bars, marker="o", markersize=4, label=f"{name}, {schedule}")
         panel.axhline(0, color="grey", linewidth=0.8)
         counts = sorted({row["photos"] for rows in groups.values() for row in rows})
         panel.set_xscale("log")
@@ -317,7 +321,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
     parser.add_argument("--photos", nargs="*", type=int, default=[250, 500, 1000, 2000, 4000, 10**9])
-    parser.add_argument("--steps", type=int, default=1500, help="of 32 crops")
+    parser.add_argument("--steps", type=int, default=1000, help="of 32 crops")
+    parser.add_argument("--passes", type=float, help="over the photos, instead of --steps: one crop of each a pass")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--views", type=int, default=3, help="crops of each photo")
     parser.add_argument("--model", help="judge this student of the same teacher, and distil none")

@@ -7,6 +7,7 @@ Legend: B images, L locations, F feature width.
 """
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -639,13 +640,30 @@ def test_a_stream_of_photos_trains_like_the_photos_in_order(tmp_path, clip, monk
     assert largest_difference(weights_of(result), weights_of(from_memory)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("num_images", "processes", "steps"),
+    [(60, 1, 1000), (3000, 1, 3000), (3001, 1, 3001), (3000, 2, 1500), (10**6, 1, 10_000), (None, 1, 1000)],
+)
+def test_the_default_number_of_steps_follows_the_number_of_images(num_images, processes, steps):
+    config = DistillationConfig(output_dir="out", batch_size=16, gradient_accumulation_steps=2)
+    assert config.steps_for(num_images, processes) == steps
+    assert dataclasses.replace(config, max_steps=7).steps_for(num_images, processes) == 7
+
+
+def test_a_run_takes_the_default_number_of_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr("apm_hf.distillation.settings.FEWEST_STEPS", 2)
+    images = random_targets(3)
+    result = run(tmp_path, images, validation=images, max_steps=None, batch_size=24)
+    assert result.steps == result.metrics[-1]["step"] == 4  # 32 passes over 3 images in steps of 24
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_steps": 0}, "max_steps: expected a positive number, got 0"),
+        ({"max_steps": 0}, "max_steps: expected a positive number or None, got 0"),
         ({"batch_size": 0}, "batch_size: expected a positive number"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected a positive"),
         ({"validation_steps": 0}, "validation_steps: expected a positive number"),

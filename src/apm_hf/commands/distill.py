@@ -94,13 +94,13 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         return None
     metrics = result.distillation.metrics[-1] if result.distillation.metrics else {}
     said, warning = verdict(metrics), worse_than_constant(metrics)
-    print("\n".join(_summary(training, settings.max_steps, result.distillation, metrics)))
+    print("\n".join(_summary(training, result.distillation, metrics)))
     if training.push_to_hub and result.address is None:
         again = f"apm push {result.distillation.output_dir} {training.hub_model_id} --force"
         raise ValueError(f"not published, since the card warns of this model; `{again}` publishes it all the same")
     return {
         "output_dir": result.distillation.output_dir,
-        "steps": settings.max_steps,
+        "steps": result.distillation.steps,
         "processes": result.num_processes,
         "num_parameters": result.distillation.student.num_parameters(),
         "metrics": result.distillation.metrics,
@@ -111,13 +111,13 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _summary(
-    training: "TrainingConfig", steps: int, result: "DistillationResult", metrics: "Mapping[str, float]"
+    training: "TrainingConfig", result: "DistillationResult", metrics: "Mapping[str, float]"
 ) -> "Iterator[str]":
     """Yield the last lines of a run: folder, figures, and what to do next."""
     from ..distillation.validation import comparison, verdict, worse_than_constant
 
     folder, count = result.output_dir, result.student.num_parameters(only_trainable=True) / 1e6
-    yield f"{folder}: a student of {count:.1f} M parameters after {steps} steps"
+    yield f"{folder}: a student of {count:.1f} M parameters after {result.steps} steps"
     if rows := comparison(metrics):
         yield "R² on held-out images, after the mean of every position is removed:"
         yield from (f"  {title:<24}{value:7.3f}" for title, value in rows)

@@ -140,6 +140,7 @@ class _Distillation:
             raise ValueError("train_data: expected at least one image, got none")
         self.sampler = None if streaming else EpochSampler(len(train_data), config.seed)
         processes = self.accelerator.num_processes
+        self.max_steps = config.steps_for(None if streaming else len(train_data), processes)
         self.facts = facts(
             config,
             student.config,
@@ -216,7 +217,7 @@ class _Distillation:
         self.skipped.begin(step)
         with StopRequests() as requests:
             step = self._train(step, requests)
-            result = self._finish() if step >= config.max_steps else None
+            result = self._finish() if step >= self.max_steps else None
         # A DDP wrapper that outlives its process group destroys the group while it holds the interpreter's lock: if a
         # thread of the group then waits for the lock, both wait forever.
         self.student, self.optimizer = accelerator.free_memory(self.student, self.optimizer)
@@ -234,12 +235,12 @@ class _Distillation:
         if step == 0:
             self._validate(step)
         progress = tqdm(
-            total=config.max_steps, initial=step, desc="distil", disable=not accelerator.is_local_main_process
+            total=self.max_steps, initial=step, desc="distil", disable=not accelerator.is_local_main_process
         )
         passes: list[tuple[float, dict[str, Tensor]]] = []  # of the step under way, with their weights
         self.student.train()
         self.speed.begin()
-        for batch in self._batches() if step < config.max_steps else ():
+        for batch in self._batches() if step < self.max_steps else ():
             with accelerator.accumulate(self.student), self.speed.one_pass(len(batch["pixel_values"])):
                 self._step(batch, step, passes)
             if not accelerator.sync_gradients:
@@ -252,12 +253,12 @@ class _Distillation:
             }
             passes = []
             progress.update()
-            if step % config.logging_steps == 0 or step == config.max_steps:
+            if step % config.logging_steps == 0 or step == self.max_steps:
                 self._report(step, losses, progress)
-            if step % config.validation_steps == 0 or step == config.max_steps:
+            if step % config.validation_steps == 0 or step == self.max_steps:
                 with self.speed.paused():
                     self._validate(step)
-            if step == config.max_steps:
+            if step == self.max_steps:
                 break
             stopped = self._any(requests.received)
             if stopped or (config.checkpoint_steps and step % config.checkpoint_steps == 0):
@@ -302,7 +303,7 @@ class _Distillation:
             places: Any = range(0 if streamed else len(validation_data))  # type: ignore[arg-type]
             rows = iter(validation_data) if streamed else (validation_data[index] for index in places)
             batches = (
-                self._first_batches(collate_fn, 0, min(IMAGES, config.max_steps * step), 1),
+                self._first_batches(collate_fn, 0, min(IMAGES, self.max_steps * step), 1),
                 self._collated(rows, collate_fn),
             )
             with torch.no_grad(), no_loading_bars():
@@ -468,9 +469,9 @@ class _Distillation:
             raise checkpoint
         progress = progress_of(checkpoint)
         check_changes(progress["facts"], self.facts)
-        if progress["step"] > self.config.max_steps:
+        if progress["step"] > self.max_steps:
             raise ValueError(
-                f"max_steps: expected at least the {progress['step']} steps that are done, got {self.config.max_steps}"
+                f"max_steps: expected at least the {progress['step']} steps that are done, got {self.max_steps}"
             )
         return checkpoint, progress
 
@@ -490,7 +491,7 @@ class _Distillation:
         for group in optimizer.param_groups:
             group["initial_lr"] = config.learning_rate
         self.scheduler = get_cosine_schedule_with_warmup(
-            optimizer, config.warmup_steps, config.max_steps, last_epoch=step - 1
+            optimizer, config.warmup_steps, self.max_steps, last_epoch=step - 1
         )
 
     def _finish(self) -> DistillationResult:
@@ -506,4 +507,4 @@ class _Distillation:
                 (folder / "speed.json").write_text(json.dumps(self.speed.summary(), indent=2) + "\n")
             self.run.forget_previous(MADE)
         self.accelerator.wait_for_everyone()
-        return DistillationResult(student.eval(), self.metrics, self.output_dir)
+        return DistillationResult(student.eval(), self.metrics, self.output_dir, self.max_steps)

@@ -245,7 +245,8 @@ def _train_dense(
     train_pairs = DensePairs.build(data.photos(), teacher, seed=config.seed, description="teacher")
     held_out = DensePairs.build(validation.photos(), teacher, shifted=False, description="teacher, held out")
     result = distill_dense(teacher, train_pairs, held_out, config, dataset=training.dataset, **overrides)
-    found = DistillationResult(result.student, [{"step": config.max_steps, **result.metrics}], result.output_dir)
+    metrics = [{"step": config.max_steps, **result.metrics}]
+    found = DistillationResult(result.student, metrics, result.output_dir, config.max_steps)
     address = None
     if state.is_main_process:
         shown = _draw_card_picture(found, APM(found.student, train_pairs.image_processor, teacher), photos)
@@ -334,7 +335,7 @@ def _facts(
         teacher=training.teacher,
         dataset=training.dataset,
         command=command,
-        steps=config.max_steps,
+        steps=result.steps,
         num_parameters=result.student.num_parameters(only_trainable=True),
         **card_figures(last),
         photos=photos,

@@ -1,5 +1,6 @@
 """Define the settings of a distillation, and its result."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from ..modeling_apm import APMModel
 from .feature_statistics import KINDS
 from .losses import DISTANCES, LossWeights
 
+# Steps by default: docs/students.md shows what they bring.
+PASSES, FEWEST_STEPS, MOST_STEPS = 32, 1000, 10_000
 # What students of a preset learn best with, where that is not the paper's recipe, which are the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "student": {
@@ -31,7 +34,13 @@ class DistillationConfig:
     """
 
     output_dir: str = field(metadata={"help": "output folder; for the model, checkpoints, logs and pictures"})
-    max_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
+    max_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": f"optimiser steps; by default as many as {PASSES} passes over the images take, at least "
+            f"{FEWEST_STEPS} and at most {MOST_STEPS}"
+        },
+    )
     batch_size: int = field(default=64, metadata={"help": "images per batch; of each process, per forward pass"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimiser step"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of Adam"})
@@ -109,8 +118,7 @@ class DistillationConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: expected one of them, got both")
         for name in (
-            "max_steps", "batch_size", "gradient_accumulation_steps", "validation_steps", "keep_checkpoints",
-            "logging_steps",
+            "batch_size", "gradient_accumulation_steps", "validation_steps", "keep_checkpoints", "logging_steps",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
@@ -126,7 +134,7 @@ class DistillationConfig:
             raise ValueError(f"feature_loss: expected one of {list(DISTANCES)}, got {self.feature_loss!r}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        for name in ("num_locations", "teacher_batch_size", "peak_tflops"):
+        for name in ("max_steps", "num_locations", "teacher_batch_size", "peak_tflops"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number or None, got {value}")
@@ -148,6 +156,17 @@ class DistillationConfig:
             raise ValueError(f"preset: expected one of {sorted(ARCHITECTURES)}, got {name!r}")
         return cls(**{**PRESETS.get(name, {}), **settings})
 
+    def steps_for(self, num_images: int | None, num_processes: int = 1) -> int:
+        """Return `max_steps`, or the default for this many images.
+
+        Args:
+            num_images: to train on; None, in a stream whose length is not known, gives the fewest.
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        images_a_step = self.batch_size * self.gradient_accumulation_steps * num_processes
+        return min(max(FEWEST_STEPS, math.ceil(PASSES * (num_images or 0) / images_a_step)), MOST_STEPS)
+
     @property
     def loss_weights(self) -> LossWeights:
         """The weights of the losses."""
@@ -165,8 +184,10 @@ class DistillationResult:
             the mean of the teacher's features), `embed_cosine`, `rgb_mse`, and those of additional teachers with
             their names in front, e.g. `dinov2/feature_cosine`.
         output_dir: where the model was saved.
+        steps: of the optimiser.
     """
 
     student: APMModel
     metrics: list[dict[str, float]]
     output_dir: Path
+    steps: int
