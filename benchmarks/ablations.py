@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default=DEMO_TEACHER, help="folder or Hub name (default: the embedded one)")
     parser.add_argument("--data", default="scenes", help="benchmark, folder or Hub name (default: %(default)s)")
-    parser.add_argument("--preset", default="clip-ttt", choices=sorted(PRESETS), help="machine (default: %(default)s)")
+    parser.add_argument("--preset", default="clip-ttt", choices=sorted(PRESETS), help="model (default: %(default)s)")
     parser.add_argument("--num_images", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--num_slow", type=int, default=8, help="images for what is expensive (default: %(default)s)")
     parser.add_argument("--max_gflops", type=float, default=150, help="per image, above: expensive")

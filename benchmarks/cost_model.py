@@ -4,7 +4,7 @@
     python benchmarks/cost_model.py --teacher_mfu 0.5 --num_epochs 3
 
 Nothing is measured here. Every input is an option whose help says where it comes from: counted, a data sheet, measured
-by `benchmarks/data.py` (say which machine's), or an assumption. FLOPs are two for each multiply-add.
+by `benchmarks/data.py` (say which computer's), or an assumption. FLOPs are two for each multiply-add.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What a teacher-feature cache saves and costs, on this machine; the figures of docs/scaling_measured.md.
+"""What a teacher-feature cache saves and costs, on this computer; the figures of docs/scaling_measured.md.
 
     python benchmarks/data.py --num_images 64
     python benchmarks/data.py --teacher ../shared/teachers/deit-tiny --dataset ../shared/data/imagenet_sample1k
 
-Ways to read are compared in one run, interleaved, and the smallest time of each is taken: these machines are noisy,
+Ways to read are compared in one run, interleaved, and the smallest time of each is taken: computers are noisy,
 and times alone say little. `warm` files are in the system's page cache, of `cold` ones it was asked to let go.
 """
 

@@ -8,7 +8,7 @@
 
 `embed` keeps the teacher's answers to every image under every corruption, so that `search` can compare what is done
 with them in minutes. Images and corruptions are halved: settings are chosen on one half of each, and the other halves
-are looked at once, at the end. Restoring machines (an APM whose trigger column is the teacher's embedding, T_vit) are
+are looked at once, at the end. Restoring models (an APM whose trigger column is the teacher's embedding, T_vit) are
 distilled from corrupted images towards the embeddings of the same images when clean: images and corruptions that
 neither choose nor report anything. No label is seen by anything but the score.
 
@@ -43,7 +43,7 @@ SEVERITIES = (1, 3, 5)
 BATCH_SIZE = 25
 # Every other one of ImageNet-C's list, so that noise, blur, weather and digital ones are on both sides.
 TUNE_CORRUPTIONS, REPORT_CORRUPTIONS = CORRUPTION_NAMES[::2], CORRUPTION_NAMES[1::2]
-# Machines learn from the one, settings are chosen on the other.
+# Models learn from the one, settings are chosen on the other.
 TRAIN_CORRUPTIONS, CHOICE_CORRUPTIONS = (*EXTRA_CORRUPTION_NAMES, *TUNE_CORRUPTIONS[::2]), TUNE_CORRUPTIONS[1::2]
 TRAIN, TUNE, REPORT = "train", "tune", "report"
 
@@ -78,7 +78,7 @@ def embed(options: argparse.Namespace) -> None:
     teacher, data = load_teacher(options.teacher), load_benchmark(options.data, max_images=options.num_images)
     tested = {half: (data, indices) for half, indices in halves(len(data)).items()}
     own = options.train_data is None
-    if own:  # images that machines learn from choose nothing
+    if own:  # images that models learn from choose nothing
         tested[TUNE] = data, tested[TUNE][1][1::2]
     wanted = {
         TRAIN: conditions(TRAIN_CORRUPTIONS),
@@ -246,7 +246,7 @@ class Restorer:
         width = pairs.embeds.shape[1]
         corrupted = self.trigger(pairs.embeds, pairs.patches, pairs.centred)
         target = unit(pairs.centred(pairs.clean) if self.centre else pairs.clean) * width**0.5
-        machine = APMModel(
+        model = APMModel(
             APMConfig(
                 image_size=4,
                 patch_size=2,
@@ -259,42 +259,42 @@ class Restorer:
             )
         )
         optimizer = torch.optim.AdamW(
-            machine.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
+            model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
         places = grid_coordinates(2, 2)
         for _ in range(self.steps):
             rows = torch.randint(len(corrupted), (256,))
             place = places[torch.randint(4, (1,))]  # one location a step
-            answer = machine(trigger_column=corrupted[rows], coordinates=place).pooler_output
+            answer = model(trigger_column=corrupted[rows], coordinates=place).pooler_output
             loss = F.mse_loss(answer, target[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        return machine.eval()
+        return model.eval()
 
-    def method(self, machine: APMModel, share: float) -> Method:
-        """The consensus of machine and teacher: `share` of the machine's direction, the rest the teacher's."""
+    def method(self, model: APMModel, share: float) -> Method:
+        """The consensus of model and teacher: `share` of the model's direction, the rest the teacher's."""
 
         def answer(split: Split, condition: Condition) -> Tensor:
             trigger = self.trigger(split.embeds[condition], split.patches[condition], recentred)
             with torch.no_grad():
-                restored = machine(trigger_column=trigger).pooler_output
+                restored = model(trigger_column=trigger).pooler_output
             theirs = recentred(split.embeds[condition]) if self.centre else split.embeds[condition]
             return share * unit(restored) + (1 - share) * unit(theirs)
 
         return answer
 
-    def adapted(self, machine: APMModel, steps: int) -> Method:
-        """A copy of the machine for each image takes so many steps towards the teacher's answer to it."""
+    def adapted(self, model: APMModel, steps: int) -> Method:
+        """A copy of the model for each image takes so many steps towards the teacher's answer to it."""
         config = TTTConfig(start="model", steps=steps)
 
         def answer(split: Split, condition: Condition) -> Tensor:
             trigger = self.trigger(split.embeds[condition], split.patches[condition], recentred)
             theirs = recentred(split.embeds[condition]) if self.centre else split.embeds[condition]
             targets = unit(theirs) * theirs.shape[1] ** 0.5
-            return adapt(machine, None, targets, config=config, trigger_column=trigger, keep_models=False).image_embeds
+            return adapt(model, None, targets, config=config, trigger_column=trigger, keep_models=False).image_embeds
 
         return answer
 
@@ -321,14 +321,14 @@ def search(options: argparse.Namespace) -> None:
         print(f"| {name} | | {100 * table[CLEAN_CONDITION].mean():.1f} | {mean_corrupted(table):.1f} |", flush=True)
     best: tuple[float, Restorer, float] | None = None
     for restorer in RESTORERS:
-        machine = restorer.fit(pairs, seed=0)
+        model = restorer.fit(pairs, seed=0)
         for share in (0.25, 0.5, 0.75, 1.0):
-            table = scores(validation, restorer.method(machine, share), texts)
+            table = scores(validation, restorer.method(model, share), texts)
             clean, corrupted = 100 * table[CLEAN_CONDITION].mean(), mean_corrupted(table)
             print(f"| {restorer} | {share} | {clean:.1f} | {corrupted:.1f} |", flush=True)
             if best is None or corrupted > best[0]:
                 best = corrupted, restorer, share
-                kept = machine
+                kept = model
     assert best is not None
     _, restorer, share = best
     for steps in (1, 3, 10, 30):
@@ -338,38 +338,36 @@ def search(options: argparse.Namespace) -> None:
         print(f"| {name} | 1.0 | {clean:.1f} | {corrupted:.1f} |", flush=True)
 
     print(f"\n## Looked at once: the other images, under the other corruptions\n\nchosen: {restorer}, share {share}\n")
-    machines = [restorer.fit(pairs, seed) for seed in range(options.num_seeds)]
-    restored = {
-        f"restored by an APM, seed {seed}": restorer.method(machine, share) for seed, machine in enumerate(machines)
-    }
+    models = [restorer.fit(pairs, seed) for seed in range(options.num_seeds)]
+    restored = {f"restored by an APM, seed {seed}": restorer.method(model, share) for seed, model in enumerate(models)}
     rivals = {"without pairs": list(BASELINES), "with pairs": [name for name in baselines if name not in BASELINES]}
     report(held_out, {**baselines, **restored}, rivals, texts)
-    print_cost(teacher, data, restorer, machines[0])
+    print_cost(teacher, data, restorer, models[0])
 
 
-def print_cost(teacher: Teacher, data: LabelledImages, restorer: Restorer, machine: APMModel) -> None:
-    """Milliseconds an image, the best of five, of the teacher and of what the machine adds."""
+def print_cost(teacher: Teacher, data: LabelledImages, restorer: Restorer, model: APMModel) -> None:
+    """Milliseconds an image, the best of five, of the teacher and of what the model adds."""
     images = [data.image(index) for index in range(BATCH_SIZE)]
     answer = teacher.encode_images(images)
     embeds, patches = answer.image_embeds.cpu(), answer.features.mean(dim=(1, 2)).cpu()
 
     def restore() -> None:
         with torch.no_grad():
-            machine(trigger_column=restorer.trigger(embeds, patches, recentred))
+            model(trigger_column=restorer.trigger(embeds, patches, recentred))
 
     seconds = {}
-    for name, call in {"teacher": lambda: teacher.encode_images(images), "machine": restore}.items():
+    for name, call in {"teacher": lambda: teacher.encode_images(images), "model": restore}.items():
         times = []
         for _ in range(5):
             started = time.perf_counter()
             call()
             times.append(time.perf_counter() - started)
         seconds[name] = 1000 * min(times) / len(images)
-    print(f"\nteacher {seconds['teacher']:.2f} ms an image, machine {seconds['machine']:.3f} ms")
+    print(f"\nteacher {seconds['teacher']:.2f} ms an image, model {seconds['model']:.3f} ms")
 
 
 def ridge(pairs: Pairs) -> dict[str, Method]:
-    """What a linear map learns from the same pairs: is it the machine or is it the data?"""
+    """What a linear map learns from the same pairs: is it the model or is it the data?"""
     found: dict[str, Method] = {}
     for strength in (0.01, 0.1, 1.0):
         inputs = unit(pairs.centred(pairs.embeds)).double()

@@ -1,4 +1,4 @@
-"""The machines of docs/islands_measured.md: distilled from drawn scenes, or from photos, with a column of levels.
+"""The models of docs/islands_measured.md: distilled from drawn scenes, or from photos, with a column of levels.
 
     python benchmarks/islands.py --output_dir runs/islands/scenes --seed 0
     python benchmarks/islands.py --output_dir runs/islands/photos --teacher FOLDER --dataset FOLDER --preset photos
@@ -73,7 +73,7 @@ class Scenes:
 
 
 def architecture(preset: str, teacher: Teacher) -> APMConfig:
-    """A machine as wide as its teacher, with local patches, attention pooling and a level per layer."""
+    """A model as wide as its teacher, with local patches, attention pooling and a level per layer."""
     settings = PRESETS[preset]
     fields = {
         "feature_size": teacher.feature_size,
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="scenes")
     parser.add_argument("--teacher", default=DEMO_TEACHER)
-    parser.add_argument("--teacher_dtype", help="bfloat16 is faster on many machines")
+    parser.add_argument("--teacher_dtype", help="bfloat16 is faster on many computers")
     parser.add_argument("--dataset", help="by default drawn scenes")
     parser.add_argument("--num_images", type=int, default=2048)
     parser.add_argument("--views", type=int, default=3, help="random parts of each image of --dataset")

@@ -17,7 +17,7 @@ import torch
 from speed.figures import Figure, Settings, few_locations, full_grid, growth, products, training_step
 from speed.page import write_page
 from speed.resources import loading, memory, operations, start_up
-from speed.timing import machine_facts
+from speed.timing import computer_facts
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TINY = Settings(
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=DOCS, help="where benchmarks.md and its plots go")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    facts = machine_facts()
+    facts = computer_facts()
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     if options.quick:
         sections = run((TINY,), many=[MILLION], counted=("tiny",), loaded="tiny", devices=devices)

@@ -49,10 +49,10 @@ def random_targets(num_images, *, seed=0):
     return TargetCache(*(torch.randn(num_images, *shape, generator=generator) for shape in shapes))
 
 
-def run(folder, *, data=None, machine=None, processor=None, **settings):
+def run(folder, *, data=None, model=None, processor=None, **settings):
     forget_accelerate()
     return distill(
-        machine or student(),
+        model or student(),
         random_targets(20) if data is None else data,
         config=DistillationConfig(output_dir=str(folder), **(SETTINGS | settings)),
         image_processor=APMImageProcessorPil(

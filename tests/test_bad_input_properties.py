@@ -115,14 +115,14 @@ PIXELS = torch.rand(1, 3, STUDENT_SIZE, STUDENT_SIZE, generator=torch.Generator(
 
 
 @few(60)
-@given(machine=st.sampled_from(MACHINES), places=PLACES, data=st.data())
-def test_answers_at_any_finite_places_do_not_depend_on_order_or_chunks(machine, places, data):
+@given(model=st.sampled_from(MACHINES), places=PLACES, data=st.data())
+def test_answers_at_any_finite_places_do_not_depend_on_order_or_chunks(model, places, data):
     order = data.draw(st.permutations(range(len(places))))
     chunk_size = data.draw(st.integers(1, 8))
     coordinates = torch.tensor(places)
     with torch.no_grad():
-        together = machine(PIXELS, coordinates).last_hidden_state[0]
-        shuffled = machine(PIXELS, coordinates[order], chunk_size=chunk_size).last_hidden_state[0]
+        together = model(PIXELS, coordinates).last_hidden_state[0]
+        shuffled = model(PIXELS, coordinates[order], chunk_size=chunk_size).last_hidden_state[0]
     assert together.isfinite().all()
     torch.testing.assert_close(together[order], shuffled, rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""`apm classify`, `islands` and `interpolate`, called in this process: tiny teachers and machines from folders."""
+"""`apm classify`, `islands` and `interpolate`, called in this process: tiny teachers and models from folders."""
 
 import json
 import logging
@@ -19,20 +19,20 @@ from apm_hf.ttt.classification import TTTClassifier
 from fixtures_tiny import LABELS, photo, save_classifier, save_clip, student
 
 
-def machine():
+def model():
     """With the 16 locations that the fast recipe draws."""
     return student(initializer_range=0.3, image_size=32)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Teachers, a machine, labels and photos."""
+    """Teachers, a model, labels and photos."""
     folder = tmp_path_factory.mktemp("place")
     save_clip(folder / "clip")
     save_classifier(folder / "classifier")
-    machine().save_pretrained(folder / "apm")
+    model().save_pretrained(folder / "apm")
     teacher = load_teacher(folder / "clip", device="cpu")
-    matching_image_processor(teacher, machine().config.image_size).save_pretrained(folder / "apm")
+    matching_image_processor(teacher, model().config.image_size).save_pretrained(folder / "apm")
     (folder / "labels.txt").write_text("\n".join(LABELS))
     for seed in range(3):
         photo(seed).save(folder / f"{seed}.png")
@@ -71,14 +71,14 @@ def predictions(lines, photo_name):
     return found
 
 
-def test_photos_are_classified_by_teacher_and_machine_side_by_side(apm, place):
+def test_photos_are_classified_by_teacher_and_model_side_by_side(apm, place):
     status, lines, logged = apm("0.png", "1.png", "2.png")
     assert status == 0 and not [line for line in logged if "apm classify" in line]
     classifier = TTTClassifier(
         load_teacher(place / "clip", device="cpu"),
         LABELS,
         config=TTTConfig.preset("fast", start="model", steps=5),
-        model=machine(),
+        model=model(),
     )
     result = classifier([photo(seed) for seed in range(3)])
     for seed in range(3):
@@ -238,7 +238,7 @@ def test_help_and_wrong_usage(capsys, arguments, status, words):
     assert status == 0 or "usage: apm" in printed.err
 
 
-def test_the_command_of_the_readme_adapts_a_fresh_machine(apm):
+def test_the_command_of_the_readme_adapts_a_fresh_model(apm):
     status, lines, _ = apm("0.png", "--teacher", "clip", "--labels", "labels.txt", "--steps", "1", defaults=False)
     assert status == 0 and len(predictions(lines, "0.png")) == 3
 
@@ -275,11 +275,11 @@ def test_islands_of_a_model_alone_and_the_same_bytes_again(pictures, place):
     told = json.loads(pictures.printed)
     assert set(told) == set(islands.RESULT) and told["files"] == [str(second["islands.png"])]
     assert told["model"] == str(place / "apm") and told["teacher"] is None and not told["fitted"]
-    assert told["num_parameters"] == machine().num_parameters()
+    assert told["num_parameters"] == model().num_parameters()
     assert first["islands.png"].read_bytes() == second["islands.png"].read_bytes()
 
 
-def test_a_fresh_machine_is_fitted_to_the_photo_and_filmed(pictures):
+def test_a_fresh_model_is_fitted_to_the_photo_and_filmed(pictures):
     arguments = ("0.png", "--teacher", "clip", "--steps", "2", "--size", "16", "--text", "a cat", "--movie")
     status, files, logged = pictures("islands", *arguments)
     assert status == 0 and {"islands.png", "islands.gif"} <= set(files)

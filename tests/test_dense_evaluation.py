@@ -269,11 +269,11 @@ def test_mean_iou_is_that_of_all_images_together_and_lies_in_its_interval():
 
 
 @pytest.mark.parametrize("trigger_source", ["conv", "embedding"])
-def test_adapted_machines_answer_more_like_the_teacher_on_their_own_images(teacher, trigger_source):
+def test_adapted_models_answer_more_like_the_teacher_on_their_own_images(teacher, trigger_source):
     loaded = load_teacher(teacher, device="cpu")
-    machine = student(trigger_source=trigger_source, local_patch=True)
+    model = student(trigger_source=trigger_source, local_patch=True)
     processor = APMImageProcessor(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE})
-    models = Models(APM(machine, processor, loaded), (), replace(GRID_TTT, steps=40), 2, seed=0)
+    models = Models(APM(model, processor, loaded), (), replace(GRID_TTT, steps=40), 2, seed=0)
     images, size = [photo(seed) for seed in range(3)], (TEACHER_GRID * 2,) * 2
     wanted = models.encode(images, factor=2).features
 
@@ -281,7 +281,7 @@ def test_adapted_machines_answer_more_like_the_teacher_on_their_own_images(teach
         assert maps.shape == wanted.shape
         return float((maps - wanted).square().mean())
 
-    before = error(models.apm_maps(images, size, model=machine))
+    before = error(models.apm_maps(images, size, model=model))
     after = {start: error(models.adapted_maps(images, size, start=start)) for start in ("model", "random")}
     assert after["model"] < 0.7 * before and after["random"] < 0.9 * before and after["model"] != after["random"]
 
@@ -400,7 +400,7 @@ def test_other_settings_compute_again_what_they_change(tmp_path, options, monkey
     assert done[4:] == ["teacher", "apm", "apm_ttt"]
 
 
-def test_without_a_model_a_fresh_machine_is_adapted_and_nothing_is_said_to_be_distilled(tmp_path, stripes):
+def test_without_a_model_a_fresh_model_is_adapted_and_nothing_is_said_to_be_distilled(tmp_path, stripes):
     classifier = str(save_classifier(tmp_path / "teacher"))
     folder = evaluate_islands(
         output_dir=tmp_path / "out", teacher=classifier, data=stripes, **FAST | {"ttt": replace(TTT, steps=1)}

@@ -108,7 +108,7 @@ class Interrupting(Dataset):
         return self.data[index]
 
 
-def run(folder, data, *, machine=None, processor=None, teacher=None, validation=None, collate_fn=None, **settings):
+def run(folder, data, *, model=None, processor=None, teacher=None, validation=None, collate_fn=None, **settings):
     settings = {
         "max_steps": 4,
         "batch_size": 4,
@@ -117,7 +117,7 @@ def run(folder, data, *, machine=None, processor=None, teacher=None, validation=
         "mixed_precision": "no",
     } | settings
     return distill(
-        student() if machine is None else machine,
+        student() if model is None else model,
         data,
         config=DistillationConfig(output_dir=str(folder), **settings),
         image_processor=processor or APMImageProcessorPil(**PIXELS),
@@ -147,9 +147,9 @@ def logged(folder, name):
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
-def naive_loop(machine, data, *, steps, learning_rate, warmup_steps, max_grad_norm, weights):
+def naive_loop(model, data, *, steps, learning_rate, warmup_steps, max_grad_norm, weights):
     """All images at every step; the schedule and the clipping are spelled out."""
-    machine = copy.deepcopy(machine)
+    model = copy.deepcopy(model)
     rows = [data[index] for index in range(len(data))]
     pixels, embeds, features = (
         torch.stack([row[k] for row in rows]) for k in ("pixel_values", "image_embeds", "features")
@@ -159,7 +159,7 @@ def naive_loop(machine, data, *, steps, learning_rate, warmup_steps, max_grad_no
     cell = STUDENT_SIZE // TEACHER_GRID
     colours = colours.unflatten(2, (TEACHER_GRID, cell)).unflatten(4, (TEACHER_GRID, cell)).mean(dim=(3, 5))
     colours = colours.flatten(2).transpose(1, 2)  # (B, 3, rows, cols) -> (B, L, 3)
-    optimizer = torch.optim.Adam(machine.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     losses, norms = [], []
     for step in range(steps):
         if step < warmup_steps:
@@ -167,7 +167,7 @@ def naive_loop(machine, data, *, steps, learning_rate, warmup_steps, max_grad_no
         else:
             factor = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
         optimizer.param_groups[0]["lr"] = learning_rate * factor
-        outputs = machine(pixels, grid_coordinates(*GRID))
+        outputs = model(pixels, grid_coordinates(*GRID))
         loss = (
             weights.grid * ((outputs.last_hidden_state - features.flatten(1, 2)) ** 2).mean()
             + weights.cls * ((outputs.pooler_output - embeds) ** 2).mean()
@@ -175,30 +175,30 @@ def naive_loop(machine, data, *, steps, learning_rate, warmup_steps, max_grad_no
         )
         optimizer.zero_grad()
         loss.backward()
-        norms.append(math.sqrt(sum((p.grad**2).sum().item() for p in machine.parameters())))
-        for parameter in machine.parameters():
+        norms.append(math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters())))
+        for parameter in model.parameters():
             parameter.grad *= min(1, max_grad_norm / norms[-1])
         optimizer.step()
         losses.append(loss.item())
-    return machine, losses, norms
+    return model, losses, norms
 
 
 def test_training_is_adam_with_warm_up_cosine_clipping_and_weighted_losses(tmp_path):
     # One batch is the whole data, so that the order of images is all the same.
-    data, machine = random_targets(8), student()
+    data, model = random_targets(8), student()
     recipe = {"learning_rate": 3e-3, "warmup_steps": 3, "max_grad_norm": 0.1}
     weights = LossWeights(grid=1.0, cls=0.5, rgb=2.0)
-    expected, losses, norms = naive_loop(machine, data, steps=10, weights=weights, **recipe)
+    expected, losses, norms = naive_loop(model, data, steps=10, weights=weights, **recipe)
     assert min(norms) > recipe["max_grad_norm"], "nothing was clipped"
-    before = copy.deepcopy(machine.state_dict())
+    before = copy.deepcopy(model.state_dict())
     result = run(
-        tmp_path, data, machine=machine, max_steps=10, batch_size=8, cls_weight=0.5, rgb_weight=2.0,
+        tmp_path, data, model=model, max_steps=10, batch_size=8, cls_weight=0.5, rgb_weight=2.0,
         report_to="tensorboard", **recipe,
     )  # fmt: skip
     assert largest_difference(weights_of(result), expected.state_dict()) < 1e-5
     assert largest_difference(before, expected.state_dict()) > 1e-2, "nothing was learnt"
     assert logged(tmp_path, "loss")[10] == pytest.approx(losses[-1], rel=1e-5)
-    assert result.student is machine
+    assert result.student is model
 
 
 def test_a_short_run_lowers_the_loss_and_raises_the_validation_cosine(tmp_path, clip):
@@ -228,12 +228,12 @@ def test_a_short_run_lowers_the_loss_and_raises_the_validation_cosine(tmp_path, 
 
 
 def test_validation_covers_every_image_at_every_place_of_the_teacher(tmp_path):
-    held_out, machine = random_targets(7, seed=10), student()
+    held_out, model = random_targets(7, seed=10), student()
     with torch.no_grad():
-        outputs = machine(held_out.pixel_values, grid_coordinates(*GRID))
+        outputs = model(held_out.pixel_values, grid_coordinates(*GRID))
     features = held_out.features.flatten(1, 2)
     taught = random_targets(8)
-    result = run(tmp_path, taught, machine=machine, validation=held_out, num_locations=2, max_steps=1, batch_size=8)
+    result = run(tmp_path, taught, model=model, validation=held_out, num_locations=2, max_steps=1, batch_size=8)
     first = result.metrics[0]
     std = taught.features.flatten(0, 2).std(dim=0, correction=0)
     error = ((outputs.last_hidden_state - features) / std).square().sum()
@@ -330,7 +330,7 @@ def test_places_are_drawn_afresh_at_each_step_and_are_some_of_the_teachers(tmp_p
 
 
 def test_the_loss_at_some_places_is_against_the_teachers_answers_there(tmp_path, monkeypatch):
-    data, machine, drawn = random_targets(8), student(), []
+    data, model, drawn = random_targets(8), student(), []
 
     def recorded(*inputs, locations=None, **options):
         drawn.append(locations)
@@ -338,12 +338,12 @@ def test_the_loss_at_some_places_is_against_the_teachers_answers_there(tmp_path,
 
     monkeypatch.setattr(distillation_targets, "query_student", recorded)
     with torch.no_grad():
-        answers = machine(data.pixel_values, grid_coordinates(*GRID))
+        answers = model(data.pixel_values, grid_coordinates(*GRID))
     cell = STUDENT_SIZE // TEACHER_GRID
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     colours = F.avg_pool2d(data.pixel_values, cell) * std[:, None, None] + mean[:, None, None]
     settings = {"num_locations": 5, "batch_size": 8, "max_steps": 1, "report_to": "tensorboard"}
-    run(tmp_path, data, machine=machine, **settings)
+    run(tmp_path, data, model=model, **settings)
     (places,) = drawn
     for name, answer, target in (
         ("loss_grid", answers.last_hidden_state, data.features.flatten(1, 2)),
@@ -366,23 +366,23 @@ def test_all_places_are_asked_where_more_are_wanted_than_there_are(tmp_path):
 @pytest.mark.parametrize("grid", [(3, 3), (4, 4), (2, 5)], ids=["the student's own grid", "finer", "oblong"])
 @pytest.mark.parametrize("locations", [None, [5, 0, 3]], ids=["everywhere", "somewhere"])
 def test_the_student_is_asked_at_the_centres_of_the_teachers_patches(grid, locations):
-    machine, pixels = student(pooling="attention", local_patch=True), noise(2, 3, STUDENT_SIZE, STUDENT_SIZE, seed=0)
+    model, pixels = student(pooling="attention", local_patch=True), noise(2, 3, STUDENT_SIZE, STUDENT_SIZE, seed=0)
     targets = DistillationTargets(noise(2, FEATURE_SIZE, seed=1), torch.empty(0), torch.empty(0), grid=grid)
     places = locations if locations is not None else range(grid[0] * grid[1])
     rows, cols = grid
     centres = [((2 * (i // cols) + 1) / rows - 1, (2 * (i % cols) + 1) / cols - 1) for i in places]
-    expected = machine(pixels, torch.tensor(centres))
+    expected = model(pixels, torch.tensor(centres))
     given = None if locations is None else torch.tensor(locations)
-    answer = query_student(machine, pixels, targets, locations=given)
+    answer = query_student(model, pixels, targets, locations=given)
     for name in ("last_hidden_state", "pooler_output", "rgb"):
         torch.testing.assert_close(answer[name], expected[name], atol=1e-5, rtol=1e-5)
     assert expected.last_hidden_state.std(dim=1).max() > 0.05, "all places answer alike"
 
 
 def test_a_student_may_take_its_trigger_from_the_teacher(tmp_path):
-    machine = student(trigger_source="embedding")
-    before = copy.deepcopy(machine.state_dict())
-    result = run(tmp_path, random_targets(8), machine=machine, validation=random_targets(4))
+    model = student(trigger_source="embedding")
+    before = copy.deepcopy(model.state_dict())
+    result = run(tmp_path, random_targets(8), model=model, validation=random_targets(4))
     assert largest_difference(before, weights_of(result)) > 1e-3 and len(result.metrics) == 2
 
 
@@ -496,7 +496,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does_bit_for_bit(tmp_path
         run(tmp_path / "cut", until, validation=held_out, **settings)
     forget_accelerate()
     torch.manual_seed(123)  # a new process knows nothing of the old one's generators
-    resumed = run(tmp_path / "cut", data, validation=held_out, machine=student(seed=5), resume=True, **settings)
+    resumed = run(tmp_path / "cut", data, validation=held_out, model=student(seed=5), resume=True, **settings)
     assert largest_difference(weights_of(whole), weights_of(resumed)) == 0
     assert whole.metrics == resumed.metrics
 
@@ -510,7 +510,7 @@ def test_a_resumed_stream_ends_where_an_uninterrupted_one_does(tmp_path, checkpo
     with pytest.raises(Interrupted):
         run(tmp_path / "cut", Stream(Interrupting(data, (checkpoint_steps + 2) * 4)), **settings)
     forget_accelerate()
-    resumed = run(tmp_path / "cut", Stream(data), machine=student(seed=5), resume=True, **settings)
+    resumed = run(tmp_path / "cut", Stream(data), model=student(seed=5), resume=True, **settings)
     assert largest_difference(weights_of(whole), weights_of(resumed)) == 0
 
 
@@ -565,7 +565,7 @@ def test_a_new_run_does_not_resume_from_the_checkpoints_of_an_old_one(tmp_path):
     with pytest.raises(Interrupted):
         run(tmp_path, Interrupting(data, 20), overwrite=True, **settings)
     forget_accelerate()
-    resumed = run(tmp_path, data, resume=True, machine=student(seed=5), **settings)
+    resumed = run(tmp_path, data, resume=True, model=student(seed=5), **settings)
     forget_accelerate()
     whole = run(tmp_path / "whole", data, **settings)
     assert largest_difference(weights_of(whole), weights_of(resumed)) == 0
@@ -594,9 +594,9 @@ def test_what_wraps_the_student_dies_before_the_process_group(tmp_path, monkeypa
 
 
 def test_bfloat16_trains_and_leaves_an_ordinary_float32_student(tmp_path):
-    data, machine = random_targets(8), student()
+    data, model = random_targets(8), student()
     result = run(
-        tmp_path, data, machine=machine, mixed_precision="bf16", max_steps=12, validation=random_targets(4),
+        tmp_path, data, model=model, mixed_precision="bf16", max_steps=12, validation=random_targets(4),
         report_to="tensorboard",
     )  # fmt: skip
     forget_accelerate()
@@ -695,7 +695,7 @@ def test_settings_are_frozen():
 def test_a_student_of_another_width_is_refused(tmp_path, source, clip):
     teacher = clip if source == "teacher" else None
     with pytest.raises(ValueError, match=f"feature_size: expected.* {FEATURE_SIZE}, got 20"):
-        run(tmp_path, random_targets(8), machine=student(feature_size=20), teacher=teacher)
+        run(tmp_path, random_targets(8), model=student(feature_size=20), teacher=teacher)
 
 
 def test_no_image_is_an_error(tmp_path):
@@ -720,9 +720,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
 
 def test_colours_are_not_asked_of_a_student_without_them(tmp_path):
     with pytest.raises(ValueError, match="rgb: expected a student with use_rgb_head=True"):
-        run(tmp_path, random_targets(8), machine=student(use_rgb_head=False))
+        run(tmp_path, random_targets(8), model=student(use_rgb_head=False))
     forget_accelerate()
-    result = run(tmp_path, random_targets(8), machine=student(use_rgb_head=False), rgb_weight=0.0)
+    result = run(tmp_path, random_targets(8), model=student(use_rgb_head=False), rgb_weight=0.0)
     assert result.student.decoder.rgb_head is None
 
 

@@ -178,7 +178,7 @@ def test_messages_in_the_questions_are_those_of_the_sources():
             assert any(part.strip() in text for text in texts), part
 
 
-def test_nothing_in_the_documentation_names_a_path_of_a_machine():
+def test_nothing_in_the_documentation_names_a_path_of_a_computer():
     for path in FILES:
         text = path.read_text()
         assert str(ROOT) not in text and os.path.expanduser("~/") not in text, path.name

@@ -1,4 +1,4 @@
-"""Ablations of test-time training, on the embedded scenes and teacher with a machine of a few thousand weights."""
+"""Ablations of test-time training, on the embedded scenes and teacher with a model of a few thousand weights."""
 
 import importlib.util
 import io
@@ -110,10 +110,10 @@ def test_figures_agree_with_a_naive_computation(task):
     assert row.agreement != row.accuracy.mean
     embeds, features = [], []
     torch.manual_seed(RECIPE.seed)  # every fit starts from the same drawn weights
-    machine, recipe = APMModel(BASE).eval(), replace(RECIPE, start="model")
+    model, recipe = APMModel(BASE).eval(), replace(RECIPE, start="model")
     for index in range(NUM_IMAGES):
         one = slice(index, index + 1)
-        adapted = adapt(machine, task.pixel_values[one], task.image_embeds[one], config=recipe)
+        adapted = adapt(model, task.pixel_values[one], task.image_embeds[one], config=recipe)
         embeds.append(adapted.image_embeds[0])
         features.append(F.normalize(adapted.query().last_hidden_state[0], dim=-1))
     embeds, texts = torch.stack(embeds), F.normalize(task.text_embeds, dim=-1)
@@ -127,7 +127,7 @@ def test_figures_agree_with_a_naive_computation(task):
     assert row.cosine == pytest.approx(F.cosine_similarity(embeds, task.image_embeds).mean().item(), abs=1e-5)
     pairs = [(a @ b).item() for image in features[:4] for a, b in combinations(image, 2)]
     assert row.location_cosine == pytest.approx(np.mean(pairs), abs=1e-5)
-    assert row.parameters == sum(weight.numel() for weight in machine.parameters())
+    assert row.parameters == sum(weight.numel() for weight in model.parameters())
     assert row.num_images == NUM_IMAGES and row.seconds > 0
 
 
@@ -158,9 +158,9 @@ def test_more_steps_come_closer_to_the_teacher_and_cost_more(task):
 def test_the_losses_of_a_variant_are_what_is_fitted(task, monkeypatch):
     seen = []
 
-    def spied(machine, pixel_values, targets, **options):
-        seen.append((machine.config.pooling, targets))
-        return adapt(machine, pixel_values, targets, **options)
+    def spied(model, pixel_values, targets, **options):
+        seen.append((model.config.pooling, targets))
+        return adapt(model, pixel_values, targets, **options)
 
     monkeypatch.setattr(ablations, "adapt", spied)
     recipe = replace(RECIPE, steps=2)
@@ -193,9 +193,9 @@ def test_colours_are_those_of_the_image():
 def test_the_embedding_as_trigger_is_asked_for_without_pixels(task, monkeypatch):
     seen = []
 
-    def spied(machine, pixel_values, targets, **options):
+    def spied(model, pixel_values, targets, **options):
         seen.append((pixel_values is None, options["trigger_column"] is None))
-        return adapt(machine, pixel_values, targets, **options)
+        return adapt(model, pixel_values, targets, **options)
 
     monkeypatch.setattr(ablations, "adapt", spied)
     row = score(Variant("trigger", "T_vit", {"trigger_source": "embedding"}), task)

@@ -336,13 +336,13 @@ def test_options_outside_their_range_are_refused(make, message):
         make()
 
 
-# Machines.
+# Models.
 
 QUICK = {"num_locations": None, "steps": 6, "learning_rate": 1e-2, "fit": "all", "alpha": 1.0, "stop": None}
 
 
 @pytest.fixture(autouse=True)
-def small_machines(monkeypatch):
+def small_models(monkeypatch):
     """A fresh `clip-ttt` of the tests' size."""
     preset = apm_methods.APMConfig.preset
 
@@ -368,8 +368,8 @@ def task(teacher):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A machine that was saved with an image processor of its own."""
-    path = tmp_path_factory.mktemp("machine")
+    """A model that was saved with an image processor of its own."""
+    path = tmp_path_factory.mktemp("model")
     student(initializer_range=0.3).save_pretrained(path)
     size = {"height": STUDENT_SIZE, "width": STUDENT_SIZE}
     APMImageProcessor(size=size, do_min_max=True).save_pretrained(path)
@@ -385,24 +385,24 @@ def cosines(task, embeds):
     return task.teacher.logit_scale * F.normalize(embeds, dim=1) @ task.text_embeds.T
 
 
-def machine_and_pixels(task, batch, *, seed=0):
-    machine = load_student(task.teacher, "random", None, seed=seed).bare_model
-    processor = matching_image_processor(task.teacher, machine.config.image_size)
-    return machine, processor(batch.images, return_tensors="pt")["pixel_values"]
+def model_and_pixels(task, batch, *, seed=0):
+    model = load_student(task.teacher, "random", None, seed=seed).bare_model
+    processor = matching_image_processor(task.teacher, model.config.image_size)
+    return model, processor(batch.images, return_tensors="pt")["pixel_values"]
 
 
-def test_a_machine_is_fitted_to_the_teachers_embedding_and_classified(task):
+def test_a_model_is_fitted_to_the_teachers_embedding_and_classified(task):
     batch, method = photo_batch(task.teacher), APMAdapted(overrides=QUICK)
-    machine, pixels = machine_and_pixels(task, batch)
+    model, pixels = model_and_pixels(task, batch)
     targets = task.teacher.encode_images(batch.images).image_embeds
-    embeds = adapt(machine, pixels, targets, config=replace(method.config, start="model")).image_embeds
+    embeds = adapt(model, pixels, targets, config=replace(method.config, start="model")).image_embeds
     output = method(task, batch)
     torch.testing.assert_close(output.logits, cosines(task, embeds), atol=1e-3, rtol=1e-3)
     assert output.steps.tolist() == [6] * 4 and output.by_step is None
-    assert (output.logits - cosines(task, targets)).abs().max() > 0.5, "the machine only repeats its teacher"
+    assert (output.logits - cosines(task, targets)).abs().max() > 0.5, "the model only repeats its teacher"
 
 
-def test_a_machine_fitted_to_the_end_repeats_its_target(task):
+def test_a_model_fitted_to_the_end_repeats_its_target(task):
     method = APMAdapted(overrides={**QUICK, "steps": 300})
     batch = photo_batch(task.teacher)
     expected = cosines(task, batch.embeds()[:, 0])
@@ -438,7 +438,7 @@ def test_adapted_predictions_do_not_depend_on_the_other_images(task):
     assert all(alone.by_step[step] == classes[2] for step, classes in together.by_step.items())
 
 
-def test_machines_start_from_their_seed_and_from_the_same_weights(task):
+def test_models_start_from_their_seed_and_from_the_same_weights(task):
     batch = photo_batch(task.teacher)
     first, again, other = (APMAdapted(overrides={**QUICK, "seed": seed})(task, batch).logits for seed in (0, 0, 1))
     torch.testing.assert_close(first, again, rtol=0, atol=0)
@@ -501,51 +501,51 @@ def test_consensus_is_the_mean_of_both_answers(task):
     torch.testing.assert_close(probabilities.logits.double().softmax(1), expected, atol=1e-4, rtol=1e-3)
     assert probabilities.by_step[6].tolist() == expected.argmax(1).tolist()
 
-    machine, pixels = machine_and_pixels(task, batch)
+    model, pixels = model_and_pixels(task, batch)
     config = replace(APMAdapted(overrides=QUICK).config, start="model")
-    embeds = adapt(machine, pixels, targets, config=config).image_embeds
+    embeds = adapt(model, pixels, targets, config=config).image_embeds
     both = F.normalize(embeds, dim=1) + F.normalize(targets, dim=1)
     logits = APMAdapted(overrides=QUICK, consensus="embeddings")(task, batch).logits
     torch.testing.assert_close(logits, cosines(task, both), atol=1e-3, rtol=1e-3)
 
 
-def test_a_distilled_machine_is_shown_what_its_own_image_processor_makes(task, folder):
+def test_a_distilled_model_is_shown_what_its_own_image_processor_makes(task, folder):
     batch = photo_batch(task.teacher)
     pixels = APMImageProcessor.from_pretrained(folder)(batch.images, return_tensors="pt")["pixel_values"]
-    machine = student(initializer_range=0.3)
+    model = student(initializer_range=0.3)
     output = APMForward(model=folder)(task, batch)
     with torch.no_grad():
-        expected = cosines(task, machine(pixels).pooler_output)
+        expected = cosines(task, model(pixels).pooler_output)
     torch.testing.assert_close(output.logits, expected, atol=1e-3, rtol=1e-3)
     assert batch.num_used_views == 0, "it does without its teacher"
 
     method = APMAdapted(start="model", model=folder, overrides=QUICK)
     targets = task.teacher.encode_images(batch.images).image_embeds
-    expected = cosines(task, adapt(machine, pixels, targets, config=method.config).image_embeds)
+    expected = cosines(task, adapt(model, pixels, targets, config=method.config).image_embeds)
     torch.testing.assert_close(method(task, batch).logits, expected, atol=1e-3, rtol=1e-3)
     after = APMForward(model=folder)(task, batch).logits
-    torch.testing.assert_close(after, output.logits, rtol=0, atol=0, msg="adapting changed the machine")
+    torch.testing.assert_close(after, output.logits, rtol=0, atol=0, msg="adapting changed the model")
 
 
-def test_a_distilled_machine_may_agree_with_its_teacher(task, folder):
+def test_a_distilled_model_may_agree_with_its_teacher(task, folder):
     batch = photo_batch(task.teacher)
-    machine = APMForward(model=folder)(task, batch).logits.double().softmax(1)
+    model = APMForward(model=folder)(task, batch).logits.double().softmax(1)
     teacher = cosines(task, batch.embeds()[:, 0]).double().softmax(1)
     both = APMForward(model=folder, consensus="probabilities")(task, batch).logits.double().softmax(1)
-    torch.testing.assert_close(both, (machine + teacher) / 2, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(both, (model + teacher) / 2, atol=1e-4, rtol=1e-3)
 
 
 def test_the_trigger_may_come_from_the_teacher(task, tmp_path):
-    machine = student(trigger_source="embedding", initializer_range=0.3)
-    machine.save_pretrained(tmp_path)
+    model = student(trigger_source="embedding", initializer_range=0.3)
+    model.save_pretrained(tmp_path)
     APMImageProcessor(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE}).save_pretrained(tmp_path)
     batch = photo_batch(task.teacher)
     trigger = batch.embeds()[:, 0]
     with torch.no_grad():
-        expected = cosines(task, machine(trigger_column=trigger).pooler_output)
+        expected = cosines(task, model(trigger_column=trigger).pooler_output)
     torch.testing.assert_close(APMForward(model=str(tmp_path))(task, batch).logits, expected, atol=1e-3, rtol=1e-3)
     method = APMAdapted(start="model", model=str(tmp_path), overrides=QUICK, num_views=3)
-    adapted = adapt(machine, None, method.targets(task, batch.embeds(3)), config=method.config, trigger_column=trigger)
+    adapted = adapt(model, None, method.targets(task, batch.embeds(3)), config=method.config, trigger_column=trigger)
     expected = cosines(task, adapted.image_embeds)
     torch.testing.assert_close(method(task, batch).logits, expected, atol=1e-3, rtol=1e-3)
 
@@ -562,7 +562,7 @@ def test_the_random_control_understands_nothing_but_is_the_same_in_every_run(tas
     assert (other - first).abs().max() > 0.1
 
 
-def test_a_machine_is_made_once_for_all_methods_and_goes_with_its_teacher(tmp_path):
+def test_a_model_is_made_once_for_all_methods_and_goes_with_its_teacher(tmp_path):
     teacher = load_teacher(save_clip(tmp_path), device="cpu")
     first = load_student(teacher, "random", None, seed=0)
     assert load_student(teacher, "random", None, seed=0) is first
@@ -572,7 +572,7 @@ def test_a_machine_is_made_once_for_all_methods_and_goes_with_its_teacher(tmp_pa
     assert len(apm_methods._STUDENTS) == 0
 
 
-def test_machines_that_do_not_fit_the_teacher_are_refused(task, tmp_path):
+def test_models_that_do_not_fit_the_teacher_are_refused(task, tmp_path):
     student(feature_size=20).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match=f"as wide as the teacher's, {FEATURE_SIZE}, got 20"):
         APMForward(model=str(tmp_path / "wide"))(task, photo_batch(task.teacher))

@@ -95,7 +95,7 @@ def test_costs_stand_beside_the_results_and_charge_a_method_for_its_views(finish
     assert "seconds" not in lines(finished)[0]
 
 
-def test_no_path_of_the_machine_is_in_the_results(finished):
+def test_no_path_of_the_computer_is_in_the_results(finished):
     text = (finished / RESULTS).read_text() + (finished / COSTS).read_text()
     assert str(Path(DEMO_TEACHER).parent) not in text and Path(DEMO_TEACHER).name in text
 

@@ -61,7 +61,7 @@ def test_a_suites_methods_can_be_narrowed_and_its_images_limited(tmp_path):
     assert len(rows) == 6 and not (folder / "model_index.json").exists()
 
 
-def test_a_report_tells_no_path_of_the_machine(smoke):
+def test_a_report_tells_no_path_of_the_computer(smoke):
     for name in ("report.md", "run.json", "results.jsonl"):
         assert str(smoke.parent) not in (smoke / name).read_text()
     assert "--output_dir smoke" in (smoke / "report.md").read_text()

@@ -505,11 +505,11 @@ def losses_of(rows, teacher, place, *, num_locations=None, layers=None, **option
     collator = ImageCollator(processor, teacher_image_processor=teacher.image_processor)
     batch = collator([rows[position] for position in range(len(rows))])
     assert ("teacher_pixel_values" in batch) != ("features" in batch)
-    machine = student(**options)
+    model = student(**options)
     objective = Objective(
-        machine.config, TargetMaker(teacher, processor, layers=layers), LossWeights(), num_locations=num_locations
+        model.config, TargetMaker(teacher, processor, layers=layers), LossWeights(), num_locations=num_locations
     )
-    return batch, machine, objective, objective.losses(machine, batch, torch.Generator().manual_seed(0))
+    return batch, model, objective, objective.losses(model, batch, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("num_locations", [None, 6])
@@ -524,7 +524,7 @@ def test_losses_from_a_cache_are_those_without(whole, teacher, images, place, nu
 def test_losses_at_kept_places_are_the_live_ones_at_the_same_places(teacher, images, place, tmp_path):
     cache = write(tmp_path, teacher, images, num_locations=5, level_layers=[2])
     student_levels = {"num_levels": 1, "level_size": 16}
-    batch, machine, objective, cached = losses_of(
+    batch, model, objective, cached = losses_of(
         CachedImages(images, cache), teacher, place, layers=[2], **student_levels
     )
     live_batch, _, live, _ = losses_of(images, teacher, place, layers=[2], **student_levels)
@@ -534,7 +534,7 @@ def test_losses_at_kept_places_are_the_live_ones_at_the_same_places(teacher, ima
     errors = {"grid": [], "rgb": [], "level": []}
     for row in range(NUM_IMAGES):  # one image after the other, with no cache
         places = cache[row]["locations"]
-        outputs = machine(batch["pixel_values"][row : row + 1], coordinates[places])
+        outputs = model(batch["pixel_values"][row : row + 1], coordinates[places])
         errors["grid"].append((outputs.last_hidden_state[0] - targets.features[row, places]).square().mean())
         errors["rgb"].append((outputs.rgb[0] - targets.rgb[row, places]).square().mean())
         errors["level"].append((outputs.levels[0] - targets.levels[row, places]).square().mean())
@@ -543,7 +543,7 @@ def test_losses_at_kept_places_are_the_live_ones_at_the_same_places(teacher, ima
         assert abs(cached[f"loss_{name}"] - expected) < 1e-4 * expected, name
     # Another draw of the cached locations: fewer of them, other losses.
     objective.num_locations = 2
-    fewer = objective.losses(machine, batch, torch.Generator().manual_seed(0))
+    fewer = objective.losses(model, batch, torch.Generator().manual_seed(0))
     assert fewer["loss_grid"].isfinite() and abs(fewer["loss_grid"] - cached["loss_grid"]) > 1e-4
 
 

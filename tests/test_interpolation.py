@@ -54,7 +54,7 @@ def test_directions_without_a_circle_of_their_own_are_blended_linearly(second):
 
 @pytest.mark.parametrize("local_patch", [False, True])
 @pytest.mark.parametrize("blending", ["linear", "spherical"])
-def test_the_ends_are_what_the_machine_answers_about_each_image(local_patch, blending):
+def test_the_ends_are_what_the_model_answers_about_each_image(local_patch, blending):
     model = student(local_patch=local_patch, **WIDE)
     frames = list(interpolate(model, *images(), 4, SIZE, blending=blending))
     assert [frame.alpha for frame in frames] == pytest.approx([0, 1 / 3, 2 / 3, 1])
@@ -66,7 +66,7 @@ def test_the_ends_are_what_the_machine_answers_about_each_image(local_patch, ble
     assert (frames[1].features - frames[0].features).abs().max() > 0.01
 
 
-def test_a_linear_blend_is_the_machine_s_answer_to_the_cross_faded_image():
+def test_a_linear_blend_is_the_models_answer_to_the_cross_faded_image():
     model, (first, second) = student(local_patch=True, **WIDE), images()
     middle = list(interpolate(model, first, second, 3, SIZE))[1]
     features, _ = query_map(model, (first + second) / 2, SIZE)
@@ -85,7 +85,7 @@ def test_the_patches_of_one_image_can_be_kept(kept):
         torch.testing.assert_close(frame.features, features[0])
 
 
-def test_a_machine_that_takes_its_columns_from_the_caller_is_given_them():
+def test_a_model_that_takes_its_columns_from_the_caller_is_given_them():
     model, columns = student(trigger_source="embedding", **WIDE), vectors(FEATURE_SIZE)
     frames = list(interpolate(model, None, None, 3, SIZE, trigger_columns=columns))
     features, _ = query_map(model, None, SIZE, trigger_column=(columns[0] + columns[1]) / 2)
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_said_before_the_first_frame(options, message):
         interpolate(**given)
 
 
-def test_a_machine_with_local_patch_needs_images_beside_columns():
+def test_a_model_with_local_patch_needs_images_beside_columns():
     model = student(local_patch=True, **WIDE)
     columns = tuple(model.fold(image).detach() for image in images())
     with pytest.raises(ValueError, match="local_patch=True"):

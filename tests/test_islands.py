@@ -332,7 +332,7 @@ def test_clusters_fitted_on_fewer_locations_than_there_are_clusters_are_refused(
         cluster(features(20, 6), 5, max_locations=4)
 
 
-def machine(**overrides):
+def small_model(**overrides):
     return student(**overrides).eval()
 
 
@@ -343,7 +343,7 @@ def pixels(batch_size=2, seed=0):
 @pytest.mark.parametrize("overrides", [{}, {"local_patch": True}], ids=["plain", "local patch"])
 @pytest.mark.parametrize("size", [None, (3, 3), (5, 4), (1, 7)])
 def test_a_map_holds_the_answer_at_the_centre_of_every_cell(overrides, size):
-    model = machine(**overrides)
+    model = small_model(**overrides)
     found = feature_map(model, pixels(), size, chunk_size=3)
     rows, cols = size or (STUDENT_GRID, STUDENT_GRID)
     assert found.shape == (2, rows, cols, FEATURE_SIZE) and not found.requires_grad
@@ -355,7 +355,7 @@ def test_a_map_holds_the_answer_at_the_centre_of_every_cell(overrides, size):
 
 
 def test_a_map_may_be_of_colours_and_of_folded_images_and_of_models_with_heads():
-    model = machine()
+    model = small_model()
     colours = feature_map(model, pixels(), (4, 5), output="rgb")
     assert colours.shape == (2, 4, 5, 3)
     expected = model(pixels(), grid_coordinates(4, 5)).rgb
@@ -367,7 +367,7 @@ def test_a_map_may_be_of_colours_and_of_folded_images_and_of_models_with_heads()
 
 
 def test_levels_come_first_as_a_teachers_do(monkeypatch):
-    model = machine()
+    model = small_model()
     answers = SimpleNamespace(levels=torch.arange(2 * 20 * 3 * 4.0).reshape(2, 20, 3, 4))  # (B, L, N, F)
     monkeypatch.setattr(model, "forward", lambda *args, **options: answers)
     levels = feature_map(model, pixels(), (4, 5), output="levels")
@@ -375,8 +375,8 @@ def test_levels_come_first_as_a_teachers_do(monkeypatch):
     torch.testing.assert_close(levels[1, 2, 3, 1], answers.levels[1, 3 * 5 + 1, 2])
 
 
-def test_a_map_of_adapted_machines_is_of_their_own_images():
-    model = machine()
+def test_a_map_of_adapted_models_is_of_their_own_images():
+    model = small_model()
     targets = torch.randn(2, FEATURE_SIZE, generator=torch.Generator().manual_seed(1))
     adapted = adapt(model, pixels(), targets, config=TTTConfig(steps=3, learning_rate=0.01, start="model"))
     found = feature_map(adapted, None, (4, 5))
@@ -401,7 +401,7 @@ def test_a_map_of_adapted_machines_is_of_their_own_images():
 )
 def test_maps_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        feature_map(**{"model": machine(use_rgb_head=False), "pixel_values": pixels(), **arguments})
+        feature_map(**{"model": small_model(use_rgb_head=False), "pixel_values": pixels(), **arguments})
 
 
 def test_upsampling_is_bilinear_between_the_centres_of_cells():
@@ -450,7 +450,7 @@ def test_maps_of_other_dimensions_are_refused(act):
 
 
 def test_a_location_is_most_similar_to_itself_wherever_one_points():
-    model = machine(local_patch=True)
+    model = small_model(local_patch=True)
     point = grid_coordinates(5, 4)[7]
     found = similarity_to_point(model, pixels(), point, (5, 4))
     assert found.shape == (2, 1, 5, 4)
@@ -467,7 +467,7 @@ def test_a_location_is_most_similar_to_itself_wherever_one_points():
 @pytest.mark.parametrize("point", [(0.0, 1.5), (0.0, float("nan")), (0.0, 0.0, 0.0)])
 def test_a_point_outside_the_picture_is_refused(point):
     with pytest.raises(ValueError, match="point: expected"):
-        similarity_to_point(machine(), pixels(), point)
+        similarity_to_point(small_model(), pixels(), point)
 
 
 def test_text_finds_the_objects_it_names():

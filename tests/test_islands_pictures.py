@@ -15,7 +15,7 @@ from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, photo, student
 CONFIG = IslandsConfig(size=16, heights=(2, 3, 5))
 
 
-def machine(**overrides):
+def small_model(**overrides):
     return student(initializer_range=0.3, local_patch=True, **overrides)
 
 
@@ -60,7 +60,7 @@ def test_a_single_region_has_no_contour():
 
 
 def test_the_error_is_one_minus_the_cosine_at_the_teacher_s_patches():
-    model = machine()
+    model = small_model()
     answers = feature_map(model, pixels(), (4, 5))[0]
     torch.testing.assert_close(error_map(model, pixels(), answers), torch.zeros(4, 5), atol=1e-5, rtol=0)
     torch.testing.assert_close(error_map(model, pixels(), -3 * answers), torch.full((4, 5), 2.0))
@@ -78,7 +78,7 @@ def test_shuffled_pixels_are_the_same_pixels_elsewhere():
 
 
 def draw(folder, model=None, config=CONFIG, **options):
-    model = machine() if model is None else model
+    model = small_model() if model is None else model
     return islands_picture(photo(0), folder, model, pixels(), config=config, **options)
 
 
@@ -111,7 +111,7 @@ def titles(monkeypatch):
     return rows
 
 
-def test_controls_stand_below_every_machine(tmp_path, monkeypatch):
+def test_controls_stand_below_every_model(tmp_path, monkeypatch):
     rows = titles(monkeypatch)
     draw(tmp_path)
     assert rows == [
@@ -123,7 +123,7 @@ def test_controls_stand_below_every_machine(tmp_path, monkeypatch):
 def test_what_is_asked_for_is_drawn(tmp_path, monkeypatch):
     rows = titles(monkeypatch)
     config = IslandsConfig(size=16, heights=(3,), points=((0.0, 0.0), (1.0, -1.0)), colours="tsne")
-    model = machine(use_rgb_head=False)
+    model = small_model(use_rgb_head=False)
     draw(tmp_path, model, config, teacher_features=teachers(), text_embeds={"a cat": teachers()[0, 0]})
     assert rows == [
         ["photo", "features (t-SNE)", "3 regions"],
@@ -134,7 +134,7 @@ def test_what_is_asked_for_is_drawn(tmp_path, monkeypatch):
     ]
 
 
-def test_a_machine_whose_columns_come_from_the_caller_is_drawn_too(tmp_path):
+def test_a_model_whose_columns_come_from_the_caller_is_drawn_too(tmp_path):
     model = student(initializer_range=0.3, trigger_source="embedding")
     column = torch.randn(1, FEATURE_SIZE, generator=torch.Generator().manual_seed(2))
     assert draw(tmp_path, model, trigger_column=column).exists()
@@ -185,12 +185,12 @@ def test_more_regions_than_locations_are_refused_before_anything_is_written(tmp_
 def film(folder, steps=5):
     config = IslandsConfig(size=12, heights=(2, 3, 5))
     movie = IslandsMovie(photo(0), pixels(), teachers(), steps, config=config)
-    fitted = fit_photo(machine(), pixels(), teachers()[None], None, steps=steps, on_step=movie.on_step)
+    fitted = fit_photo(small_model(), pixels(), teachers()[None], None, steps=steps, on_step=movie.on_step)
     movie.on_step(steps, fitted)
     return movie, movie.write(folder)
 
 
-def test_the_movie_runs_from_the_first_step_to_the_fitted_machine(tmp_path):
+def test_the_movie_runs_from_the_first_step_to_the_fitted_model(tmp_path):
     movie, files = film(tmp_path / "first")
     steps = [frame.step for frame in movie.frames]
     assert steps[0] == 0 and steps[-1] == 5 and steps == sorted(set(steps)) and len(steps) > 3
@@ -202,9 +202,9 @@ def test_the_movie_runs_from_the_first_step_to_the_fitted_machine(tmp_path):
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
 
 
-def test_a_machine_to_which_all_places_look_alike_shows_one_region():
+def test_a_model_to_which_all_places_look_alike_shows_one_region():
     movie = IslandsMovie(photo(0), pixels(), teachers(), 5, config=IslandsConfig(size=8, heights=(2, 4)))
-    blank, knowing = machine(), machine()
+    blank, knowing = small_model(), small_model()
     with torch.no_grad():
         blank.decoder.feature_head.weight.mul_(1e-4)
         blank.decoder.feature_head.bias.fill_(1.0)

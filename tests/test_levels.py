@@ -31,10 +31,10 @@ def noise(*shape, seed=0):
 
 
 def test_every_location_has_a_column_of_levels():
-    machine, pixels = student(num_levels=3, level_size=10), noise(2, 3, STUDENT_SIZE, STUDENT_SIZE)
-    outputs = machine(pixels, output_hidden_states=True)
+    model, pixels = student(num_levels=3, level_size=10), noise(2, 3, STUDENT_SIZE, STUDENT_SIZE)
+    outputs = model(pixels, output_hidden_states=True)
     assert outputs.levels.shape == (2, 9, 3, 10)
-    head = machine.decoder.level_head
+    head = model.decoder.level_head
     expected = F.linear(outputs.hidden_states[-1], head.weight[10:20], head.bias[10:20])
     torch.testing.assert_close(outputs.levels[:, :, 1], expected)
     assert student(num_levels=2)(pixels).levels.shape == (2, 9, 2, FEATURE_SIZE)
@@ -44,18 +44,16 @@ def test_every_location_has_a_column_of_levels():
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_levels_do_not_depend_on_chunks(chunk_size, gradients):
-    machine, pixels = student(num_levels=2), noise(2, 3, STUDENT_SIZE, STUDENT_SIZE)
+    model, pixels = student(num_levels=2), noise(2, 3, STUDENT_SIZE, STUDENT_SIZE)
     places = torch.rand(7, 2) * 2 - 1
     with torch.set_grad_enabled(gradients):
-        torch.testing.assert_close(
-            machine(pixels, places, chunk_size=chunk_size).levels, machine(pixels, places).levels
-        )
+        torch.testing.assert_close(model(pixels, places, chunk_size=chunk_size).levels, model(pixels, places).levels)
 
 
 def test_a_model_with_levels_is_saved_and_loaded(tmp_path):
-    machine, pixels = student(num_levels=2, level_size=6).eval(), noise(1, 3, STUDENT_SIZE, STUDENT_SIZE)
-    machine.save_pretrained(tmp_path)
-    assert torch.equal(APMModel.from_pretrained(tmp_path)(pixels).levels, machine(pixels).levels)
+    model, pixels = student(num_levels=2, level_size=6).eval(), noise(1, 3, STUDENT_SIZE, STUDENT_SIZE)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(APMModel.from_pretrained(tmp_path)(pixels).levels, model(pixels).levels)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +102,9 @@ def test_a_moved_teacher_is_asked_about_a_moved_image_and_the_student_where_its_
     )
     colour = window.sum(dim=-1) / 36 * maker.std + maker.mean
     torch.testing.assert_close(targets.rgb[:, 1 * TEACHER_GRID + 2], colour)
-    machine = student()
-    outputs = query_student(machine, batch["pixel_values"], targets, locations=torch.tensor([6]))
-    expected = machine(batch["pixel_values"], place[None]).last_hidden_state
+    model = student()
+    outputs = query_student(model, batch["pixel_values"], targets, locations=torch.tensor([6]))
+    expected = model(batch["pixel_values"], place[None]).last_hidden_state
     torch.testing.assert_close(outputs.last_hidden_state, expected)
 
 
@@ -117,8 +115,8 @@ def test_cached_answers_cannot_be_moved(clip):
 
 
 def test_the_loss_of_levels_is_weighted_and_of_their_shape():
-    machine, pixels = student(num_levels=2, level_size=5), noise(2, 3, STUDENT_SIZE, STUDENT_SIZE)
-    outputs = machine(pixels)
+    model, pixels = student(num_levels=2, level_size=5), noise(2, 3, STUDENT_SIZE, STUDENT_SIZE)
+    outputs = model(pixels)
     levels = noise(2, 9, 2, 5, seed=3)
     targets = DistillationTargets(noise(2, FEATURE_SIZE), noise(2, 9, FEATURE_SIZE), noise(2, 9, 3), levels)
     losses = distillation_losses(outputs, targets, LossWeights(level=2.0))
@@ -175,8 +173,8 @@ def test_levels_without_targets_are_refused_unless_they_are_to_stay_as_they_are(
             }
             return answer | {"pixel_values": noise(3, STUDENT_SIZE, STUDENT_SIZE, seed=index)}
 
-    machine = student(num_levels=2)
-    before = machine.decoder.level_head.weight.detach().clone()
+    model = student(num_levels=2)
+    before = model.decoder.level_head.weight.detach().clone()
     settings = {
         "output_dir": str(tmp_path),
         "max_steps": 2,
@@ -186,7 +184,7 @@ def test_levels_without_targets_are_refused_unless_they_are_to_stay_as_they_are(
     }
     image_processor = APMImageProcessor(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE})
     with pytest.raises(ValueError, match="levels: expected targets for the student's 2 levels, got none"):
-        distill(machine, Cached(), config=DistillationConfig(**settings), image_processor=image_processor)
+        distill(model, Cached(), config=DistillationConfig(**settings), image_processor=image_processor)
     config = DistillationConfig(**settings, level_weight=0.0)
-    result = distill(machine, Cached(), config=config, image_processor=image_processor)
+    result = distill(model, Cached(), config=config, image_processor=image_processor)
     assert torch.equal(result.student.decoder.level_head.weight, before)

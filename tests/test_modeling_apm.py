@@ -1,4 +1,4 @@
-"""APMModel: held against the naive witness, and the properties a machine that looks location by location must have."""
+"""APMModel: held against the naive witness, and the properties a model that looks location by location must have."""
 
 import copy
 import itertools

@@ -12,7 +12,7 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def machine(**overrides):
+def small_model(**overrides):
     fields = {"image_size": 32, "patch_size": 8, "local_patch": True, "initializer_range": 0.3, "pooling": "attention"}
     torch.manual_seed(0)
     return APMModel(APMConfig.preset("tiny", **{**fields, **overrides})).eval()
@@ -40,7 +40,7 @@ def test_a_window_is_the_averaged_surroundings_zero_beyond_the_image(scale):
 @pytest.mark.parametrize("scales", [[1, 2], [2], [1, 2, 4], [4, 1], [1, 8], [16]])
 def test_the_grid_and_its_centres_give_the_same_answers(scales):
     """Where windows begin at whole pixels the grid is a convolution, with scale 8 and 16 it is not."""
-    model, images = machine(local_patch_scales=scales, initializer_range=0.1), noise(2, 3, 32, 32)
+    model, images = small_model(local_patch_scales=scales, initializer_range=0.1), noise(2, 3, 32, 32)
     with torch.no_grad():
         grid, places = model(images), model(images, grid_coordinates(4, 4))
         chunked = model(images, chunk_size=3)
@@ -52,7 +52,7 @@ def test_the_grid_and_its_centres_give_the_same_answers(scales):
 
 def test_each_scale_has_its_own_weights():
     """The query is the concatenation of the windows, in the order of the scales."""
-    model, images = machine(local_patch_scales=[1, 4]), noise(1, 3, 32, 32)
+    model, images = small_model(local_patch_scales=[1, 4]), noise(1, 3, 32, 32)
     coordinates = noise(1, 5, 2).tanh()
     layer, config = model.decoder.query.patch, model.config
     assert config.local_patch_width == 2 * 3 * 64
@@ -70,7 +70,7 @@ def test_each_scale_has_its_own_weights():
 
 
 def test_what_lies_around_a_location_counts_as_far_as_the_widest_window_reaches():
-    near, far = machine(local_patch_scales=[1]), machine(local_patch_scales=[1, 2])
+    near, far = small_model(local_patch_scales=[1]), small_model(local_patch_scales=[1, 2])
     images, coordinates = noise(1, 3, 32, 32), torch.tensor([[0.0, 0.0]])
     spoilt = images.clone()
     spoilt[..., 10, 10] += 10  # six pixels from the middle in either direction: outside 8 x 8, inside 16 x 16

@@ -1,4 +1,4 @@
-"""Machines fitted to the photos at hand, and whole photos shown to machines and teachers."""
+"""Models fitted to the photos at hand, and whole photos shown to models and teachers."""
 
 import numpy as np
 import pytest
@@ -76,15 +76,15 @@ def test_the_colours_of_a_grid_are_its_cells_means():
     np.testing.assert_allclose(colours[0].numpy(), expected, atol=1e-6)
 
 
-def test_a_random_machine_depends_on_its_seed_alone():
+def test_a_random_model_depends_on_its_seed_alone():
     state = torch.get_rng_state()
-    machines = [random_model(student().config, seed=seed) for seed in (0, 0, 1)]
+    models = [random_model(student().config, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), state)
-    weights = [machine.decoder.feature_head.weight for machine in machines]
+    weights = [fitted.decoder.feature_head.weight for fitted in models]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_a_photo_machine_answers_everywhere_and_starts_at_mid_grey():
+def test_a_photo_model_answers_everywhere_and_starts_at_mid_grey():
     model = photo_model(FEATURE_SIZE)
     assert model.config.local_patch and not photo_model(FEATURE_SIZE, local_patch=False).config.local_patch
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_a_photo_machine_answers_everywhere_and_starts_at_mid_grey():
     assert answers.rgb.mean() == pytest.approx(0.5, abs=0.2)
 
 
-def test_a_fit_comes_closer_to_the_teacher_and_leaves_the_machine_as_it_was():
+def test_a_fit_comes_closer_to_the_teacher_and_leaves_the_model_as_it_was():
     model, features = student(**WIDE), targets(0)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     rgb = torch.rand(1, 4, 5, 3, generator=torch.Generator().manual_seed(3))
@@ -106,8 +106,8 @@ def test_a_fit_comes_closer_to_the_teacher_and_leaves_the_machine_as_it_was():
 def test_a_fit_shows_every_step_from_the_start_on():
     model, seen = student(**WIDE), []
 
-    def on_step(step, machine):
-        seen.append((step, cosine(machine, pixels(0), targets(0))))
+    def on_step(step, fitted):
+        seen.append((step, cosine(fitted, pixels(0), targets(0))))
 
     fit_photo(model, pixels(0), targets(0), None, steps=6, on_step=on_step)
     assert [step for step, _ in seen] == list(range(6))
@@ -122,7 +122,7 @@ def test_a_fit_that_diverges_is_said():
         fit_photo(student(**WIDE), pixels(0), 1e30 * targets(0), None, steps=3)
 
 
-def test_one_machine_for_two_photos_tells_them_apart():
+def test_one_model_for_two_photos_tells_them_apart():
     model = student()  # without local patch: the trigger column has to
     processor = APMImageProcessor(size={"height": STUDENT_SIZE, "width": STUDENT_SIZE})
     both, features = pixels(0, 1), targets(0, 1)[:, :1, :1].expand(-1, 4, 5, -1)

@@ -70,16 +70,16 @@ def photos():
     return [photo(seed, size=(44, 36)) for seed in range(5)]
 
 
-def pipe(teacher, machine=None, **options):
+def pipe(teacher, model=None, **options):
     options = {"ttt_config": CONFIG, "device": "cpu"} | options
-    return pipeline(TASK, model=machine or student(), teacher=teacher, **options)
+    return pipeline(TASK, model=model or student(), teacher=teacher, **options)
 
 
 def by_label(answers, key="score"):
     return torch.tensor([{answer["label"]: answer[key] for answer in answers}[label] for label in LABELS])
 
 
-def test_scores_are_those_of_a_machine_adapted_to_the_image(teacher, photos):
+def test_scores_are_those_of_a_model_adapted_to_the_image(teacher, photos):
     answers = pipe(teacher)(photos[0], candidate_labels=LABELS, return_teacher=True)
     targets, texts = teacher.encode_images(photos[0]).image_embeds, teacher.encode_text(LABELS)
     pixels = matching_image_processor(teacher, STUDENT_SIZE)(photos[0], return_tensors="pt")["pixel_values"]
@@ -122,7 +122,7 @@ def test_scores_are_the_same_for_every_batch_size():
 
 @pytest.mark.parametrize("stop", [None, "stable"])
 @pytest.mark.parametrize("source", ["conv", "embedding"])
-def test_the_batch_size_changes_scores_of_tiny_machines_by_rounding_alone(teacher, photos, source, stop):
+def test_the_batch_size_changes_scores_of_tiny_models_by_rounding_alone(teacher, photos, source, stop):
     config = TTTConfig(steps=8, learning_rate=1e-2, num_locations=4, fit="low_rank", stop=stop, stop_patience=2)
     ready = pipe(teacher, student(trigger_source=source), ttt_config=config, candidate_labels=LABELS)
     one_by_one = torch.stack([by_label(ready(image)) for image in photos])
@@ -218,13 +218,13 @@ class Column:
 
 
 def test_images_come_as_arrays_tensors_and_columns_of_tables(teacher, photos):
-    machine = pipe(teacher)
-    expected = machine(photos[:2], candidate_labels=LABELS)
+    model = pipe(teacher)
+    expected = model(photos[:2], candidate_labels=LABELS)
     arrays = [np.asarray(one) for one in photos[:2]]
     for images in (arrays, [torch.from_numpy(one.copy()) for one in arrays], Column(photos[:2]), Column(arrays)):
-        assert_same(machine(images, candidate_labels=LABELS), expected)
-    assert_same(machine(arrays[0], candidate_labels=LABELS), expected[0])
-    assert machine([], candidate_labels=LABELS) == []
+        assert_same(model(images, candidate_labels=LABELS), expected)
+    assert_same(model(arrays[0], candidate_labels=LABELS), expected[0])
+    assert model([], candidate_labels=LABELS) == []
 
 
 def test_labels_for_each_image_are_refused_in_words(teacher, photos):
@@ -264,7 +264,7 @@ def test_a_saved_pipeline_loads_without_remote_code(teacher, photos, tmp_path):
     assert loaded(photos[0], LABELS) == ready(photos[0], LABELS)
 
 
-def test_a_zero_shot_model_answers_as_the_machine_it_holds(teacher, clip_folder, photos, tmp_path):
+def test_a_zero_shot_model_answers_as_the_model_it_holds(teacher, clip_folder, photos, tmp_path):
     whole = APMForZeroShotImageClassification.from_dual_encoder(student(), CLIPModel.from_pretrained(clip_folder))
     expected = pipe(teacher)(photos[0], LABELS)
     assert pipe(teacher, whole)(photos[0], LABELS) == expected
@@ -280,7 +280,7 @@ def test_a_preset_starts_from_the_model_given(teacher, photos):
     assert by_default == answers(preset="fast") == answers(ttt_config=TTTConfig.preset("fast", start="model"))
     assert by_default != answers(preset="paper") == answers(ttt_config=TTTConfig.preset("paper", start="model"))
     assert by_default != answers(ttt_config=TTTConfig.preset("fast"))
-    assert by_default != answers(machine=student(seed=1))
+    assert by_default != answers(model=student(seed=1))
 
 
 @pytest.fixture
@@ -316,10 +316,10 @@ def test_without_a_model_the_class_makes_one_as_wide_as_the_teacher(clip_folder,
 
 
 def test_the_model_is_left_as_it_was(teacher, photos):
-    machine, untouched = student(), student().state_dict()
-    pipe(teacher, machine)(photos, LABELS, batch_size=2)
-    assert all(torch.equal(weight, untouched[name]) for name, weight in machine.state_dict().items())
-    assert all(parameter.grad is None for parameter in machine.parameters())
+    model, untouched = student(), student().state_dict()
+    pipe(teacher, model)(photos, LABELS, batch_size=2)
+    assert all(torch.equal(weight, untouched[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_classifier_scores_its_own_labels(tmp_path, photos):
@@ -354,7 +354,7 @@ def test_an_image_whose_fit_diverges_has_no_scores_and_leaves_the_others(teacher
         ({"teacher": None}, "teacher: expected a Teacher, or a name or folder of one, got NoneType"),
         ({"teacher": 3}, "teacher: expected a Teacher, .* got int"),
         (
-            {"machine": {"feature_size": 20}},
+            {"model": {"feature_size": 20}},
             f"model: expected features as wide as the teacher's, {FEATURE_SIZE}, got 20",
         ),
         ({"preset": "fast"}, "preset, ttt_config: expected one of them, got both"),
@@ -365,9 +365,9 @@ def test_an_image_whose_fit_diverges_has_no_scores_and_leaves_the_others(teacher
 )
 def test_what_cannot_work_is_refused_at_once(teacher, options, message):
     options = {"teacher": teacher, **options}
-    machine = student(**options.pop("machine", {}))
+    model = student(**options.pop("model", {}))
     with pytest.raises(ValueError, match=message):
-        pipe(machine=machine, **options)
+        pipe(model=model, **options)
 
 
 def test_a_model_that_is_no_apm_is_refused(teacher):
@@ -506,8 +506,8 @@ def test_the_task_of_this_package_loads_model_and_teacher_from_the_hub(hub, teac
 def test_real_photos_are_classified_as_their_real_teacher_does_after_a_fit(shared_dir):
     rows = load_dataset("parquet", data_dir=str(shared_dir / "data/imagenet_sample1k/data"), split="train[:6]")
     teacher = load_teacher(shared_dir / "teachers/deit-tiny-lit", device="cpu")
-    machine = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size, hidden_sizes=[1024, 256]))
-    ready = pipeline(TASK, model=machine, teacher=teacher, device="cpu", preset="fast")
+    model = APMModel(APMConfig.preset("clip-ttt", feature_size=teacher.feature_size, hidden_sizes=[1024, 256]))
+    ready = pipeline(TASK, model=model, teacher=teacher, device="cpu", preset="fast")
     names = ["tench", "goldfish", "great white shark", "hen", "ostrich", "magpie"]
     for answers in ready(list(rows["image"]), names, return_teacher=True, batch_size=3):
         assert max(answers, key=lambda answer: answer["teacher_score"]) == answers[0]

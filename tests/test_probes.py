@@ -262,16 +262,16 @@ def test_label_maps_that_do_not_fit_are_refused(predicted, truth, message):
         MeanIoU(2).update(predicted, truth)
 
 
-# ---- a machine and its probe
+# ---- a model and its probe
 
 
-def test_segmentation_model_is_the_machine_and_the_probe(tmp_path):
-    machine = student(initializer_range=0.3).eval()
-    weights = {name: value.clone() for name, value in machine.state_dict().items()}
+def test_segmentation_model_is_the_model_and_the_probe(tmp_path):
+    bare = student(initializer_range=0.3).eval()
+    weights = {name: value.clone() for name, value in bare.state_dict().items()}
     features, labels = torch.randn(60, FEATURE_SIZE), torch.arange(60) % 3
     probe = LinearProbe.fit(features, labels, num_classes=4)
     state = torch.random.get_rng_state()
-    model = segmentation_model(machine, probe, {0: "sky", 1: "sea", 2: "sand", 3: "gull"})
+    model = segmentation_model(bare, probe, {0: "sky", 1: "sea", 2: "sand", 3: "gull"})
     assert torch.equal(torch.random.get_rng_state(), state), "no random numbers of the caller's are used up"
     pixel_values = torch.rand(2, 3, STUDENT_SIZE, STUDENT_SIZE)
     model.save_pretrained(tmp_path)
@@ -280,12 +280,12 @@ def test_segmentation_model_is_the_machine_and_the_probe(tmp_path):
         assert loaded.config.label2id["gull"] == 3 and loaded.num_labels == loaded.config.num_labels == 4
         with torch.no_grad():
             logits = loaded(pixel_values, output_size=(4, 5)).logits  # (B, K, 4, 5)
-            answers = machine(pixel_values, grid_coordinates(4, 5)).last_hidden_state  # (B, 20, F)
+            answers = bare(pixel_values, grid_coordinates(4, 5)).last_hidden_state  # (B, 20, F)
         torch.testing.assert_close(logits.flatten(2).transpose(1, 2), probe.logits(answers))
     with torch.no_grad():
         model.apm.decoder.feature_head.weight.zero_()
-    assert all(torch.equal(value, weights[name]) for name, value in machine.state_dict().items())
-    assert machine.config.num_labels == 2, "the default, as before"
+    assert all(torch.equal(value, weights[name]) for name, value in bare.state_dict().items())
+    assert bare.config.num_labels == 2, "the default, as before"
 
 
 def test_segmentation_model_says_what_it_expected():
@@ -336,8 +336,8 @@ def test_example_beats_its_control_on_scenes_and_saves_what_it_measured(example,
 def test_example_takes_any_data_set_with_masks_and_sees_the_whole_picture(example, tmp_path):
     scenes = SceneDataset(12, seed=7, image_size=40).to_hf_dataset()
     scenes.to_parquet(tmp_path / "scenes.parquet")
-    machine = student(initializer_range=0.3)
-    machine.save_pretrained(tmp_path / "apm")
+    bare = student(initializer_range=0.3)
+    bare.save_pretrained(tmp_path / "apm")
     crop = {"do_center_crop": True, "crop_size": STUDENT_SIZE, "size": {"shortest_edge": STUDENT_SIZE}}
     processor = json.dumps({"image_processor_type": "APMImageProcessor", **crop})
     (tmp_path / "apm" / "preprocessor_config.json").write_text(processor)
@@ -348,7 +348,7 @@ def test_example_takes_any_data_set_with_masks_and_sees_the_whole_picture(exampl
     saved = json.loads((tmp_path / "run" / "preprocessor_config.json").read_text())
     assert model.config.id2label == {0: "class 0", 1: "class 1"}
     assert not saved["do_center_crop"] and saved["size"] == {"height": STUDENT_SIZE, "width": STUDENT_SIZE}
-    assert all(torch.equal(value, machine.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, bare.state_dict()[name]) for name, value in model.state_dict().items())
     (tmp_path / "names.json").write_text('["ground", "thing"]')
     example(**flags, class_names=tmp_path / "names.json", ignore_index=0)
     assert AutoModel.from_pretrained(tmp_path / "run").config.id2label == {0: "ground", 1: "thing"}

@@ -107,7 +107,7 @@ def assert_card_without_paths(folder, *places):
     text = (folder / "README.md").read_text()
     assert "# " in text and "feature_cosine" in text and "| teacher | clip |" in text and "| data | photos |" in text
     for path in places:
-        assert str(path) not in text, "the card names a path of this machine"
+        assert str(path) not in text, "the card names a path of this computer"
 
 
 def test_a_stream_in_bfloat16_with_passes_and_checkpoints(here, no_picture, place, tmp_path):

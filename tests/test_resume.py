@@ -50,7 +50,7 @@ def go_on(folder, **settings):
     """What a person does with a run that is dead: resume it, or where it has saved nothing yet, start it again."""
     torch.manual_seed(123)  # a new process knows nothing of the old one's generators
     resume = bool(Checkpoints(folder, keep=1).names())
-    return run(folder, machine=student(seed=5) if resume else None, resume=resume, **settings)
+    return run(folder, model=student(seed=5) if resume else None, resume=resume, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +449,7 @@ def test_a_stray_file_among_the_checkpoints_does_no_harm(begun, whole, tmp_path)
         ({"seed": 1}, "seed 0 -> 1"),
         ({"data": random_targets(21)}, "num_images 20 -> 21"),
         ({"data": random_targets(20).shuffled(seed=3)}, "other images"),
-        ({"machine": student(position_size=32)}, "student.position_size 16 -> 32"),
+        ({"model": student(position_size=32)}, "student.position_size 16 -> 32"),
         ({"processor": {"do_min_max": True}}, "image_processor.do_min_max .* -> True"),
         ({"statistics": "scalar", "seed": 2}, "statistics channel -> scalar"),
     ],

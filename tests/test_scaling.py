@@ -1,6 +1,6 @@
-"""One run on one process, on several, on two machines and in shards: the same global batch gives the same losses.
+"""One run on one process, on several, on two computers and in shards: the same global batch gives the same losses.
 
-`apm distill` is really launched on two "machines" that meet on the loopback as the file for Accelerate says; other
+`apm distill` is really launched on two "computers" that meet on the loopback as the file for Accelerate says; other
 processes are forked from this one, which has imported everything, with the environment of `torchrun`. FSDP2, which
 Accelerate leaves out on a CPU, is switched on behind its back: everything but the device is what GPUs would run.
 """
@@ -107,7 +107,7 @@ def launched(tmp_path_factory, environment):
 
     def start(rank):
         """`accelerate launch ... -m apm_hf.commands.main distill ...`, whose worker is a new process."""
-        log = os.open(folder / f"machine_{rank}", os.O_WRONLY | os.O_CREAT)
+        log = os.open(folder / f"computer_{rank}", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(environment)
@@ -130,7 +130,7 @@ def launched(tmp_path_factory, environment):
         train_here("passes", batch_size=8, gradient_accumulation_steps=2)
         assert processes(2, lambda rank: train_here("two_processes", batch_size=8)) == [0, 0]
     statuses = [status_of(child) for child in children]
-    printed = {f"machine_{rank}": (folder / f"machine_{rank}").read_text() for rank in (0, 1)}
+    printed = {f"computer_{rank}": (folder / f"computer_{rank}").read_text() for rank in (0, 1)}
     assert statuses == [0, 0], printed
     return folder, printed
 
@@ -154,7 +154,7 @@ def test_the_same_global_batch_gives_the_same_losses_at_every_step(launched, nam
 
 def test_each_launched_process_says_how_many_there_are(launched):
     _, printed = launched
-    assert [printed[f"machine_{rank}"].count("processes: 2, device: cpu") for rank in (0, 1)] == [1, 1]
+    assert [printed[f"computer_{rank}"].count("processes: 2, device: cpu") for rank in (0, 1)] == [1, 1]
 
 
 # --- the files for Accelerate ---------------------------------------------------------------------------------------
@@ -255,26 +255,26 @@ def test_a_student_in_shards_learns_what_a_whole_one_does_and_resumes(tmp_path, 
 
     def cut(rank):
         shard()
-        machine = student(**architecture)
+        model = student(**architecture)
 
         dtypes = set()
-        machine.register_forward_pre_hook(
+        model.register_forward_pre_hook(
             lambda module, inputs: dtypes.add((inputs[1].dtype, module.decoder.feature_head.weight.dtype))
         )
         rows = data if rank == 0 else Fatal(data, 14, lambda: os.kill(os.getpid(), signal.SIGTERM))
         try:
-            run(tmp_path / "two", data=rows, machine=machine, checkpoint_steps=0, **SPLIT, **settings)
+            run(tmp_path / "two", data=rows, model=model, checkpoint_steps=0, **SPLIT, **settings)
         finally:
             # Places in bfloat16 would miss their patches.
             assert dtypes == {(torch.float32, torch.bfloat16 if precision == "bf16" else torch.float32)}
-            machine.reshard()  # what the last pass gathered
-            share = sum(p.to_local().numel() for p in machine.parameters()) / student(**architecture).num_parameters()
+            model.reshard()  # what the last pass gathered
+            share = sum(p.to_local().numel() for p in model.parameters()) / student(**architecture).num_parameters()
             assert 0.4 < share < 0.6
 
     def resume(rank):
         shard()
-        machine = student(seed=5, **architecture)
-        run(tmp_path / "two", data=data, machine=machine, resume=True, **SPLIT, **settings)
+        model = student(seed=5, **architecture)
+        run(tmp_path / "two", data=data, model=model, resume=True, **SPLIT, **settings)
 
     assert processes(2, cut) == [EXIT_STOPPED, EXIT_STOPPED]
     if precision == "bf16":
@@ -283,9 +283,9 @@ def test_a_student_in_shards_learns_what_a_whole_one_does_and_resumes(tmp_path, 
     saved = {path.name for path in (tmp_path / "two/checkpoints" / name).iterdir()}
     assert {"pytorch_model_fsdp.bin", "optimizer.bin", "random_states_1.pkl"} <= saved
     with pytest.raises(ValueError, match="sharded True -> False"):
-        run(tmp_path / "two", data=data, machine=student(**architecture), resume=True, **SPLIT, **settings)
+        run(tmp_path / "two", data=data, model=student(**architecture), resume=True, **SPLIT, **settings)
     assert processes(2, resume) == [0, 0]
-    run(tmp_path / "one", data=data, machine=student(**architecture), statistics_images=0, **settings)
+    run(tmp_path / "one", data=data, model=student(**architecture), statistics_images=0, **settings)
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-6
     first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
     for one_row, other_row in zip(first, second, strict=True):
@@ -306,7 +306,7 @@ def test_a_compiled_student_is_saved_plain_and_resumes_either_way(tmp_path):
         folder = tmp_path / str(backend)
         before = tmp_path / ("plain" if backend else "eager")
         shutil.copytree(before / f"checkpoints/step_{first:08d}", folder / f"checkpoints/step_{first:08d}")
-        result = run(folder, machine=student(seed=5), resume=True, torch_compile=backend, **settings)
+        result = run(folder, model=student(seed=5), resume=True, torch_compile=backend, **settings)
         assert load_file(folder / "checkpoints/step_00000003/model.safetensors").keys() == names
         assert largest_difference(tmp_path / "plain", folder) < 1e-6
         assert result.student._compiled_call_impl is None and result.student.state_dict().keys() == names

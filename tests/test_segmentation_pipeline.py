@@ -25,7 +25,7 @@ from apm_hf.position_encoding import grid_coordinates
 from fixtures_tiny import FEATURE_SIZE, STUDENT_SIZE, student_config
 
 NUM_TRAIN, NUM_TEST, NUM_LOCATIONS = 48, 8, 96  # scenes, scenes, pixels of each
-TRAIN_SEED, TEST_SEED = 12, 13  # the embedded machines have seen scenes of the seeds 0 and 1
+TRAIN_SEED, TEST_SEED = 12, 13  # the embedded models have seen scenes of the seeds 0 and 1
 SIDE = 20  # of the processors below
 CROP = {"do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE}}
 # Ways from a picture of any shape to a square.
@@ -219,7 +219,7 @@ def tiny_segmenter(**options) -> APMForSemanticSegmentation:
     return APMForSemanticSegmentation(student_config(num_labels=3, initializer_range=0.3), **options)
 
 
-def test_with_a_frozen_machine_the_classifier_alone_is_trained_and_queries_are_chunked(monkeypatch):
+def test_with_a_frozen_model_the_classifier_alone_is_trained_and_queries_are_chunked(monkeypatch):
     pixel_values, labels = torch.randn(2, 3, STUDENT_SIZE, STUDENT_SIZE), torch.randint(3, (2, 12, 10))
     free, frozen = tiny_segmenter(), tiny_segmenter()
     frozen.apm.requires_grad_(False)
@@ -244,7 +244,7 @@ def test_with_a_frozen_machine_the_classifier_alone_is_trained_and_queries_are_c
     assert chunks == [(50, False), (50, False), (20, False)]
 
 
-def test_gradients_reach_the_pixels_of_a_frozen_machine():
+def test_gradients_reach_the_pixels_of_a_frozen_model():
     model = tiny_segmenter()
     model.requires_grad_(False)
     pixel_values = torch.randn(1, 3, STUDENT_SIZE, STUDENT_SIZE, requires_grad=True)
@@ -273,7 +273,7 @@ def test_a_processed_batch_trains_a_segmenter():
     assert predicted.shape == labels.shape and (predicted == labels)[labels != 255].mean() > 0.95
 
 
-def test_a_machine_fed_with_embeddings_answers_at_any_resolution():
+def test_a_model_fed_with_embeddings_answers_at_any_resolution():
     model = APMForSemanticSegmentation(
         student_config(num_labels=3, initializer_range=0.3, trigger_source="embedding", local_patch=False)
     )
@@ -307,28 +307,28 @@ def test_output_size_of_a_model_is_used_where_a_call_names_none(tmp_path):
 
 
 @torch.no_grad()
-def fitted(machine: APMModel, image_processor) -> APMForSemanticSegmentation:
+def fitted(model: APMModel, image_processor) -> APMForSemanticSegmentation:
     """With a probe for the parts of scenes."""
     generator = torch.Generator().manual_seed(0)
     features, labels = [], []
     for scene in SceneDataset(NUM_TRAIN, seed=TRAIN_SEED):
         picked = sample_locations(scene["part_mask"], NUM_LOCATIONS, generator)
         pixel_values = image_processor(scene["image"], return_tensors="pt")["pixel_values"]
-        features.append(machine(pixel_values, grid_coordinates(96, 96)[picked]).last_hidden_state[0])
+        features.append(model(pixel_values, grid_coordinates(96, 96)[picked]).last_hidden_state[0])
         labels.append(torch.from_numpy(scene["part_mask"]).flatten()[picked])
     probe = LinearProbe.fit(torch.cat(features), torch.cat(labels), num_classes=len(PART_NAMES), max_iter=100)
-    return segmentation_model(machine, probe, dict(enumerate(PART_NAMES)))
+    return segmentation_model(model, probe, dict(enumerate(PART_NAMES)))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The embedded APM, and one with random weights, with their probes; as they are saved."""
     image_processor = AutoImageProcessor.from_pretrained(DEMO_MODEL)
-    machine = APMModel.from_pretrained(DEMO_MODEL).eval()
+    model = APMModel.from_pretrained(DEMO_MODEL).eval()
     torch.manual_seed(0)
-    machines = {"distilled": machine, "random": APMModel(machine.config).eval()}
+    models = {"distilled": model, "random": APMModel(model.config).eval()}
     folders = {}
-    for name, candidate in machines.items():
+    for name, candidate in models.items():
         folders[name] = tmp_path_factory.mktemp(name)
         fitted(candidate, image_processor).save_pretrained(folders[name])
         image_processor.save_pretrained(folders[name])

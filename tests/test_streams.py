@@ -201,7 +201,7 @@ class Interrupted(Exception):
     pass
 
 
-def run(folder, shards, clip, *, until=None, machine=None, **settings):
+def run(folder, shards, clip, *, until=None, model=None, **settings):
     forget_accelerate()
     chosen = {"max_steps": 8, "batch_size": 3, "checkpoint_steps": 3, "validation_steps": 50, "report_to": "none"}
     chosen |= {"learning_rate": 1e-2, "mixed_precision": "no", "num_pictures": 0, "statistics_images": 6}
@@ -215,7 +215,7 @@ def run(folder, shards, clip, *, until=None, machine=None, **settings):
         return collator(rows)
 
     return distill(
-        machine or student(),
+        model or student(),
         SplitStream(loaded(shards).dataset, name="photos", block_size=4),
         config=DistillationConfig(output_dir=str(folder), **(chosen | settings)),
         image_processor=processor,
@@ -229,7 +229,7 @@ def test_a_distillation_from_shards_goes_on_to_the_same_bits(shards, clip, tmp_p
     with pytest.raises(Interrupted):
         run(tmp_path / "cut", shards, clip, until=9)
     torch.manual_seed(5)
-    run(tmp_path / "cut", shards, clip, machine=student(seed=5), resume=True)
+    run(tmp_path / "cut", shards, clip, model=student(seed=5), resume=True)
     ends = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert ends[0] == ends[1]
 
@@ -244,7 +244,7 @@ def test_two_processes_go_on_to_the_same_bits(shards, clip, tmp_path):
     assert processes(2, lambda rank: run(tmp_path / "whole", shards, clip)) == [0, 0]
     # Both are cut off reading the same batch, after the first checkpoint.
     assert processes(2, cut_off) == [7, 7]
-    resumed = processes(2, lambda rank: run(tmp_path / "cut", shards, clip, machine=student(seed=5), resume=True))
+    resumed = processes(2, lambda rank: run(tmp_path / "cut", shards, clip, model=student(seed=5), resume=True))
     assert resumed == [0, 0]
     ends = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert ends[0] == ends[1]

@@ -745,8 +745,8 @@ def test_text_embeddings_of_a_wrong_shape_are_refused():
 @pytest.mark.parametrize("name", ["convnext", "module"])
 def test_a_student_learns_from_any_teacher(teacher_of, tmp_path, name):
     teacher = module_teacher(image_processor=processor(2 * STRIDE)) if name == "module" else teacher_of(name)
-    machine = student(feature_size=WIDTH, num_levels=1, level_size=teacher.hidden_size)
-    image_processor = matching_image_processor(teacher, machine.config.image_size)
+    model = student(feature_size=WIDTH, num_levels=1, level_size=teacher.hidden_size)
+    image_processor = matching_image_processor(teacher, model.config.image_size)
     scenes = SceneDataset(8, seed=0)
     images = [scenes[row]["image"] for row in range(len(scenes))]
     cache = TargetCache.build(images, teacher, image_processor, layers=[teacher.num_layers])
@@ -762,7 +762,7 @@ def test_a_student_learns_from_any_teacher(teacher_of, tmp_path, name):
             report_to="none",
         )
         result = distill(
-            copy.deepcopy(machine), cache, config=config, image_processor=image_processor, validation_data=cache
+            copy.deepcopy(model), cache, config=config, image_processor=image_processor, validation_data=cache
         )
         cosines.append(result.metrics[-1]["feature_cosine"])
     assert cosines[1] > cosines[0] + 0.1

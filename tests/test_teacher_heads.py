@@ -350,7 +350,7 @@ def test_adapting_with_statistics_is_adapting_to_standardised_targets(pooling, f
     assert_close(answers.pooler_output, found.image_embeds, 1e-4)
 
 
-def test_machines_of_another_head_are_adapted_to_its_teacher():
+def test_models_of_another_head_are_adapted_to_its_teacher():
     single = small_model(teacher_heads=HEADS).with_head("wide")
     mean, std = (torch.tensor(HEADS["wide"][name]) for name in ("feature_mean", "feature_std"))
     wanted = noise(2, 24) * std + mean
@@ -379,9 +379,9 @@ def test_training_with_statistics_is_training_on_standardised_targets(tmp_path, 
     std = std if kind == "channel" else np.sqrt((std**2).mean())
     options = {"max_steps": 12, "seed": 3, "num_locations": 7}
     config = settings(tmp_path / "own", statistics_images=24, statistics=kind, **options)
-    machine = student()
-    given = machine.config
-    result = distill(machine, data, config=config, image_processor=PROCESSOR, validation_data=data)
+    model = student()
+    given = model.config
+    result = distill(model, data, config=config, image_processor=PROCESSOR, validation_data=data)
     assert given.feature_std is None, "another student of the same configuration has other statistics"
     saved = APMConfig.from_pretrained(tmp_path / "own")
     np.testing.assert_allclose(saved.feature_mean, mean, rtol=2e-7)
@@ -510,13 +510,13 @@ def test_two_teachers_of_different_widths_grids_and_scales_are_both_learnt(tmp_p
     scenes = SceneDataset(24, image_size=40)
     rows = Prepared(collate([scenes[index] for index in range(24)]))
     assert rows.batch["teacher_pixel_values.loud"].shape == (24, 3, 32, 32)
-    machine = student(teacher_heads={"loud": {"feature_size": 12}}, pooling="attention", local_patch=True)
+    model = student(teacher_heads={"loud": {"feature_size": 12}}, pooling="attention", local_patch=True)
     config = settings(
         tmp_path, max_steps=80, batch_size=12, learning_rate=1e-2, statistics_images=24,
         num_locations=12, validation_steps=80,
     )  # fmt: skip
     result = distill(
-        machine, rows, config=config, image_processor=processor, teacher=clip, teachers={"loud": loud},
+        model, rows, config=config, image_processor=processor, teacher=clip, teachers={"loud": loud},
         validation_data=rows,
     )  # fmt: skip
     first, last = result.metrics[0], result.metrics[-1]
@@ -644,7 +644,7 @@ def test_a_card_in_the_hubs_cache_is_read_and_nothing_is_fetched(tmp_path, monke
     assert teacher_license(SimpleNamespace(name="my own network", model=None)) is None
 
 
-def test_names_say_nothing_of_the_machine(tmp_path, monkeypatch):
+def test_names_say_nothing_of_the_computer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "teacher").mkdir(parents=True)
     assert public_name("openai/clip-vit-base-patch16") == "openai/clip-vit-base-patch16"

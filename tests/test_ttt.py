@@ -96,7 +96,7 @@ def one_of(inputs, index):
 
 
 def furthest(first, second):
-    """The largest difference between two machines' weights.
+    """The largest difference between two models' weights.
 
     The bias of attention's keys adds the same to all scores: its gradient is zero but for rounding, Adam makes whole
     steps of that, and nothing depends on it.
@@ -366,14 +366,14 @@ def test_a_model_in_half_precision_is_fitted_in_float32():
     assert model.dtype == torch.bfloat16
 
 
-def test_a_model_with_a_head_is_adapted_by_the_machine_in_it():
-    machine, (images, targets) = small_model(use_rgb_head=False), problem()
-    model = APMForImageClassification(machine.config)
-    model.apm.load_state_dict(machine.state_dict())
-    expected = run(machine, images, targets, paper())
+def test_a_model_with_a_head_is_adapted_by_the_model_in_it():
+    bare, (images, targets) = small_model(use_rgb_head=False), problem()
+    model = APMForImageClassification(bare.config)
+    model.apm.load_state_dict(bare.state_dict())
+    expected = run(bare, images, targets, paper())
     adapted = adapt(model, images, targets, config=paper())
     assert torch.equal(adapted.image_embeds, expected.image_embeds)
-    machine.load_state_dict(adapted.state_dict(1))
+    bare.load_state_dict(adapted.state_dict(1))
 
 
 # --- queries ------------------------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def test_a_model_with_a_head_is_adapted_by_the_machine_in_it():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("places", ["grid", "shared", "own"])
-def test_every_machine_answers_about_its_own_image(variant, places):
+def test_every_model_answers_about_its_own_image(variant, places):
     model, (images, targets) = small_model(**VARIANTS[variant]), problem()
     adapted = run(model, images, targets, paper(learning_rate=1e-2, num_locations=4))
     generator = torch.Generator().manual_seed(0)
@@ -395,12 +395,12 @@ def test_every_machine_answers_about_its_own_image(variant, places):
     assert answers.last_hidden_state.shape == (3, num_locations, FEATURE_SIZE)
     inputs = inputs_of(model, images, targets)
     for index in range(3):
-        machine = APMModel(model.config).eval()
-        machine.load_state_dict(adapted.state_dict(index))
+        single = APMModel(model.config).eval()
+        single.load_state_dict(adapted.state_dict(index))
         one = {name: value if value is None else value[index : index + 1] for name, value in inputs.items()}
         where = coordinates[index] if places == "own" else coordinates
         with torch.no_grad():
-            expected = machine(one["pixel_values"], where, trigger_column=one["trigger_column"])
+            expected = single(one["pixel_values"], where, trigger_column=one["trigger_column"])
         for name in ("last_hidden_state", "pooler_output", "rgb", "trigger_column"):
             assert_close(answers[name][index], expected[name][0])
 
@@ -415,7 +415,7 @@ def test_answers_do_not_depend_on_the_chunks():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_some_of_the_machines_answer_as_among_all(variant):
+def test_some_of_the_models_answer_as_among_all(variant):
     model, (images, targets) = small_model(**VARIANTS[variant]), problem()
     adapted = run(model, images, targets, paper(learning_rate=1e-2))
     answers, some = adapted.query(), adapted[1:]
@@ -518,7 +518,7 @@ def test_inputs_that_do_not_fit_are_refused(changes, options, message):
         adapt(given["model"], given["images"], given["targets"], **options)
 
 
-def test_a_machine_fed_by_its_teacher_needs_a_trigger_column():
+def test_a_model_fed_by_its_teacher_needs_a_trigger_column():
     images, targets = problem(2)
     with pytest.raises(ValueError, match="trigger_column"):
         adapt(small_model(trigger_source="embedding"), images, targets, config=TTTConfig(steps=1))

@@ -1,4 +1,4 @@
-"""Photos in, two predictions out: the teacher's own and the adapted machines', for the same class embeddings.
+"""Photos in, two predictions out: the teacher's own and the adapted models', for the same class embeddings.
 
 Legend: B images, K classes, F feature width.
 """
@@ -27,11 +27,11 @@ def photos():
     return [photo(seed, size=(44, 36)) for seed in range(3)]
 
 
-def classifier(teacher, machine=None, **options):
-    return TTTClassifier(teacher, LABELS, **{"config": CONFIG, "model": machine or student(), **options})
+def classifier(teacher, model=None, **options):
+    return TTTClassifier(teacher, LABELS, **{"config": CONFIG, "model": model or student(), **options})
 
 
-def test_logits_are_scaled_cosines_of_the_teachers_and_the_machines_embeddings(teacher, photos):
+def test_logits_are_scaled_cosines_of_the_teachers_and_the_models_embeddings(teacher, photos):
     result = classifier(teacher)(photos)
     targets, texts = teacher.encode_images(photos).image_embeds, teacher.encode_text(LABELS)
     pixels = matching_image_processor(teacher, STUDENT_SIZE)(photos, return_tensors="pt")["pixel_values"]
@@ -45,7 +45,7 @@ def test_logits_are_scaled_cosines_of_the_teachers_and_the_machines_embeddings(t
     assert result.adapted.losses.shape == (3, 10)
 
 
-def test_a_machine_fitted_to_the_end_repeats_its_teacher(teacher, photos):
+def test_a_model_fitted_to_the_end_repeats_its_teacher(teacher, photos):
     config = TTTConfig(num_locations=4, steps=200, learning_rate=1e-2)
     result = classifier(teacher, student(initializer_range=0.3), config=config)(photos)
     assert result.target_cosine.min() > 0.99
@@ -79,12 +79,12 @@ def test_a_classifier_teaches_with_its_own_class_weights(tmp_path, photos):
 
 def test_the_trigger_may_come_from_the_teacher(teacher, photos):
     config = TTTConfig(num_locations=4, steps=100, learning_rate=1e-2)
-    machine = student(trigger_source="embedding", initializer_range=0.3)
-    result = classifier(teacher, machine, config=config)(photos)
+    model = student(trigger_source="embedding", initializer_range=0.3)
+    result = classifier(teacher, model, config=config)(photos)
     assert result.target_cosine.min() > 0.95
 
 
-def test_without_a_machine_a_fresh_one_is_as_wide_as_the_teacher(teacher, monkeypatch):
+def test_without_a_model_a_fresh_one_is_as_wide_as_the_teacher(teacher, monkeypatch):
     asked = []
     preset = ttt_classification.APMConfig.preset
 
@@ -98,7 +98,7 @@ def test_without_a_machine_a_fresh_one_is_as_wide_as_the_teacher(teacher, monkey
     assert ready([photo(0)]).logits.shape == (1, 3)
 
 
-def test_a_machine_of_another_width_is_refused(teacher):
+def test_a_model_of_another_width_is_refused(teacher):
     with pytest.raises(ValueError, match=f"model: expected features as wide as the teacher's, {FEATURE_SIZE}, got 20"):
         classifier(teacher, student(feature_size=20))
 

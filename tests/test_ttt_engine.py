@@ -209,12 +209,12 @@ def test_a_mixture_of_targets_is_their_weighted_losses_at_the_centres_of_the_tar
         image_embeds=views, embed_weights=weights, features=features, rgb=rgb, grid_weight=0.5, rgb_weight=3.0
     )
     adapted = adapt(model, images, targets, config=recipe(learning_rate=1e-3))
-    machine = APMModel(model.config)
+    single = APMModel(model.config)
     for index in range(3):
-        machine.load_state_dict(model.state_dict())
-        optimizer = torch.optim.Adam(machine.parameters(), lr=1e-3)
+        single.load_state_dict(model.state_dict())
+        optimizer = torch.optim.Adam(single.parameters(), lr=1e-3)
         for step in range(5):
-            answer = machine(images[index : index + 1], grid_coordinates(*grid))
+            answer = single(images[index : index + 1], grid_coordinates(*grid))
             loss = sum(
                 weight * F.mse_loss(answer.pooler_output[0], view)
                 for weight, view in zip(weights, views[index], strict=True)
@@ -247,11 +247,11 @@ def test_levels_are_a_target(fit):
     wanted = levels.flatten(2, 3).transpose(1, 2)  # (B, N, rows, cols, C) -> (B, L, N, C)
     assert F.mse_loss(answer, wanted) < 0.9 * F.mse_loss(before, wanted)
     if fit == "all":
-        machine, optimizer = model, torch.optim.Adam(model.parameters(), lr=1e-3)
+        single, optimizer = model, torch.optim.Adam(model.parameters(), lr=1e-3)
         few = adapt(model, images[:1], TTTTargets(features=features[:1], levels=levels[:1], level_weight=2.0),
                     config=recipe(learning_rate=1e-3, steps=4))  # fmt: skip
         for step in range(4):
-            outputs = machine(images[:1], grid_coordinates(4, 5))
+            outputs = single(images[:1], grid_coordinates(4, 5))
             loss = F.mse_loss(outputs.last_hidden_state[0], features[0].flatten(0, 1))
             loss = loss + 2 * F.mse_loss(outputs.levels[0], wanted[0])
             assert few.losses[0, step].item() == pytest.approx(loss.item(), rel=1e-4)

@@ -92,7 +92,7 @@ def has_amx() -> bool:
     return CPU_FACTS.exists() and "amx_tile" in CPU_FACTS.read_text()
 
 
-def machine_facts() -> dict[str, str]:
+def computer_facts() -> dict[str, str]:
     """Return everything that a figure depends on, as a person names it."""
     model = platform.machine()
     if CPU_FACTS.exists():
