@@ -10,8 +10,8 @@ every tenth class, which no student sees.
 
 R² is that of `apm distill`: in units of each feature's standard deviation, after the mean of every position is
 removed, with its interval from the bootstrap over images. k-NN names held-out photos by pooled outputs alone (10
-neighbours, cosine, among at most 20 training photos of each class). `--write` puts tables and plot into
-docs/students.md.
+neighbours, cosine, among at most 20 training photos of each class). `--masks` adds the linear probe of `apm evaluate
+--task islands`. `--write` puts tables and plot into docs/students.md.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from apm_hf.data.images import ImageCollator
 from apm_hf.data.loading import ImageData, train_and_validation
 from apm_hf.distillation import DistillationConfig, distill, matching_image_processor
 from apm_hf.distillation.validation import comparison
+from apm_hf.evaluation.masks import evaluate_islands
 from apm_hf.evaluation.statistics import Interval, mean_interval
 from apm_hf.evaluation.tables import interval_cell, markdown_table
 from apm_hf.position_encoding import grid_coordinates
@@ -215,6 +216,20 @@ def point(name: str, photos: int, seed: int, options: argparse.Namespace, data: 
     (folder / "result.json").write_text(json.dumps(stored, indent=2) + "\n")
 
 
+def probe(folder: Path, options: argparse.Namespace, row: str = "apm") -> dict[str, float]:
+    """Return the mIoU of a linear probe on the features of a student, or of the teacher beside it; kept once found."""
+    found = evaluate_islands(
+        output_dir=folder / f"masks_{row}",
+        data=options.masks,
+        teacher=options.teacher,
+        model=str(folder),
+        methods=[row],
+        command="python benchmarks/students.py",
+    )
+    (data,) = json.loads((found / "results.json").read_text())["data"].values()
+    return data["rows"][row]["linear"]
+
+
 def law(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, float, np.ndarray] | None:
     """Fit log(1 - R²) = a + b log(photos) by least squares; returns (a, b), the residuals' deviation, and x."""
     if len({row["photos"] for row in rows}) < 3:
@@ -242,9 +257,14 @@ def foretold(rows: list[dict[str, Any]], name: str, photos: int) -> Interval | N
 
 def report(options: argparse.Namespace, held_out: list[str]) -> str:
     """Return the tables in Markdown, and draw the plot beside the document."""
-    results = [json.loads(path.read_text()) for path in sorted(options.output_dir.glob("*/result.json"))]
+    found = sorted(options.output_dir.glob("*/result.json"))
+    results = [json.loads(path.read_text()) | {"folder": path.parent} for path in found]
     results.sort(key=lambda one: (list(STUDENTS).index(one["student"]), one["schedule"], one["photos"], one["seed"]))
     sets = [name for name in held_out if name != "neighbours"]
+    if options.masks:
+        for one in results:
+            one["probe"] = probe(one["folder"], options)
+        teacher = probe(results[0]["folder"], options, "teacher")
     header = [
         "student",
         "photos",
@@ -252,6 +272,7 @@ def report(options: argparse.Namespace, held_out: list[str]) -> str:
         "seed",
         *(f"R², {name}" for name in sets),
         "k-NN, % of teacher's",
+        *(["probe mIoU"] if options.masks else []),
         "core-h",
     ]
     table = [
@@ -259,6 +280,7 @@ def report(options: argparse.Namespace, held_out: list[str]) -> str:
             one["student"], f"{one['photos']:,}", f"{one['steps']:,}", str(one["seed"]),
             *(interval_cell(one["figures"][name]) for name in sets),
             f"{100 * one['figures']['k-NN']['mean'] / one['figures']['k-NN, teacher']['mean']:.0f}",
+            *([interval_cell(one["probe"])] if options.masks else []),
             f"{one['core_seconds'] / 3600:.2f}",
         ]
         for one in results
@@ -267,6 +289,8 @@ def report(options: argparse.Namespace, held_out: list[str]) -> str:
     last = max(results, key=lambda one: (one["photos"], one["steps"]))
     others = ", ".join(f"{title} {value:.3f}" for title, value in comparison(last["controls"])[1:])
     lines += [f"Controls fitted to the same {last['photos']:,} photos, R² on {sets[0]}: {others}.", ""]
+    if options.masks:
+        lines += [f"The probe on the teacher's own grid, interpolated: {interval_cell(teacher)}.", ""]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in results:
         groups.setdefault((one["student"], one["schedule"]), []).append(one)
@@ -325,6 +349,7 @@ def main() -> None:
     parser.add_argument("--passes", type=float, help="over the photos, instead of --steps: one crop of each a pass")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--views", type=int, default=3, help="crops of each photo")
+    parser.add_argument("--masks", help="masks for a linear probe, as `apm evaluate --task islands` takes them")
     parser.add_argument("--model", help="judge this student of the same teacher, and distil none")
     parser.add_argument("--write", action="store_true", help="put tables and plot into docs/students.md")
     options = parser.parse_args()
