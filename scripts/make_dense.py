@@ -1,15 +1,17 @@
-"""Distil a dense student that travels with the package, on Caltech-101 alone: of DeiT-Tiny, or of the photo teacher.
+"""Distil a dense student that travels with the package, on Caltech-101 alone.
 
     python scripts/make_dense.py --student photo --dataset FOLDER --max_images 40 --steps 20 --output_dir /tmp/dense
     python scripts/make_dense.py --student photo --dataset FOLDER
     python scripts/make_dense.py --teacher FOLDER --dataset FOLDER
+    python scripts/make_dense.py --student efficientnet-lite0 --dataset FOLDER --max_images 2000
     python scripts/make_dense.py --teacher FOLDER --name_teacher
 
-The last names the teacher in the configuration of the student of DeiT-Tiny that is there, so that it answers from
-pixels alone, and leaves its weights as they are.
+Students are of DeiT-Tiny, the photo teacher, and EfficientNet-Lite0 (efficientnet_lite0.py says what to install).
+The last command names the teacher in the configuration of the student of DeiT-Tiny that is there, so that it answers
+from pixels alone, and leaves its weights as they are.
 
-Caltech-101 (Fei-Fei Li, Marco Andreetto, Marc'Aurelio Ranzato, Pietro Perona) is CC BY 4.0, both teachers Apache-2.0.
-For DeiT-Tiny, every tenth photo is held out; for the photo teacher, those that it was tested with itself, from which
+Caltech-101 (Fei-Fei Li, Marco Andreetto, Marc'Aurelio Ranzato, Pietro Perona) is CC BY 4.0, the teachers Apache-2.0.
+Every tenth photo is held out; for the photo teacher, those that it was tested with itself, from which
 nothing has learnt. What is explained of 256 of them is in `metrics.json`. About 20 minutes on two cores for DeiT-Tiny,
 most of them the teacher's; some 10 for the photo teacher, whose photos are small.
 """
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from apm_hf import APMModel, load_teacher
-from apm_hf.assets import DENSE_MODEL, PHOTO_MODEL, PHOTO_TEACHER
+from apm_hf.assets import DENSE_MODEL, EFFICIENTNET_MODEL, PHOTO_MODEL, PHOTO_TEACHER
 from apm_hf.data.images import decode_image, eight_bit_rgb
 from apm_hf.data.loading import train_and_validation
 from apm_hf.distillation import DenseConfig, DensePairs, distill_dense
@@ -37,6 +39,12 @@ LICENSE, DATASET, HELD_OUT = "apache-2.0", "caltech101", 256
 STUDENTS = {
     "deit-tiny": ("facebook/deit-tiny-patch16-224", "facebook/deit-tiny-patch16-224", DENSE_MODEL),
     "photo": ("apm_hf's photo teacher", PHOTO_TEACHER, PHOTO_MODEL),
+    "efficientnet-lite0": ("efficientnet-lite0", None, EFFICIENTNET_MODEL),  # by efficientnet_lite0.py
+}
+# Student -> how its card loads it, where that is not by the names of both.
+LOADED = {
+    "photo": "APM.load()  # this one and its teacher, both in the package",
+    "efficientnet-lite0": "APM.load(teacher=load_efficientnet_lite0()).with_dense_student()  # of efficientnet_lite0.py",
 }
 
 
@@ -55,7 +63,12 @@ def main() -> None:
     options = parser.parse_args()
     public_name, loaded_from, folder = STUDENTS[options.student]
     options.output_dir = options.output_dir or folder
-    teacher = load_teacher(options.teacher or loaded_from)
+    if options.student == "efficientnet-lite0":
+        from efficientnet_lite0 import load_efficientnet_lite0
+
+        teacher = load_efficientnet_lite0()
+    else:
+        teacher = load_teacher(options.teacher or loaded_from)
     teacher.name = public_name  # wherever it was loaded from
     if options.name_teacher:
         if options.student != "deit-tiny":
@@ -76,7 +89,7 @@ def main() -> None:
 
 def load_photos(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Return the photos to learn from and those that are held out, each of which is decoded when it is called."""
-    if options.student == "deit-tiny":
+    if options.student != "photo":
         parts = train_and_validation(
             options.dataset,
             validation_fraction=0.1,
@@ -127,9 +140,9 @@ def write_facts(
         **card_figures(metrics),
     )
     card = write_card(folder, facts)
-    if options.student == "photo":  # both are in the package, and on no Hub
-        named = f'APM.load("{facts.repo_id}", teacher="{teacher}")'
-        card.write_text(card.read_text().replace(named, "APM.load()  # this one and its teacher, both in the package"))
+    named = f'APM.load("{facts.repo_id}", teacher="{teacher}")'
+    if found := LOADED.get(options.student):  # neither is on a Hub
+        card.write_text(card.read_text().replace(named, found))
     for name in (".lock", FACTS_FILE, MANIFEST):  # of a run that goes on, and of what is published from its folder
         (Path(folder) / name).unlink(missing_ok=True)
     for path in Path(folder).iterdir():

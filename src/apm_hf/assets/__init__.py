@@ -9,5 +9,6 @@ PHOTO_TEACHER = str(_ASSETS / "photo-teacher")  # made by scripts/make_photo_tea
 PHOTO_MODEL = str(_ASSETS / "dense-photo")  # the dense student of PHOTO_TEACHER, made by scripts/make_dense.py
 DENSE_MODEL = str(_ASSETS / "dense-deit-tiny")  # made by scripts/make_dense.py
 STUDENT_MODEL = str(_ASSETS / "student-deit-tiny")  # made by scripts/make_student.py
-DENSE_MODELS = (PHOTO_MODEL, DENSE_MODEL)  # each of another teacher
+EFFICIENTNET_MODEL = str(_ASSETS / "dense-efficientnet-lite0")  # made by scripts/make_dense.py
+DENSE_MODELS = (PHOTO_MODEL, DENSE_MODEL, EFFICIENTNET_MODEL)  # each of another teacher
 EMBEDDED = "embedded"  # what PHOTO_TEACHER is called wherever a teacher is named
