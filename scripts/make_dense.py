@@ -44,7 +44,7 @@ STUDENTS = {
 # Student -> how its card loads it, where that is not by the names of both.
 LOADED = {
     "photo": "APM.load()  # this one and its teacher, both in the package",
-    "efficientnet-lite0": "APM.load(teacher=load_efficientnet_lite0()).with_dense_student()  # of efficientnet_lite0.py",
+    "efficientnet-lite0": "APM.load(teacher=load_efficientnet_lite0()).with_dense_student()  # efficientnet_lite0.py",
 }
 
 
