@@ -145,7 +145,7 @@ class Pictures(torch.utils.data.Dataset):
 def test_levels_are_distilled(tmp_path, clip, jitter):
     config = DistillationConfig(
         output_dir=str(tmp_path), max_steps=60, batch_size=8, learning_rate=1e-2, level_layers=[0, 2], jitter=jitter,
-        num_locations=8, report_to="none", checkpoint_steps=0, mixed_precision="no",
+        num_locations=8, report_to="tensorboard", checkpoint_steps=0, mixed_precision="no",
     )  # fmt: skip
     result = distill(
         student(num_levels=2), Pictures(), config=config, image_processor=matching_image_processor(clip, STUDENT_SIZE),

@@ -431,7 +431,7 @@ class APMTeacher(nn.Module):
 
     def __init__(self, tower: PreTrainedModel):
         super().__init__()
-        if "add_pooling_layer" in inspect.signature(type(tower).__init__).parameters:
+        if _may_have_pooler(type(tower)):
             tower.pooler = None  # its output is not used, and many checkpoints have no weights for it
         self.tower = tower.requires_grad_(False).eval()
 
@@ -463,6 +463,10 @@ class APMTeacher(nn.Module):
             return state.movedim(1, -1)  # (B, F, rows, cols)
         rows, cols = height // step, width // step
         return state[:, -rows * cols :].unflatten(1, (rows, cols))  # prefix tokens come first
+
+
+def _may_have_pooler(kind: type) -> bool:
+    return "add_pooling_layer" in inspect.signature(kind).parameters
 
 
 def weights_digest(module: nn.Module, *, dtype: torch.dtype | None = None) -> str:
@@ -535,7 +539,10 @@ class APMPreTrainedModel(PreTrainedModel):
         """Put the teacher that the configuration names into the model."""
         source, apm = self.config.teacher_source, cast(APMModel, getattr(self, "apm", self))
         if tower is None:
-            tower = AutoModel.from_pretrained(
+            kind = type(cast(APMTeacher, apm.trigger).tower)  # as the configuration says
+            if _may_have_pooler(kind):
+                options["add_pooling_layer"] = False
+            tower = kind.from_pretrained(
                 source["name"], revision=source["revision"], dtype="auto", use_safetensors=True, **options
             )
         # Rounded to bfloat16, so that the precision in which they were saved does not count.

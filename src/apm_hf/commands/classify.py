@@ -172,7 +172,7 @@ def _print(entry: dict[str, Any]) -> None:
         f"  {entry['steps']} steps: loss {entry['loss'][0]:.4f} -> {entry['loss'][1]:.4f}, cosine to the teacher's "
         f"embedding {entry['cosine']:.4f}, {entry['seconds']:.2f} s"
     )
-    print(f"  {'teacher':<38}  adapted APM")
+    print(f"  {'teacher':<38}  APM adapted to this photo")
     for row, left in enumerate(entry["teacher"]):
         line = f"  {left['score']:6.1%} {printable(left['label'])[:30]:<31}"
         if entry["apm"]:

@@ -125,7 +125,8 @@ def _summary(
     if warning := worse_than_constant(metrics):
         yield f"Do not use it: {warning}."
     yield f"next: apm islands PHOTO --model {folder} --teacher {training.teacher} --output_dir islands"
-    yield f"      apm push {folder} USER/NAME" + (" --force" if warning else "")
+    if not warning:
+        yield f"      apm push {folder} USER/NAME"
 
 
 def _dense_settings(options: argparse.Namespace) -> "DenseConfig":

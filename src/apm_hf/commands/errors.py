@@ -91,7 +91,10 @@ def _of_an_answer(error: Any) -> str | None:
             f"token is missing or wrong; check the name, and {LOGIN} ({server})"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{repository} is not on the Hub, or it is private: check the name, and for a private one {LOGIN}"
+        return (
+            f"{repository} is no folder here, and not on the Hub, or private there: check the name, and for a private "
+            f"one {LOGIN}"
+        )
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"{repository} lacks a file that is needed: {server}"
     if status == 403:

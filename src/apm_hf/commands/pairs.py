@@ -107,6 +107,7 @@ def load_pair(
         if (found := pair.with_dense_student()) is not None:
             logger.info("no --model: the dense student of this teacher in the package; --fresh fits one to the photo")
             return found
+        logger.info("no --model: a small student is fitted to the photo")
     return pair.fresh(local_patch=local_patch, seed=options.seed)
 
 

@@ -211,7 +211,9 @@ class _Distillation:
         config, accelerator = self.config, self.accelerator
         logger.info(f"processes: {accelerator.num_processes}, device: {accelerator.device.type}")
         if config.report_to != "none":
-            tracked = {name: value for name, value in vars(config).items() if value is not None}
+            scalars = (bool, int, float, str)  # trackers take no others
+            given = {name: value for name, value in vars(config).items() if value is not None}
+            tracked = {name: value if isinstance(value, scalars) else str(value) for name, value in given.items()}
             accelerator.init_trackers("distillation", config=tracked)
         step = self._resume(self.resumed) if self.resumed else 0
         self.skipped.begin(step)

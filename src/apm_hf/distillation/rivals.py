@@ -91,10 +91,10 @@ class Ridge:
             targets.append(((pairs.targets[numbers, window].float() - mean) / std).flatten(0, 2))
         return torch.cat(inputs), torch.cat(targets)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the weights beside a model, for comparison."""
         values = {"weight": self.weight, "mean": self.mean, "std": self.std}
-        save_file({name: value.contiguous() for name, value in values.items()}, folder / RIDGE)
+        save_file({name: value.contiguous() for name, value in values.items()}, Path(folder) / RIDGE)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Ridge | None":
@@ -140,9 +140,9 @@ class Bilateral:
                 )
         return options[errors.index(min(errors))]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write both numbers beside a model, for comparison."""
-        save_file({name: torch.tensor(value) for name, value in vars(self).items()}, folder / BILATERAL)
+        save_file({name: torch.tensor(value) for name, value in vars(self).items()}, Path(folder) / BILATERAL)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Bilateral | None":
@@ -215,9 +215,9 @@ class AttentionUpsampler(nn.Module):
         half = self.query.in_features // 2
         return torch.cat(axis_codes(half, *indices.unbind(-1)), dim=-1)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the weights beside a model, for comparison."""
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / ATTENTION)
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, Path(folder) / ATTENTION)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "AttentionUpsampler | None":

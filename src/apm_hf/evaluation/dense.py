@@ -88,6 +88,9 @@ def evaluate_features(
     found = load_images(data, split=split, image_column=image_column, max_images=max_images, seed=seed)
     if len(found.dataset) < 2:
         raise ValueError(f"data: expected two photos or more, got {len(found.dataset)}")
+    learnt = {origin.get("dataset") for origin in student.config.distilled_from or ()}
+    if split is None and short_name(data) in learnt:
+        logger.warning(f"{short_name(data)}: this student learnt from these photos; figures on others say more")
     pairs = DensePairs.build(found.photos(), source, shifted=False, description="teacher")
     upsamplers: dict[str, Upsampler] = {"bilinear": bilinear, "bicubic": bicubic, **fitted_rivals(model)}
     upsamplers["apm"] = as_upsampler(student.cpu())
