@@ -219,7 +219,7 @@ def point(name: str, photos: int, seed: int, options: argparse.Namespace, data: 
 def probe(folder: Path, options: argparse.Namespace, row: str = "apm") -> dict[str, float]:
     """Return the mIoU of a linear probe on the features of a student, or of the teacher beside it; kept once found."""
     found = evaluate_islands(
-        output_dir=folder / f"masks_{row}",
+        output_dir=options.output_dir / "masks" / f"{folder.name}-{row}",
         data=options.masks,
         teacher=options.teacher,
         model=str(folder),

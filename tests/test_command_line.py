@@ -221,7 +221,7 @@ TRANSPORT = type("ConnectError", (type("TransportError", (Exception,), {"__modul
     [
         (GATED, ["org/gated is gated", "hf auth login"]),
         (raised(OSError("A gated repo.\nMake sure"), GATED), ["org/gated is gated"]),
-        (MISSING, ["org/missing is not on the Hub", "hf auth login"]),
+        (MISSING, ["org/missing is neither a folder here nor on the Hub", "hf auth login"]),
         (
             raised(OSError("Could not load the model of teacher 'x'.\nlong"), MISSING),
             ["teacher 'x'. org/missing is not on"],

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from apm_hf import APM, load_teacher
 from apm_hf.commands.main import main
 from apm_hf.configuration_apm import APMConfig
 from apm_hf.publishing.zero_shot import check_text, save_with_text
+from apm_hf.runs.run import manifest_faults
 from apm_hf.teachers.matching import matching_image_processor
 from fixtures_runs import forget_accelerate
 from fixtures_tiny import photo, save_classifier, save_clip, save_splits, student
@@ -59,7 +61,7 @@ def test_distil_with_text_makes_a_folder_for_the_pipeline_without_package_and_te
         + ["--max_steps", "2", "--batch_size", "2", "--num_locations", "3", "--report_to", "none"]
         + ["--num_pictures", "0", "--quiet"]
     )
-    assert status == 0
+    assert status == 0 and manifest_faults(Path("run")) == []
     photo(1).save("photo.png")
     ours = pipeline(TASK, model="run", device="cpu")("photo.png", candidate_labels=LABELS)
     # The same from the parts: the student's vector against the teacher's own words.

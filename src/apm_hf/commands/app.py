@@ -1,11 +1,14 @@
 """`apm app`: the demonstration in a browser."""
 
 import argparse
+import logging
 from importlib import import_module
 from typing import Any
 
 from .options import add
 from .pairs import ABOUT_NOTE
+
+logger = logging.getLogger("apm_hf")
 
 HELP = "try an APM in the browser: islands, places, labels, two photos"
 DESCRIPTION = """
@@ -32,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    logger.info("the page is made, which takes some seconds")
     # Gradio is an extra, and slow to load.
     page = import_module("..app", __package__).launch(
         model=options.model, teacher=options.teacher, port=options.port, share=options.share

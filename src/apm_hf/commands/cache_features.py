@@ -67,7 +67,9 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     from ..teachers.feature_cache import CacheSettings, FeatureCache, estimate, write_feature_cache
 
     if options.verify:
-        return _summary(FeatureCache(options.output_dir).verify(again=True))
+        found = _summary(FeatureCache(options.output_dir).verify(again=True))
+        print(f"{found['images']} images in {found['shards']} shards are as they were written")
+        return found
     if missing := [f"--{name}" for name in ("teacher", "dataset") if getattr(options, name) is None]:
         raise ValueError(f"{', '.join(missing)}: expected a name or a folder, or --verify, got none")
     settings = CacheSettings(

@@ -21,7 +21,9 @@ def console(options: argparse.Namespace) -> Iterator[TextIO]:
     logger, stdout = logging.getLogger("apm_hf"), sys.stdout
     with contextlib.ExitStack() as stack:
         stack.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+        beside = os.environ.get("LOCAL_RANK", "0") != "0"  # another process of this computer says the same
+        quiet = options.quiet or (beside and not options.verbose)
+        logger.setLevel(logging.WARNING if quiet else logging.DEBUG if options.verbose else logging.INFO)
         if not logger.hasHandlers():  # at the root it would repeat what libraries write with handlers of their own
             handler = logging.StreamHandler()
             handler.setFormatter(_Printable())

@@ -122,6 +122,8 @@ def _summary(
         yield "R² on held-out images, after the mean of every position is removed:"
         yield from (f"  {title:<24}{value:7.3f}" for title, value in rows)
         yield f"That is, {verdict(metrics)}."
+    for name in sorted(name for name in metrics if name.endswith("/feature_r2")):
+        yield f"  {name.partition('/')[0]:<24}{metrics[name]:7.3f}, of this additional teacher"
     if warning := worse_than_constant(metrics):
         yield f"Do not use it: {warning}."
     yield f"next: apm islands PHOTO --model {folder} --teacher {training.teacher} --output_dir islands"

@@ -92,8 +92,8 @@ def _of_an_answer(error: Any) -> str | None:
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"{repository} is no folder here, and not on the Hub, or private there: check the name, and for a private "
-            f"one {LOGIN}"
+            f"{repository} is neither a folder here nor on the Hub, or it is private there: check the name, and for a "
+            f"private one {LOGIN}"
         )
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"{repository} lacks a file that is needed: {server}"

@@ -44,7 +44,9 @@ def make_accelerator(config: DistillationConfig, student: APMConfig, *, heads: I
         raise ImportError('distillation needs the package `accelerate`: pip install "apm_hf[train]"') from error
     check_tracker(config.report_to)
     # A loss of weight 0 leaves its head without gradient, which DDP must be told.
-    unused = not all((config.grid_weight, config.cls_weight, config.rgb_weight)) or not student.use_rgb_head
+    poolings = {student.pooling, *(student.teacher_head(name)["pooling"] for name in student.teacher_heads or ())}
+    unused = bool(student.use_rgb_head and not config.rgb_weight)
+    unused = unused or ("attention" in poolings and not config.cls_weight)
     unused = unused or bool(student.num_levels and not config.level_weight)
     unused = unused or set(student.teacher_heads or ()) != set(heads)
     accelerator = Accelerator(

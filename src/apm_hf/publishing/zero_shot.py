@@ -14,8 +14,8 @@ from typing import Any
 
 from ..configuration_apm import APMConfig
 from ..modeling_apm import APMForZeroShotImageClassification, APMModel
-from ..runs.files import move_files
 from ..runs.progress import no_loading_bars
+from ..runs.run import add_finished
 from ..teachers import Teacher
 from ..teachers.families import DUAL_ENCODERS
 
@@ -69,7 +69,7 @@ def save_with_text(
     image_processor.save_pretrained(partial)
     assert teacher.tokenizer is not None
     teacher.tokenizer.save_pretrained(partial)
-    move_files(partial, folder, last="config.json")
+    add_finished(partial, folder, last="config.json")
     return model
 
 

@@ -168,7 +168,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     if target.exists() and not target.is_dir():
         raise ValueError(f"output_dir: expected a folder, got the file {os.fspath(path)!r}")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"output_dir: expected a new or an empty folder (or overwrite), got {os.fspath(path)!r}")
+        raise ValueError(f"output_dir: expected a new or an empty folder, got {os.fspath(path)!r}")
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:

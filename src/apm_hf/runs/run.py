@@ -207,6 +207,25 @@ class Run:
         return self.parts / f"{name}.json"
 
 
+def add_finished(beside: Path, folder: Path, *, last: str) -> None:
+    """Move files into the folder of a finished run, whose manifest then says what they are too.
+
+    Args:
+        beside: a folder with the files; it is removed.
+        last: name of the file that is moved last: where it is, all others are.
+
+    Raises:
+        ValueError: for a damaged manifest.
+    """
+    try:
+        before = read_checksummed(folder / MANIFEST)["files"]
+    except FileNotFoundError:
+        before = {}
+    names = sorted(path.name for path in beside.iterdir())
+    write_checksummed(beside / MANIFEST, {"files": before | file_facts(beside, names)})
+    move_files(beside, folder, last=last)
+
+
 def _write_manifest(folder: Path, names: Iterable[str]) -> None:
     there = [name for name in names if (folder / name).exists()]
     write_checksummed(folder / MANIFEST, {"files": file_facts(folder, there)})
