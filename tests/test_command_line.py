@@ -224,7 +224,7 @@ TRANSPORT = type("ConnectError", (type("TransportError", (Exception,), {"__modul
         (MISSING, ["org/missing is neither a folder here nor on the Hub", "hf auth login"]),
         (
             raised(OSError("Could not load the model of teacher 'x'.\nlong"), MISSING),
-            ["teacher 'x'. org/missing is not on"],
+            ["teacher 'x'. org/missing is neither"],
         ),
         (answer(errors.RevisionNotFoundError, 404, "/org/name/resolve/v9/config.json"), ["org/name has no such rev"]),
         (answer(errors.HfHubHTTPError, 401, "/api/repos/create", server_message="Invalid"), ["token", "(Invalid)"]),
