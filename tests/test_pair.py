@@ -9,6 +9,9 @@ import apm_hf
 from apm_hf import APM, APMConfig, APMForImageClassification, APMModel, TTTConfig, load_teacher
 from apm_hf.assets import DEMO_MODEL, DEMO_TEACHER, PHOTO_MODEL, PHOTO_TEACHER
 from apm_hf.data.scenes import make_scene
+from apm_hf.distillation import DistillationConfig, distill
+from apm_hf.teachers.targets import TargetCache
+from apm_hf.ttt.photos import photo_image_processor
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,21 @@ def test_a_dense_student_cannot_be_adapted_so_a_fresh_one_is():
         ["cat", "dog"], config=TTTConfig(start="model")
     )
     assert classifier.model.config.trigger_source == "conv" and classifier.config.start == "random"
+
+
+def test_another_teacher_than_the_one_that_a_student_learnt_from_is_named(tmp_path, caplog):
+    """Of the same width, so that nothing else would tell."""
+    teacher, image_processor = load_teacher(DEMO_TEACHER), photo_image_processor(96)
+    student = APMModel(APMConfig.preset("tiny", feature_size=teacher.feature_size))
+    targets = TargetCache.build([make_scene(0, seed=5, image_size=96).image], teacher, image_processor)
+    config = DistillationConfig(output_dir=str(tmp_path / "run"), max_steps=1, report_to="none", num_pictures=0)
+    distill(student, targets, config=config, teacher=teacher, image_processor=image_processor)
+    APM.load(tmp_path / "run", teacher=teacher)
+    assert "is not the teacher" not in caplog.text
+    with torch.no_grad():
+        next(teacher.model.parameters()).mul_(1.1)
+    APM.load(tmp_path / "run", teacher=teacher)
+    assert "is not the teacher whose features this student learnt, demo-teacher" in caplog.text
 
 
 def test_a_named_pair_is_ready_for_use(apm):

@@ -184,8 +184,8 @@ class APMConfig(PreTrainedConfig):
         teacher_source (`dict`, *optional*): where the teacher's weights are loaded from, instead of being saved with
             the model: `name` on the Hub, `revision` or None, and `sha256` as [`APMModel.set_teacher`] computes it.
         distilled_from (`list[dict]`, *optional*): the teachers whose licences the model inherits, each with a public
-            `name` and, as far as known, `license`, `revision` and `dataset`; None means unknown. Of a teacher that a
-            dense student needs beside it also `sha256`, of its weights.
+            `name` and, as far as known, `license`, `revision`, `dataset` and `sha256`, of its weights; None means
+            unknown.
 
     Raises:
         ValueError: for a value that fits no architecture or a field that does not exist.

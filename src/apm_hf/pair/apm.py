@@ -160,12 +160,16 @@ class APM:
             with no_loading_bars():
                 student = AutoModel.from_pretrained(os.fspath(model), **options)
         pair = cls(cast(APMPreTrainedModel | None, student), None, teacher)
-        if pair.model is not None and teacher is not None and not pair.bare_model.folds:
+        if pair.model is not None and teacher is not None:
             wanted = _teacher_digest(pair.bare_model.config)
             if wanted is not None and wanted != (found := teacher.features_digest()):
-                raise ValueError(
-                    "teacher: expected the one that this dense student was made for, with weights of SHA-256 "
-                    f"{wanted}, got {teacher.name} with {found}"
+                if not pair.bare_model.folds:
+                    raise ValueError(
+                        "teacher: expected the one that this dense student was made for, with weights of SHA-256 "
+                        f"{wanted}, got {teacher.name} with {found}"
+                    )
+                logger.warning(
+                    f"{teacher.name} is not the teacher whose features this student learnt, {_learnt(pair)}"
                 )
         if isinstance(model, str | os.PathLike):
             image_processor = AutoImageProcessor.from_pretrained(os.fspath(model))
@@ -594,12 +598,14 @@ def _batches(images: Any, batch_size: int) -> Iterator[list[Image.Image]]:
 
 
 def _teacher_digest(config: APMConfig) -> str | None:
-    """Return the SHA-256 of the weights of the teacher that a dense student was made for, inside or beside it."""
-    if config.trigger_source != "tokens":
-        return None
+    """Return the SHA-256 of the weights of the teacher that a student was made for, inside or beside it."""
     if config.teacher_source is not None:
         return config.teacher_source["sha256"]
     return next((entry["sha256"] for entry in config.distilled_from or [] if entry.get("sha256")), None)
+
+
+def _learnt(pair: APM) -> str:
+    return ", ".join(entry["name"] for entry in pair.bare_model.config.distilled_from or [])
 
 
 def _map_size(photos: list[Image.Image], size: int | tuple[int, int] | None) -> tuple[int, int] | None:
