@@ -65,7 +65,7 @@ def test_another_teacher_than_the_one_that_a_student_learnt_from_is_named(tmp_pa
     with torch.no_grad():
         next(teacher.model.parameters()).mul_(1.1)
     APM.load(tmp_path / "run", teacher=teacher)
-    assert "is not the teacher whose features this student learnt, demo-teacher" in caplog.text
+    assert "is not the teacher that this student learnt from, demo-teacher" in caplog.text
 
 
 def test_a_named_pair_is_ready_for_use(apm):

@@ -161,16 +161,18 @@ class APM:
                 student = AutoModel.from_pretrained(os.fspath(model), **options)
         pair = cls(cast(APMPreTrainedModel | None, student), None, teacher)
         if pair.model is not None and teacher is not None:
-            wanted = _teacher_digest(pair.bare_model.config)
+            config = pair.bare_model.config
+            wanted, origins = _teacher_digest(config), config.distilled_from or []
             if wanted is not None and wanted != (found := teacher.features_digest()):
                 if not pair.bare_model.folds:
                     raise ValueError(
                         "teacher: expected the one that this dense student was made for, with weights of SHA-256 "
                         f"{wanted}, got {teacher.name} with {found}"
                     )
-                logger.warning(
-                    f"{teacher.name} is not the teacher whose features this student learnt, {_learnt(pair)}"
-                )
+                if len(origins) == 1:  # else it may be another of its teachers
+                    logger.warning(
+                        f"{teacher.name} is not the teacher that this student learnt from, {origins[0]['name']}"
+                    )
         if isinstance(model, str | os.PathLike):
             image_processor = AutoImageProcessor.from_pretrained(os.fspath(model))
             pair = replace(pair, image_processor=image_processor)
@@ -602,10 +604,6 @@ def _teacher_digest(config: APMConfig) -> str | None:
     if config.teacher_source is not None:
         return config.teacher_source["sha256"]
     return next((entry["sha256"] for entry in config.distilled_from or [] if entry.get("sha256")), None)
-
-
-def _learnt(pair: APM) -> str:
-    return ", ".join(entry["name"] for entry in pair.bare_model.config.distilled_from or [])
 
 
 def _map_size(photos: list[Image.Image], size: int | tuple[int, int] | None) -> tuple[int, int] | None:
