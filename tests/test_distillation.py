@@ -642,12 +642,14 @@ def test_a_stream_of_photos_trains_like_the_photos_in_order(tmp_path, clip, monk
 
 @pytest.mark.parametrize(
     ("num_images", "processes", "steps"),
-    [(60, 1, 1000), (3000, 1, 3000), (3001, 1, 3001), (3000, 2, 1500), (10**6, 1, 10_000), (None, 1, 1000)],
+    [(60, 1, 250), (3000, 1, 3000), (3001, 1, 3001), (3000, 2, 1500), (10**6, 1, 10_000)],
 )
 def test_the_default_number_of_steps_follows_the_number_of_images(num_images, processes, steps):
     config = DistillationConfig(output_dir="out", batch_size=16, gradient_accumulation_steps=2)
     assert config.steps_for(num_images, processes) == steps
     assert dataclasses.replace(config, max_steps=7).steps_for(num_images, processes) == 7
+    with pytest.raises(ValueError, match="max_steps: expected a number for a stream"):
+        config.steps_for(None, processes)
 
 
 def test_a_run_takes_the_default_number_of_steps(tmp_path, monkeypatch):

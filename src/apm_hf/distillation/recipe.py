@@ -135,6 +135,8 @@ def train(training: TrainingConfig, config: DistillationConfig | DenseConfig, *,
         raise ValueError("--push_to_hub: expected --hub_model_id user/name, got none")
     if training.random_crops and training.streaming:
         raise ValueError("--random_crops: expected a data set that is not streamed")
+    if training.streaming and config.max_steps is None:
+        raise ValueError("--max_steps: expected a number with --streaming, since a stream's length is not known")
     if isinstance(config, DenseConfig):
         _refuse_others(training)
     elif training.feature_cache is not None:

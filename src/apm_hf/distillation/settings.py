@@ -11,7 +11,7 @@ from .feature_statistics import KINDS
 from .losses import DISTANCES, LossWeights
 
 # Steps by default: docs/students.md shows what they bring.
-PASSES, FEWEST_STEPS, MOST_STEPS = 32, 1000, 10_000
+PASSES, FEWEST_STEPS, MOST_STEPS = 32, 250, 10_000
 # What students of a preset learn best with, where that is not the paper's recipe, which are the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "student": {
@@ -38,7 +38,7 @@ class DistillationConfig:
         default=None,
         metadata={
             "help": f"optimiser steps; by default as many as {PASSES} passes over the images take, at least "
-            f"{FEWEST_STEPS} and at most {MOST_STEPS}"
+            f"{FEWEST_STEPS} and at most {MOST_STEPS}; a stream needs a number"
         },
     )
     batch_size: int = field(default=64, metadata={"help": "images per batch; of each process, per forward pass"})
@@ -160,12 +160,17 @@ class DistillationConfig:
         """Return `max_steps`, or the default for this many images.
 
         Args:
-            num_images: to train on; None, in a stream whose length is not known, gives the fewest.
+            num_images: to train on; None for a stream, whose length is not known.
+
+        Raises:
+            ValueError: for a stream without `max_steps`.
         """
         if self.max_steps is not None:
             return self.max_steps
+        if num_images is None:
+            raise ValueError("max_steps: expected a number for a stream, whose length is not known, got none")
         images_a_step = self.batch_size * self.gradient_accumulation_steps * num_processes
-        return min(max(FEWEST_STEPS, math.ceil(PASSES * (num_images or 0) / images_a_step)), MOST_STEPS)
+        return min(max(FEWEST_STEPS, math.ceil(PASSES * num_images / images_a_step)), MOST_STEPS)
 
     @property
     def loss_weights(self) -> LossWeights:
