@@ -4,9 +4,9 @@
         --output_dir students --write
 
 Crops of every photo and the teacher's outputs for them are computed once. A student is then distilled for every
-number of photos, with the library's own loop, and its result stored: a command that was interrupted goes on. Photos
-are drawn from all data sets together. Held out are photos of every data set, and of the first one also all photos of
-every tenth class, which no student sees.
+number of photos, with the library's own loop, and its result stored: an interrupted command goes on, and counts
+core-hours from there. Photos are drawn from all data sets together. Held out are photos of every data set, and of the
+first one also all photos of every tenth class, which no student sees.
 
 R² is that of `apm distill`: in units of each feature's standard deviation, after the mean of every position is
 removed, with its interval from the bootstrap over images. k-NN names held-out photos by pooled outputs alone (10
@@ -232,7 +232,7 @@ def probe(folder: Path, options: argparse.Namespace, row: str = "apm") -> dict[s
 
 def law(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, float, np.ndarray] | None:
     """Fit log(1 - R²) = a + b log(photos) by least squares; returns (a, b), the residuals' deviation, and x."""
-    if len({row["photos"] for row in rows}) < 3:
+    if len({row["photos"] for row in rows}) < 4:  # fewer bound nothing
         return None
     x = np.log([row["photos"] for row in rows])
     y = np.log([1 - row["figures"][name]["mean"] for row in rows])
