@@ -260,9 +260,13 @@ def test_a_run_by_names_shares_out_whole_streams_by_shards_and_parts_by_rows(sha
         with pytest.raises(ZeroDivisionError):
             training.train(
                 training.TrainingConfig(**chosen, max_images=limit),
-                DistillationConfig(output_dir=str(tmp_path), seed=3),
+                DistillationConfig(output_dir=str(tmp_path), max_steps=8, seed=3),
                 command="apm distill",
             )
+    with pytest.raises(ValueError, match="--max_steps: expected a number with --streaming"):
+        training.train(
+            training.TrainingConfig(**chosen), DistillationConfig(output_dir=str(tmp_path)), command="apm distill"
+        )
     assert [(rows.num_shards, rows.seed) for rows in seen] == [(4, 3), (1, 3)]
 
 
