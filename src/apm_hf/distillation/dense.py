@@ -37,7 +37,7 @@ from ..runs.progress import no_loading_bars
 from ..runs.run import Run
 from ..teachers import Teacher
 from ..teachers.dense_grids import moved, tokens_at_half
-from ..teachers.licenses import inherit
+from ..teachers.licenses import inherit, record_weights
 from ..teachers.matching import dense_image_processor
 from .resuming import MADE, make_room
 from .rivals import CHUNK, AttentionUpsampler, Ridge, Upsampler, averages, bilinear
@@ -249,8 +249,7 @@ def distill_dense(
         keep_teacher(student, teacher)
         inherit(student.config, [teacher], dataset=dataset)
         if not student.folds:
-            assert student.config.distilled_from is not None
-            student.config.distilled_from[0]["sha256"] = teacher.features_digest()
+            record_weights(student.config, teacher)
         ridge = Ridge.fit(train, mean, std)
         metrics = evaluate_dense(student, ridge, validation, averages(train))
         logger.info("held-out R² after position means: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))

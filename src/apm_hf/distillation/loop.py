@@ -32,7 +32,7 @@ from ..runs.stopping import RunStopped, StopRequests, ignore_stop_requests
 from ..runs.unreadable_images import SkippedImages, readable
 from ..teachers import Teacher
 from ..teachers.feature_cache import CachedImages
-from ..teachers.licenses import inherit, public_name
+from ..teachers.licenses import inherit, record_weights
 from .controls import IMAGES, Controls, measure_controls
 from .engine import compile_in_place, make_accelerator, make_optimizer, prepare, sharded, whole_student
 from .epoch_sampler import EpochSampler
@@ -102,9 +102,8 @@ def distill(
         )
     student.config = copy.deepcopy(student.config)  # others may be made of the one given: what is found is this one's
     inherit(student.config, [one for one in (teacher, *(teachers or {}).values()) if one is not None])
-    for entry in student.config.distilled_from or []:
-        if teacher is not None and entry["name"] == public_name(teacher.name):
-            entry["sha256"] = teacher.features_digest()
+    if teacher is not None:
+        record_weights(student.config, teacher)
     with Run(config.output_dir, process_state()).locked() as run:
         options = (config, image_processor, teacher, teachers, validation_data, collate_fn)
         return _Distillation(run, student, train_data, *options)()

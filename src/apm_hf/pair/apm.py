@@ -161,18 +161,15 @@ class APM:
                 student = AutoModel.from_pretrained(os.fspath(model), **options)
         pair = cls(cast(APMPreTrainedModel | None, student), None, teacher)
         if pair.model is not None and teacher is not None:
-            config = pair.bare_model.config
-            wanted, origins = _teacher_digest(config), config.distilled_from or []
+            wanted = _teacher_digest(pair.bare_model.config)
             if wanted is not None and wanted != (found := teacher.features_digest()):
                 if not pair.bare_model.folds:
                     raise ValueError(
                         "teacher: expected the one that this dense student was made for, with weights of SHA-256 "
                         f"{wanted}, got {teacher.name} with {found}"
                     )
-                if len(origins) == 1:  # else it may be another of its teachers
-                    logger.warning(
-                        f"{teacher.name} is not the teacher that this student learnt from, {origins[0]['name']}"
-                    )
+                learnt = ", ".join(entry["name"] for entry in pair.bare_model.config.distilled_from or [])
+                logger.warning(f"{teacher.name} is not the teacher that this student learnt from, {learnt}")
         if isinstance(model, str | os.PathLike):
             image_processor = AutoImageProcessor.from_pretrained(os.fspath(model))
             pair = replace(pair, image_processor=image_processor)
@@ -600,10 +597,14 @@ def _batches(images: Any, batch_size: int) -> Iterator[list[Image.Image]]:
 
 
 def _teacher_digest(config: APMConfig) -> str | None:
-    """Return the SHA-256 of the weights of the teacher that a student was made for, inside or beside it."""
+    """Return the SHA-256 of the weights of the teacher that a student was made for, inside or beside it.
+
+    None where it is not known, and for a student of several teachers, any of which may stand beside it.
+    """
     if config.teacher_source is not None:
         return config.teacher_source["sha256"]
-    return next((entry["sha256"] for entry in config.distilled_from or [] if entry.get("sha256")), None)
+    origins = config.distilled_from or []
+    return origins[0].get("sha256") if len(origins) == 1 else None
 
 
 def _map_size(photos: list[Image.Image], size: int | tuple[int, int] | None) -> tuple[int, int] | None:

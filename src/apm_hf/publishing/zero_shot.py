@@ -8,18 +8,15 @@ processor.
 """
 
 import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 from ..configuration_apm import APMConfig
 from ..modeling_apm import APMForZeroShotImageClassification, APMModel
+from ..runs.processes import process_state
 from ..runs.progress import no_loading_bars
-from ..runs.run import add_finished
+from ..runs.run import Run
 from ..teachers import Teacher
 from ..teachers.families import DUAL_ENCODERS
-
-_PARTIAL = ".with_text.partial"
 
 
 def check_text(teacher: Teacher, config: APMConfig) -> None:
@@ -60,16 +57,13 @@ def save_with_text(
         ValueError: as [`check_text`] does, and for widths that differ.
     """
     check_text(teacher, student.config)
-    folder = Path(folder)
-    partial = folder / _PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
     model = APMForZeroShotImageClassification.from_dual_encoder(student, teacher.model)
-    with no_loading_bars():
-        model.save_pretrained(partial)
-    image_processor.save_pretrained(partial)
     assert teacher.tokenizer is not None
-    teacher.tokenizer.save_pretrained(partial)
-    add_finished(partial, folder, last="config.json")
+    with Run(folder, process_state()).finished_files(last="config.json", keep=True) as beside:
+        with no_loading_bars():
+            model.save_pretrained(beside)
+        image_processor.save_pretrained(beside)
+        teacher.tokenizer.save_pretrained(beside)
     return model
 
 

@@ -187,59 +187,47 @@ class Run:
 
     def finish(self, names: Iterable[str]) -> None:
         """Write the manifest of those finished files that are there, so that [`check_manifest`] can tell damage."""
-        _write_manifest(self.folder, names)
+        there = [name for name in names if (self.folder / name).exists()]
+        write_checksummed(self.folder / MANIFEST, {"files": file_facts(self.folder, there)})
 
     @contextmanager
-    def finished_files(self, *, last: str) -> Iterator[Path]:
+    def finished_files(self, *, last: str, keep: bool = False) -> Iterator[Path]:
         """Yield a folder to fill; its files then replace the run's of these names, with a manifest of what they are.
 
         Args:
             last: name of the file that is moved last: where it is, all others are.
+            keep: the manifest goes on to name the finished files that are not replaced.
+
+        Raises:
+            ValueError: with `keep`, for a damaged manifest.
         """
+        before = _manifest(self.folder) if keep else {}
         beside = self.folder / f".finished{PARTIAL}"
         shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
         beside.mkdir(parents=True)
         yield beside
-        _write_manifest(beside, sorted(path.name for path in beside.iterdir()))
+        names = sorted(path.name for path in beside.iterdir())
+        write_checksummed(beside / MANIFEST, {"files": before | file_facts(beside, names)})
         move_files(beside, self.folder, last=last)
 
     def _path(self, name: str) -> Path:
         return self.parts / f"{name}.json"
 
 
-def add_finished(beside: Path, folder: Path, *, last: str) -> None:
-    """Move files into the folder of a finished run, whose manifest then says what they are too.
-
-    Args:
-        beside: a folder with the files; it is removed.
-        last: name of the file that is moved last: where it is, all others are.
-
-    Raises:
-        ValueError: for a damaged manifest.
-    """
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return the facts of finished files by name; none without a manifest."""
     try:
-        before = read_checksummed(folder / MANIFEST)["files"]
+        return read_checksummed(folder / MANIFEST)["files"]
     except FileNotFoundError:
-        before = {}
-    names = sorted(path.name for path in beside.iterdir())
-    write_checksummed(beside / MANIFEST, {"files": before | file_facts(beside, names)})
-    move_files(beside, folder, last=last)
-
-
-def _write_manifest(folder: Path, names: Iterable[str]) -> None:
-    there = [name for name in names if (folder / name).exists()]
-    write_checksummed(folder / MANIFEST, {"files": file_facts(folder, there)})
+        return {}
 
 
 def manifest_faults(folder: Path) -> list[str]:
     """List the finished files of a run that are not as it wrote them; none for a folder without a manifest."""
     try:
-        files = read_checksummed(folder / MANIFEST)["files"]
-    except FileNotFoundError:
-        return []
+        return [f"{folder}: {fault}" for fault in file_faults(folder, _manifest(folder))]
     except ValueError as error:
         return [str(error)]
-    return [f"{folder}: {fault}" for fault in file_faults(folder, files)]
 
 
 def check_manifest(folder: Path) -> None:

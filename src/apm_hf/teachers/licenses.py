@@ -85,6 +85,13 @@ def inherit(config: APMConfig, teachers: Iterable[Any], *, dataset: str | None =
     config.validate_architecture()
 
 
+def record_weights(config: APMConfig, teacher: Any) -> None:
+    """Write the SHA-256 of a teacher's weights into its entry of `config.distilled_from`."""
+    for entry in config.distilled_from or []:
+        if entry["name"] == public_name(teacher.name):
+            entry["sha256"] = teacher.features_digest()
+
+
 def _revision(teacher: Any) -> str | None:
     """Return the commit on the Hub that was loaded."""
     return getattr(getattr(teacher.model, "config", None), "_commit_hash", None)
